@@ -1,0 +1,176 @@
+"""The host's ends of one worker's pair of pipes: non-blocking writes, reads that can be woken.
+
+The thread that holds the worker writes and reads the pipes itself. It waits in one `poll` over the
+response pipe, the wake-up descriptor (another thread cancels, or the worker's death was seen), and,
+while an upload goes on, the request pipe.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import select
+import struct
+import termios
+from collections import deque
+from typing import Final
+
+from runner.frames import TO_HOST, Frame, FrameDecoder
+
+PIPE_SIZE: Final = 256 * 1024
+_READ_SIZE: Final = 64 * 1024
+_WRITABLE = select.POLLOUT | select.POLLERR | select.POLLHUP | select.POLLNVAL
+
+
+def make_pipe() -> tuple[int, int]:
+    """A pipe (read end, write end), enlarged where the user's quota of pipe pages allows it (pipe(7))."""
+    ends = os.pipe2(os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+    except OSError:
+        pass  # over the quota: the default size works, in more and smaller steps
+    return ends
+
+
+class Channel:
+    """Frames to one worker, and from it. One thread at a time uses it; `wake` may come from any."""
+
+    __slots__ = (
+        "_decoder",
+        "_outgoing",
+        "_poll",
+        "_wake_fd",
+        "_wants_write",
+        "request_fd",
+        "response_fd",
+        "written",
+    )
+
+    def __init__(self, request_fd: int, response_fd: int) -> None:
+        os.set_blocking(request_fd, False)
+        os.set_blocking(response_fd, False)
+        self.request_fd = request_fd
+        self.response_fd = response_fd
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._decoder = FrameDecoder(TO_HOST)
+        self._outgoing: deque[memoryview] = deque()  # never more than a frame or two
+        self._poll = select.poll()
+        self._poll.register(response_fd, select.POLLIN)
+        self._poll.register(self._wake_fd, select.POLLIN)
+        self._wants_write = False
+        self.written = 0
+
+    @property
+    def flushed(self) -> bool:
+        """Whether all that was sent is in the pipe."""
+        return not self._outgoing
+
+    @property
+    def clean(self) -> bool:
+        """Whether the response stream stands between two frames."""
+        return self._decoder.clean
+
+    def send(self, *pieces: bytes | memoryview) -> None:
+        """Write what the pipe takes now and keep the rest for `flush`. `written` counts what went into the pipe.
+
+        Raises BrokenPipeError when the worker's end is closed.
+        """
+        if not self._outgoing and len(pieces) == 1:
+            piece = pieces[0]
+            try:
+                written = os.write(self.request_fd, piece)
+            except BlockingIOError:
+                written = 0
+            self.written += written
+            if written < len(piece):
+                self._outgoing.append(memoryview(piece)[written:])
+            return
+        self._outgoing.extend(memoryview(piece) for piece in pieces)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is left over, as far as the pipe takes it now. Raises BrokenPipeError like `send`."""
+        outgoing = self._outgoing
+        while outgoing:
+            try:
+                written = os.writev(self.request_fd, outgoing)
+            except BlockingIOError:
+                return
+            self.written += written
+            while written:
+                first = outgoing[0]
+                if written < len(first):
+                    outgoing[0] = first[written:]
+                    break
+                written -= len(first)
+                outgoing.popleft()
+
+    def drop_outgoing(self) -> None:
+        """Forget what is left over: the worker takes no more."""
+        self._outgoing.clear()
+
+    def wait(self, timeout: float | None, *, write: bool = False) -> tuple[bool, bool, bool]:
+        """Wait up to `timeout` seconds; (readable, writable, woken), all False when the time is up.
+
+        `write` says that the request pipe is waited for as well; an end that the worker closed counts as
+        writable, so that the next write tells.
+        """
+        if write is not self._wants_write:
+            self._wants_write = write
+            if write:
+                self._poll.register(self.request_fd, select.POLLOUT)
+            else:
+                self._poll.unregister(self.request_fd)
+        readable = writable = woken = False
+        for fd, event in self._poll.poll(None if timeout is None else math.ceil(timeout * 1000)):
+            if fd == self.response_fd:
+                readable = True
+            elif fd == self._wake_fd:
+                woken = True
+                try:
+                    os.eventfd_read(fd)
+                except BlockingIOError:
+                    pass
+            elif event & _WRITABLE:
+                writable = True
+        return readable, writable, woken
+
+    def receive(self) -> list[Frame] | None:
+        """The frames that are there now, possibly none; None at the end of the worker's stream."""
+        try:
+            data = os.read(self.response_fd, _READ_SIZE)
+        except BlockingIOError:
+            return []
+        if not data:
+            return None
+        return self._decoder.feed(data)
+
+    def wake(self) -> None:
+        """Make the thread that waits, now or next, come back. Only while the channel can't be closed."""
+        if self._wake_fd >= 0:
+            os.eventfd_write(self._wake_fd, 1)
+
+    def unread(self) -> int:
+        """How many bytes in the request pipe the worker has not taken."""
+        if self.request_fd < 0:
+            return 0
+        answer = fcntl.ioctl(self.request_fd, termios.FIONREAD, b"\0" * 4)
+        return int(struct.unpack("i", answer)[0])
+
+    def end_requests(self) -> None:
+        """Close the request pipe: an idle worker takes it as the sign to finish and exit."""
+        if self._wants_write:
+            self._wants_write = False
+            self._poll.unregister(self.request_fd)
+        fd, self.request_fd = self.request_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close all descriptors. Call it once nobody waits or writes any more."""
+        self.end_requests()
+        for fd in (self.response_fd, self._wake_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.response_fd = self._wake_fd = -1

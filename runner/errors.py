@@ -1,0 +1,96 @@
+"""Every error of the runner: one root, and leaves that say what happened and what to do.
+
+Three families: what the caller did wrong (`ConfigurationError`, `InvalidRequest`, `PoolClosed`,
+`PoolForked`), what the pool could not do (`StartError`, `WorkersUnavailable`, `LeaseTimeout`,
+`ReadTimeout`, `JobClosed`), and how a job ended badly (`JobFailed`, one leaf per kind of fault).
+`AbortHandler` is the one thing here that a handler raises.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runner.messages import Fault
+
+
+class AbortHandler(BaseException):  # noqa: N818 - the name is part of the handlers' contract
+    """Raised by a handler to cut its response off: the caller sees an unexpected end, nothing is logged.
+
+    A `BaseException`, so that a framework's `except Exception` does not turn it into an error page.
+    """
+
+
+class BlastdoorError(Exception):
+    """The root of all errors that blastdoor raises."""
+
+
+class ConfigurationError(BlastdoorError, ValueError):
+    """A pool, factory or transport was set up with something that can't work."""
+
+
+class InvalidRequest(BlastdoorError, ValueError):
+    """The request can't be sent as HTTP: a bad method, target, header, or a head over the size cap."""
+
+
+class PoolClosed(BlastdoorError):
+    """The pool was closed: open a new one."""
+
+
+class PoolForked(BlastdoorError):
+    """This process was forked from the one that owns the pool: make a pool of its own after the fork."""
+
+
+class StartError(BlastdoorError):
+    """The pool could not start. The message carries the worker's own traceback, as text."""
+
+
+class WorkersUnavailable(BlastdoorError):
+    """No worker can be started at the moment.
+
+    `retry_after` is the time in seconds until the pool tries again.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class LeaseTimeout(BlastdoorError, TimeoutError):
+    """No worker became free in the time given (`lease_timeout`, seconds)."""
+
+
+class ReadTimeout(BlastdoorError, TimeoutError):
+    """The job made no progress for `read_timeout` seconds; its worker is taken off it."""
+
+
+class JobClosed(BlastdoorError):
+    """The job was closed while its body was being read, or before it was read to the end."""
+
+
+class JobFailed(BlastdoorError):
+    """A job ended badly; `fault` says how (kind, job id, exit code or signal)."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(f"{fault.error or fault.detail} (job {fault.job_id})")
+        self.fault = fault
+
+
+class HandlerRaised(JobFailed):
+    """The handler raised an exception. Its traceback is in the host's log under the job's id."""
+
+
+class HandlerAborted(JobFailed):
+    """The handler raised `AbortHandler`: the response ends before its time, on purpose."""
+
+
+class BodyIncomplete(JobFailed):
+    """The handler ended its response before the Content-Length that it had announced."""
+
+
+class WorkerDied(JobFailed):
+    """The worker process ended in the middle of the job; `fault` has its exit code or signal."""
+
+
+class WorkerMisbehaved(JobFailed):
+    """The worker broke the protocol of its pipe and was killed."""

@@ -1,0 +1,148 @@
+"""What may come next from a worker: one job's response as a state table, with no I/O.
+
+A worker's frames are hostile input. `ResponseExchange` takes the frames of one job and keeps what is
+known: the head once it came, the body bytes not yet read, and how the response ended. Any frame that
+the table does not allow, that carries another job's number, or whose content does not hold up, is a
+violation: the driver kills the worker.
+
+The body is held to what HTTP says of its head (RFC 9110, 6.4.1 and 8.6): none after HEAD, 204 and 304,
+and no more and no less than an announced Content-Length.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from enum import Enum, auto
+
+import msgspec
+
+from runner.frames import BODY, END, FAULT, HEAD, INVALID, Frame
+from runner.headers import check_headers, content_length
+from runner.messages import FaultReport, ResponseHead
+
+logger = logging.getLogger("blastdoor")
+
+
+class State(Enum):
+    """Where a job's response stands."""
+
+    HEAD_EXPECTED = auto()
+    BODY_EXPECTED = auto()
+    ENDED = auto()
+    FAULTED = auto()
+    BROKEN = auto()
+
+
+NEXT: dict[State, dict[int, State]] = {
+    State.HEAD_EXPECTED: {HEAD: State.BODY_EXPECTED, FAULT: State.FAULTED},
+    State.BODY_EXPECTED: {BODY: State.BODY_EXPECTED, END: State.ENDED, FAULT: State.FAULTED},
+    State.ENDED: {},
+    State.FAULTED: {},
+    State.BROKEN: {},
+}
+
+_decode_head = msgspec.msgpack.Decoder(ResponseHead).decode
+_decode_report = msgspec.msgpack.Decoder(FaultReport).decode
+_HOP_HEADERS = frozenset({"transfer-encoding"})
+
+
+class ResponseExchange:
+    """The response of job number `job` to a request with this method, as far as it has come.
+
+    `violation` says what the worker did wrong: in the state BROKEN, or after the end of a response that is
+    whole. `report` is set when the state is FAULTED.
+    """
+
+    __slots__ = ("_job", "_left", "_method", "_surplus", "body", "head", "report", "state", "violation")
+
+    def __init__(self, job: int, method: str) -> None:
+        self._job = job
+        self._method = method
+        self._left: int | None = None
+        self._surplus = False
+        self.state = State.HEAD_EXPECTED
+        self.head: ResponseHead | None = None
+        self.body: deque[bytes] = deque()
+        self.report: FaultReport | None = None
+        self.violation = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether more may come."""
+        return self.state is State.HEAD_EXPECTED or self.state is State.BODY_EXPECTED
+
+    @property
+    def missing(self) -> int:
+        """How many bytes the body that has come lies short of its Content-Length."""
+        return 0 if self._bodyless else self._left or 0
+
+    @property
+    def _bodyless(self) -> bool:
+        return self._method == "HEAD" or (self.head is not None and self.head.status in (204, 304))
+
+    def receive(self, frames: Iterable[Frame]) -> None:
+        """Take the next frames. Never raises: a violation ends in the state BROKEN."""
+        for kind, job, payload in frames:
+            if not self.open:
+                self.violation = "frames after the end of the response"
+                return
+            if kind == INVALID:
+                self._break(payload.decode())
+                return
+            state = NEXT[self.state].get(kind)
+            if state is None:
+                self._break(f"frame of kind {kind} where none such may come (state {self.state.name})")
+                return
+            if job != self._job:
+                self._break(f"frame of job number {job} in the middle of job number {self._job}")
+                return
+            if kind == BODY:
+                self._receive_body(payload)
+            elif kind == HEAD:
+                if not self._receive_head(payload):
+                    return
+            elif kind == FAULT and not self._receive_report(payload):
+                return
+            self.state = state
+
+    def _receive_head(self, payload: bytes) -> bool:
+        try:
+            head = _decode_head(payload)
+            check_headers(head.headers)
+            self._left = content_length(head.headers)
+        except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
+            self._break(f"response head that does not hold up: {error}")
+            return False
+        # The pipe has its own framing: RFC 9112, 7 makes Transfer-Encoding a matter of each hop.
+        if any(name.lower() in _HOP_HEADERS for name, _ in head.headers):
+            kept = [pair for pair in head.headers if pair[0].lower() not in _HOP_HEADERS]
+            head = ResponseHead(head.status, kept)
+        self.head = head
+        return True
+
+    def _receive_body(self, data: bytes) -> None:
+        if self._bodyless:
+            return
+        if self._left is not None:
+            if len(data) > self._left:
+                if not self._surplus:
+                    self._surplus = True
+                    logger.warning("a response body is longer than its Content-Length: the rest is cut off")
+                data = data[: self._left]
+            self._left -= len(data)
+        if data:
+            self.body.append(data)
+
+    def _receive_report(self, payload: bytes) -> bool:
+        try:
+            self.report = _decode_report(payload)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            self._break(f"fault report that does not hold up: {error}")
+            return False
+        return True
+
+    def _break(self, why: str) -> None:
+        self.state = State.BROKEN
+        self.violation = why

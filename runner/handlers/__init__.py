@@ -1,0 +1,1 @@
+"""How handlers are found and called: `load` finds one, and a bridge per kind (`native`, `wsgi`) calls it."""

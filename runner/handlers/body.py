@@ -1,0 +1,35 @@
+"""A request's body as a handler sees it: a binary file that is read from the pipe on demand."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from runner.pipes import IncomingRequest
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+
+class _Pieces(io.RawIOBase):
+    """The body's pieces as a raw stream."""
+
+    def __init__(self, request: IncomingRequest) -> None:
+        self._request = request
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        data = self._rest or self._request.read_piece()
+        view = memoryview(buffer).cast("B")
+        size = min(len(data), len(view))
+        view[:size] = data[:size]
+        self._rest = data[size:]
+        return size
+
+
+def body_reader(request: IncomingRequest) -> io.BufferedReader:
+    """The body as a buffered binary file: `read`, `read1` (what has come), `readline`, iteration by lines."""
+    return io.BufferedReader(_Pieces(request), 16 * 1024)

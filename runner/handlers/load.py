@@ -1,0 +1,140 @@
+"""Find a handler and the way to call it. Runs in a worker, or in the zygote of a preloading pool.
+
+A handler is an import string (`package.module:attribute`) or a dill pickle of a callable. Its kind is told
+from what it is: an ASGI app is or has a coroutine function of three arguments; a WSGI app takes
+`environ, start_response`; a native handler takes `request, response`. Where two arguments have other names,
+their annotations decide; where nothing does, the kind has to be given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from runner.messages import ZygoteConfig
+from runner.pipes import IncomingRequest, OutgoingResponse
+
+_REQUEST_NAMES = frozenset({"request", "req", "r", "rq"})
+_ENVIRON_NAMES = frozenset({"environ", "env", "environment", "wsgi_environ"})
+_START_NAMES = frozenset({"start_response", "start", "startresponse", "start_resp"})
+
+
+class Bridge(Protocol):
+    """A loaded handler, ready to be called for one job after another."""
+
+    @property
+    def kind(self) -> Literal["native", "wsgi"]:
+        """How the handler is called."""
+
+    def __call__(self, request: IncomingRequest, response: OutgoingResponse) -> None:
+        """Run one job. What it raises is the job's fault."""
+
+
+class HandlerError(Exception):
+    """The handler can't be used: it is not there, is not callable, or is of another kind than was said."""
+
+
+def load(config: ZygoteConfig) -> Bridge:
+    """Import or unpickle the handler and give the bridge that calls it."""
+    if config.pickle is None:
+        target = import_handler(config.handler)
+    else:
+        import dill
+
+        target = dill.loads(config.pickle)
+    name = repr(config.handler)
+    kind = config.kind
+    if not callable(target):
+        raise HandlerError(f"handler {name} is a {type(target).__name__}, which can't be called")
+    found = find_kind(target)
+    if found == "asgi":
+        raise HandlerError(
+            f"handler {name} is an ASGI app, and this version runs native handlers and WSGI apps: "
+            f"give its WSGI form, or wrap it with an ASGI-to-WSGI adapter such as a2wsgi"
+        )
+    if kind == "auto":
+        if found is None:
+            raise HandlerError(
+                f"can't tell how to call handler {name}: its arguments are neither (request, response) nor "
+                f"(environ, start_response); say kind='native' or kind='wsgi'"
+            )
+        kind = found
+    elif found is not None and found != kind:
+        raise HandlerError(f"handler {name} looks like a {found} handler, not the {kind} one that kind= says")
+    if kind == "wsgi":
+        from runner.handlers.wsgi import WSGIBridge
+
+        return WSGIBridge(target, config.root_path)
+    from runner.handlers.native import NativeBridge
+
+    return NativeBridge(target)
+
+
+def import_handler(spec: str) -> object:
+    """What `package.module:attribute.path` names."""
+    module_name, _, attribute_path = spec.partition(":")
+    try:
+        target: object = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise HandlerError(
+                f"there is no module {error.name!r} for handler {spec!r}: check the name, and that its directory "
+                f"is on the host's sys.path or is its working directory"
+            ) from error
+        raise
+    for name in attribute_path.split("."):
+        try:
+            target = getattr(target, name)
+        except AttributeError:
+            known = ", ".join(sorted(key for key in dir(target) if not key.startswith("_"))[:20])
+            raise HandlerError(
+                f"handler {spec!r}: {module_name!r} has no {attribute_path!r}; it has {known or 'nothing public'}"
+            ) from None
+    return target
+
+
+def find_kind(target: Callable[..., Any]) -> Literal["native", "wsgi", "asgi"] | None:
+    """The kind that a callable shows, None where it shows none. Raises HandlerError for what fits no kind."""
+    call = target if inspect.isroutine(target) else getattr(target, "__call__", target)  # noqa: B004
+    unwrapped = inspect.unwrap(call)
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return None  # a builtin without a signature
+    positional = [
+        parameter
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    is_async = inspect.iscoroutinefunction(unwrapped) or inspect.iscoroutinefunction(call)
+    if len(positional) == 3 and (is_async or [p.name for p in positional][1:] == ["receive", "send"]):
+        return "asgi"
+    if is_async:
+        raise HandlerError("the handler is an async function of other than the three arguments of ASGI")
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise HandlerError(
+            f"the handler takes the arguments {signature}, but a native handler is called with "
+            f"(request, response) and a WSGI app with (environ, start_response)"
+        ) from None
+    if len(positional) < 2:
+        return None
+    first, second = positional[:2]
+    notes = f"{_text(first.annotation)} {_text(second.annotation)}"
+    if "WSGIEnvironment" in notes or "StartResponse" in notes:
+        return "wsgi"
+    if "HandlerRequest" in notes or "HandlerResponse" in notes:
+        return "native"
+    names = first.name.lower().strip("_"), second.name.lower().strip("_")
+    if names[0] in _ENVIRON_NAMES or names[1] in _START_NAMES:
+        return "wsgi"
+    if names[0] in _REQUEST_NAMES or names[1] in ("response", "resp", "res", "w", "writer"):
+        return "native"
+    return None
+
+
+def _text(annotation: object) -> str:
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", repr(annotation))

@@ -1,0 +1,171 @@
+"""Native handlers: `def handler(request, response)`, blastdoor's own and thinnest interface.
+
+What the handler writes is on its way to the caller when the call returns. A handler may also return its
+body as bytes: head, body and end then leave in one write.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+from runner.handlers.body import body_reader
+from runner.headers import Headers
+from runner.messages import JobContext
+from runner.pipes import IncomingRequest, OutgoingResponse
+
+Handler = Callable[["HandlerRequest", "HandlerResponse"], bytes | None]
+"""A native handler."""
+
+
+class HandlerRequest:
+    """The request that a native handler is given.
+
+    `target` is what the caller asked for, byte for byte; `path` and `query` are its two halves, still
+    percent-encoded. `scheme` and `server` (host, port) are those of the caller's URL. `context` is what the
+    host vouches for: provider, source, delegated_api_key_id, attribution, job_id, deadline.
+    """
+
+    __slots__ = ("_body", "_headers", "_incoming")
+
+    def __init__(self, incoming: IncomingRequest) -> None:
+        self._incoming = incoming
+        self._headers: Headers | None = None
+        self._body: io.BufferedReader | None = None
+
+    @property
+    def method(self) -> str:
+        """The method, as the caller spelled it."""
+        return self._incoming.head.method
+
+    @property
+    def target(self) -> str:
+        """Path and query, byte for byte."""
+        return self._incoming.head.target
+
+    @property
+    def path(self) -> str:
+        """The target up to the first '?'."""
+        return self._incoming.head.target.partition("?")[0]
+
+    @property
+    def query(self) -> str:
+        """The target after the first '?', empty where there is none."""
+        return self._incoming.head.target.partition("?")[2]
+
+    @property
+    def scheme(self) -> str:
+        """The scheme of the caller's URL."""
+        return self._incoming.head.scheme
+
+    @property
+    def server(self) -> tuple[str, int]:
+        """Host and port of the caller's URL."""
+        return self._incoming.head.server
+
+    @property
+    def headers(self) -> Headers:
+        """The headers: by name whatever the case, with order and repeats kept."""
+        if self._headers is None:
+            self._headers = Headers(self._incoming.head.headers)
+        return self._headers
+
+    @property
+    def body(self) -> io.BufferedReader:
+        """The body as a binary file, read from the pipe on demand; `read1()` gives what has come."""
+        if self._body is None:
+            self._body = body_reader(self._incoming)
+        return self._body
+
+    @property
+    def context(self) -> JobContext:
+        """What the host vouches for; no header that a caller sends can set it."""
+        return self._incoming.head.context
+
+
+class HandlerResponse:
+    """The response that a native handler writes.
+
+    Set `headers`, then `write_header` or `write`: the first of them sends the head, and it stands. A write
+    without a head implies 200.
+    """
+
+    __slots__ = ("_outgoing", "headers")
+
+    def __init__(self, outgoing: OutgoingResponse) -> None:
+        self._outgoing = outgoing
+        self.headers: Headers = Headers()
+
+    def write_header(self, status: int) -> None:
+        """Send the head with this status and the headers set so far. A second head is ignored, with a log line.
+
+        TypeError or ValueError for a status or a header that HTTP does not allow.
+        """
+        if self._outgoing.started:
+            _log(f"a second head, with status {status!r}, was ignored: the first one stands")
+            return
+        self._outgoing.start(status, self._freeze())
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Send body bytes; they are on their way when it returns. Gives their number."""
+        size = memoryview(data).nbytes
+        if self._outgoing.started:
+            self._outgoing.write(data)
+        elif size:
+            self._outgoing.start_with(200, self._freeze(), data)
+        else:
+            self._outgoing.start(200, self._freeze())
+        return size
+
+    def flush(self) -> None:
+        """Do nothing: every write is sent at once. It is here for code that looks for it."""
+
+    def finish(self, data: bytes) -> None:
+        """Send the rest and the end."""
+        headers = [] if self._outgoing.started else self._freeze()
+        self._outgoing.finish(200, headers, [data])
+
+    def _freeze(self) -> list[tuple[str, str]]:
+        pairs = self.headers.pairs()
+        self.headers = _FrozenHeaders(pairs)
+        return pairs
+
+
+class _FrozenHeaders(Headers):
+    """Headers that have been sent: changes are ignored, with a log line."""
+
+    __slots__ = ()
+
+    def __setitem__(self, name: str, value: str) -> None:
+        _log(f"header {name!r} was set after the head was sent, and is ignored")
+
+    def __delitem__(self, name: str) -> None:
+        _log(f"header {name!r} was deleted after the head was sent, which is ignored")
+
+    def add(self, name: str, value: str) -> None:
+        _log(f"header {name!r} was added after the head was sent, and is ignored")
+
+
+class NativeBridge:
+    """Calls a native handler."""
+
+    kind: Literal["native"] = "native"
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    def __call__(self, request: IncomingRequest, response: OutgoingResponse) -> None:
+        outgoing = HandlerResponse(response)
+        result: object = self._handler(HandlerRequest(request), outgoing)
+        if isinstance(result, bytes):
+            outgoing.finish(result)
+        else:
+            if result is not None:
+                _log(f"the handler returned a {type(result).__name__}, which is ignored: only bytes are sent")
+            outgoing.finish(b"")
+
+
+def _log(line: str) -> None:
+    print(f"blastdoor: {line}", file=sys.stderr)

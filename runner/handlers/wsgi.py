@@ -1,0 +1,137 @@
+"""WSGI apps (PEP 3333), as a server behind the caller's URL would call them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Literal, cast
+from urllib.parse import unquote_to_bytes
+
+from runner.handlers.body import body_reader
+from runner.messages import Header
+from runner.pipes import IncomingRequest, OutgoingResponse
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+Application = Callable[[dict[str, Any], Callable[..., Callable[[bytes], None]]], Iterable[bytes]]
+
+
+class WSGIBridge:
+    """Calls a WSGI app. `root_path` is the SCRIPT_NAME of requests that lie under it."""
+
+    kind: Literal["wsgi"] = "wsgi"
+
+    def __init__(self, app: Application, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path.rstrip("/")
+
+    def __call__(self, request: IncomingRequest, response: OutgoingResponse) -> None:
+        started = _StartedResponse(response)
+        chunks = self._app(build_environ(request, self._root_path), started.start_response)
+        if type(chunks) is list or type(chunks) is tuple:
+            started.finish(chunks)  # all of it is there: one write, and such a thing has no close()
+            return
+        try:
+            for chunk in chunks:
+                if chunk:
+                    started.write(chunk)
+        finally:
+            close = getattr(chunks, "close", None)
+            if close is not None:
+                close()
+        started.finish(())
+
+
+class _StartedResponse:
+    """`start_response` and `write` of one call: the head goes out with the first bytes of the body."""
+
+    __slots__ = ("_headers", "_response", "_status")
+
+    def __init__(self, response: OutgoingResponse) -> None:
+        self._response = response
+        self._status = 0
+        self._headers: list[Header] = []
+
+    def start_response(
+        self, status: str, headers: list[Header], exc_info: ExcInfo | None = None
+    ) -> Callable[[bytes], None]:
+        if exc_info is not None:
+            try:
+                if self._response.started:
+                    raise exc_info[1].with_traceback(exc_info[2])
+            finally:
+                exc_info = None  # PEP 3333: no circular reference
+        elif self._status:
+            raise AssertionError("start_response was called a second time without exc_info (PEP 3333)")
+        code, _, _ = status.partition(" ")
+        if not (len(code) == 3 and code.isascii() and code.isdigit()):
+            raise ValueError(f"the status must begin with three digits, as in '200 OK', not {status!r}")
+        self._status = int(code)
+        self._headers = list(headers)
+        return self.write
+
+    def write(self, data: bytes) -> None:
+        if not isinstance(data, bytes):
+            raise TypeError(f"a WSGI app must give bytes, not {type(data).__name__} (PEP 3333)")
+        if self._response.started:
+            self._response.write(data)
+        elif data:
+            self._check_started()
+            self._response.start_with(self._status, self._headers, data)
+
+    def finish(self, chunks: Iterable[bytes]) -> None:
+        rest = list(chunks)
+        for chunk in rest:
+            if not isinstance(chunk, bytes):
+                raise TypeError(f"a WSGI app must give bytes, not {type(chunk).__name__} (PEP 3333)")
+        self._check_started()
+        self._response.finish(self._status, self._headers, rest)
+
+    def _check_started(self) -> None:
+        if not self._status:
+            raise AssertionError("the app gave its body without having called start_response (PEP 3333)")
+
+
+def build_environ(request: IncomingRequest, root_path: str) -> dict[str, Any]:
+    """The environ of PEP 3333; `blastdoor.context` holds what the host vouches for."""
+    head = request.head
+    raw_path, _, query = head.target.partition("?")
+    path = unquote_to_bytes(raw_path).decode("latin-1")
+    script_name = ""
+    if root_path and (path == root_path or path.startswith(root_path + "/")):
+        script_name, path = root_path, path[len(root_path) :]
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": head.method,
+        "SCRIPT_NAME": script_name,
+        "PATH_INFO": path,
+        "QUERY_STRING": query,
+        "REQUEST_URI": head.target,
+        "RAW_URI": head.target,
+        "SERVER_NAME": head.server[0],
+        "SERVER_PORT": str(head.server[1]),
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "REMOTE_ADDR": "127.0.0.1",
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": head.scheme,
+        "wsgi.input": body_reader(request),
+        "wsgi.input_terminated": True,
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": False,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+        "blastdoor.context": head.context,
+    }
+    for name, value in head.headers:
+        if "_" in name:
+            # X_Key would pass for X-Key in the environ: dropped, as gunicorn and nginx do.
+            print(f"blastdoor: header {name!r} is dropped: it holds an underscore", file=sys.stderr)
+            continue
+        key = name.upper().replace("-", "_")
+        if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+            key = "HTTP_" + key
+        if key in environ:
+            separator = "; " if key == "HTTP_COOKIE" else ","
+            environ[key] = cast("str", environ[key]) + separator + value
+        else:
+            environ[key] = value
+    return environ

@@ -1,0 +1,376 @@
+"""One round trip seen from the host: send the request, wait for the head, give the body piece by piece.
+
+The caller's thread does all of it. Whoever waits for the response serves the upload meanwhile, as the
+worker takes it; a response that comes first goes first, and one that ends early stops the upload.
+
+A job holds its worker until it settles, exactly once, in one of three ways:
+
+- the response ended: the worker is given back;
+- the job was left early: the worker goes to the supervisor, which awaits its end within the grace time;
+- the worker broke or died: it is discarded.
+
+The thread that is inside `_advance` settles the job; `close` from another thread only wakes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from runner.errors import (
+    BodyIncomplete,
+    HandlerAborted,
+    HandlerRaised,
+    JobClosed,
+    JobFailed,
+    ReadTimeout,
+    WorkerDied,
+    WorkerMisbehaved,
+)
+from runner.exchange import ResponseExchange, State
+from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
+from runner.messages import Fault, ResponseHead, describe_exit
+from runner.request import Upload
+
+if TYPE_CHECKING:
+    from runner.leases import Worker
+    from runner.supervisor import Supervisor
+
+logger = logging.getLogger("blastdoor")
+
+_EXIT_LIMIT: Final = 5.0
+_NUMBERS: Final = 0xFFFFFFFF
+
+
+class NeverTaken(Exception):
+    """The worker was gone before it took a byte of the request: another worker may have it."""
+
+
+class Job:
+    """A request in a worker, and its response.
+
+    `Pool.open` makes it and returns once the head is there. Iterate for the body: each piece as it comes.
+    A context manager; leaving it early, `close`, or dropping the job ends it.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_channel",
+        "_closed_by",
+        "_exchange",
+        "_lock",
+        "_number",
+        "_read_timeout",
+        "_reading",
+        "_settled",
+        "_supervisor",
+        "_upload",
+        "_uploading",
+        "_worker",
+        "head",
+        "job_id",
+    )
+
+    head: ResponseHead
+
+    def __init__(
+        self,
+        worker: Worker,
+        supervisor: Supervisor,
+        method: str,
+        head: bytes,
+        upload: Upload,
+        job_id: str,
+        read_timeout: float | None,
+    ) -> None:
+        self.job_id = job_id
+        self._worker = worker
+        self._channel = worker.channel
+        self._supervisor = supervisor
+        self._upload = upload
+        self._uploading = False
+        self._read_timeout = read_timeout
+        self._lock = threading.Lock()
+        self._reading = False
+        self._settled = False
+        self._closed_by: BaseException | None = None
+        worker.jobs += 1
+        worker.log.job_id = job_id
+        self._number = worker.jobs & _NUMBERS
+        self._exchange = ResponseExchange(self._number, method)
+        try:
+            self._send_request(head)
+            while self._exchange.head is None:
+                self._advance()
+                self._check_end()
+        except BaseException as error:
+            self.close(error)
+            raise
+        self.head = self._exchange.head
+
+    def __iter__(self) -> Iterator[bytes]:
+        while piece := self.read():
+            yield piece
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_settled", True):
+            warnings.warn(
+                f"job {self.job_id} was dropped before its end: read it to the end, or close it",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+            self.close()
+
+    def read(self) -> bytes:
+        """The next piece of the body as it comes, b"" at its end.
+
+        Raises a JobFailed where the body ends badly, ReadTimeout, and JobClosed once the job was closed.
+        """
+        exchange = self._exchange
+        while not exchange.body:
+            if not exchange.open:
+                self._check_end()
+                return b""
+            self._advance()
+        if self._closed_by is not None:
+            raise self._closed()
+        return exchange.body.popleft()
+
+    def close(self, cause: BaseException | None = None) -> None:
+        """End the job; from any thread. A thread that is blocked in `read` is freed at once, with JobClosed.
+
+        Nothing happens where the response has ended. Otherwise the handler has the pool's grace time to end,
+        and then its worker is killed; nobody waits for that here.
+        """
+        with self._lock:
+            if self._settled or self._closed_by is not None:
+                return
+            self._closed_by = cause or JobClosed("close() was called")
+            if self._reading:
+                self._channel.wake()
+                return
+        self._leave()
+
+    # -- sending -------------------------------------------------------------------------------------
+
+    def _send_request(self, head: bytes) -> None:
+        upload = self._upload
+        number = self._number
+        inline = upload.inline
+        frames = pack_header(REQUEST, number, len(head)) + head
+        if inline:
+            frames = b"".join(
+                (frames, pack_header(BODY, number, len(inline)), inline, pack_header(END, number, 0))
+            )
+        channel = self._channel
+        channel.written = 0
+        try:
+            channel.send(frames)
+        except BrokenPipeError:
+            self._discard()
+            raise NeverTaken from None
+        self._uploading = upload.lazy or not channel.flushed
+
+    def _push_upload(self) -> None:
+        """Send on: what is left over, then one more piece of the source."""
+        channel = self._channel
+        upload = self._upload
+        try:
+            channel.flush()
+            if channel.flushed and upload.lazy:
+                piece = upload.pull()
+                if piece:
+                    channel.send(pack_header(BODY, self._number, len(piece)), piece)
+                else:
+                    channel.send(encode(END, self._number))
+        except BrokenPipeError:
+            # The worker takes no more: its answer, or its death, tells the rest.
+            channel.drop_outgoing()
+            self._close_upload()
+        self._uploading = upload.lazy or not channel.flushed
+
+    def _close_upload(self) -> None:
+        try:
+            self._upload.close()
+        except Exception:  # noqa: BLE001 - the caller's own generator; the job's outcome stands without it
+            logger.exception("job %s: closing the request body failed", self.job_id)
+
+    def _stop_upload(self) -> None:
+        """End an upload that has not come to its end: complete the frame that is under way, then STOP."""
+        if self._uploading:
+            self._uploading = False
+            lazy = self._upload.lazy
+            self._close_upload()
+            if lazy:
+                try:
+                    self._channel.send(encode(STOP, self._number))
+                except BrokenPipeError:
+                    self._channel.drop_outgoing()
+
+    # -- receiving -----------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Wait for the next frames of the response and take them; the upload goes on meanwhile."""
+        with self._lock:
+            if self._closed_by is not None:
+                raise self._closed()
+            self._reading = True
+        try:
+            frames = self._wait_for_frames()
+            if frames is None:
+                self._mourn()
+            else:
+                self._exchange.receive(frames)
+            if not self._exchange.open:
+                self._settle()
+        except BaseException as error:
+            if not self._settled:
+                self._closed_by = self._closed_by or error
+                self._leave()
+            raise
+        finally:
+            with self._lock:
+                self._reading = False
+                leave = self._closed_by is not None and not self._settled
+            if leave:
+                self._leave()
+        if leave:
+            raise self._closed()
+
+    def _wait_for_frames(self) -> list[Frame] | None:
+        """The next frames, none where the job is closed meanwhile; None at the end of the worker's stream."""
+        channel = self._channel
+        while True:
+            readable, writable, woken = channel.wait(self._read_timeout, write=self._uploading)
+            if readable:
+                frames = channel.receive()
+                if frames is None or frames:
+                    return frames
+            elif writable:
+                self._push_upload()
+            elif not woken:
+                raise ReadTimeout(
+                    f"job {self.job_id} made no progress for {self._read_timeout} s and was ended: "
+                    f"allow more time, or look at what its handler waits for"
+                )
+            if woken:
+                if self._closed_by is not None:
+                    return []
+                if self._worker.dead and not readable:
+                    # What the handler has started may hold the pipe open: take what is left, then end.
+                    return channel.receive() or None
+
+    def _mourn(self) -> None:
+        """The worker's stream ended inside the job: find out why, and raise it."""
+        worker = self._worker
+        supervisor = self._supervisor
+        supervisor.leases.kill(worker)  # one that lives on without its pipe is of no use
+        worker.exited.wait(_EXIT_LIMIT)
+        never_taken = (
+            self._exchange.head is None
+            and not self._upload.pulled
+            and worker.dead
+            and self._channel.unread() >= self._channel.written
+        )
+        tail = worker.log.tail(self.job_id)
+        self._discard()
+        if never_taken:
+            raise NeverTaken
+        self._close_upload()
+        what, exit_code, signal_name = describe_exit(worker.status)
+        fault = Fault(
+            kind="died",
+            detail=f"the worker process {what} during the job",
+            job_id=self.job_id,
+            exit_code=exit_code,
+            signal=signal_name,
+        )
+        logger.error(
+            "job %s: worker %s %s%s", self.job_id, worker.pid, what, f"; its last output:\n{tail}" if tail else ""
+        )
+        raise WorkerDied(fault)
+
+    def _check_end(self) -> None:
+        """Raise what a response that did not end well ended with."""
+        exchange = self._exchange
+        if exchange.state is State.ENDED:
+            if exchange.missing:
+                detail = f"the response body is {exchange.missing} bytes short of its Content-Length"
+                raise BodyIncomplete(Fault(kind="incomplete", detail=detail, job_id=self.job_id))
+        elif exchange.state is State.FAULTED:
+            assert exchange.report is not None
+            raise self._failure()
+        elif exchange.state is State.BROKEN:
+            detail = f"the worker broke the protocol of its pipe and was killed: {exchange.violation}"
+            raise WorkerMisbehaved(Fault(kind="protocol", detail=detail, job_id=self.job_id))
+        elif self._closed_by is not None:
+            raise self._closed()
+
+    def _failure(self) -> JobFailed:
+        report = self._exchange.report
+        assert report is not None
+        if report.kind == "aborted":
+            detail = "the handler cut the response off"
+            return HandlerAborted(Fault(kind="aborted", detail=detail, job_id=self.job_id))
+        fault = Fault(
+            kind="raised",
+            detail=f"the handler raised {report.exception}",
+            job_id=self.job_id,
+            error=f"the handler raised {report.exception}: {report.message}",
+            traceback=report.traceback,
+        )
+        return HandlerRaised(fault)
+
+    def _closed(self) -> BaseException:
+        error = JobClosed(f"job {self.job_id} was closed before its end")
+        error.__cause__ = self._closed_by
+        return error
+
+    # -- settling ------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """The response has ended, well or not: let the worker go on to its next job, if it is fit to."""
+        exchange = self._exchange
+        channel = self._channel
+        if exchange.violation or not channel.clean:
+            logger.error(
+                "job %s: worker %s broke the protocol and is killed: %s",
+                self.job_id,
+                self._worker.pid,
+                exchange.violation or "half a frame after the end of the response",
+            )
+            self._close_upload()
+            self._discard()
+            return
+        report = exchange.report
+        if report is not None and report.kind == "raised":
+            logger.error("job %s: the handler raised\n%s", self.job_id, report.traceback)
+        self._stop_upload()
+        self._settled = True
+        if channel.flushed:
+            self._supervisor.leases.give_back(self._worker)
+        else:
+            self._supervisor.adopt(self._worker, exchange)
+
+    def _leave(self) -> None:
+        """Hand the worker, with a response that nobody waits for any more, to the supervisor."""
+        self._stop_upload()
+        self._settled = True
+        self._supervisor.adopt(self._worker, self._exchange)
+
+    def _discard(self) -> None:
+        self._settled = True
+        self._supervisor.leases.discard(self._worker)

@@ -1,0 +1,231 @@
+"""Who holds which worker: the idle ones, the waiting callers in their order, and a worker's record.
+
+A caller's own thread takes a worker here and gives it back; a worker that comes free goes straight to
+the caller that has waited longest. The one lock guards a worker's change of hands, its death, and its
+descriptors: a pidfd is never used after it was closed, a channel is closed by whoever holds it last.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from runner.channel import Channel
+from runner.errors import LeaseTimeout
+from runner.logs import LogPipe
+
+if TYPE_CHECKING:
+    from runner.job import Job
+
+
+class Worker:
+    """The host's record of one worker process. Guarded by its `Leases`, but for what only its holder uses."""
+
+    __slots__ = (
+        "channel",
+        "dead",
+        "exited",
+        "failure",
+        "job",
+        "jobs",
+        "leased",
+        "log",
+        "number",
+        "pid",
+        "pidfd",
+        "ready",
+        "status",
+    )
+
+    def __init__(self, number: int, channel: Channel, log: LogPipe) -> None:
+        self.number = number
+        self.channel = channel
+        self.log = log
+        self.pid: int | None = None
+        self.pidfd: int | None = None
+        self.ready = False
+        self.leased = False
+        self.dead = False
+        self.jobs = 0
+        self.job: weakref.ref[Job] | None = None
+        self.failure = ""
+        self.status: int | None = None
+        self.exited = threading.Event()
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.number} pid={self.pid}>"
+
+
+class _Waiter:
+    __slots__ = ("error", "ready", "worker")
+
+    def __init__(self) -> None:
+        self.ready = threading.Lock()
+        self.ready.acquire()
+        self.worker: Worker | None = None
+        self.error: Exception | None = None
+
+
+class Leases:
+    """The idle workers and the callers that wait for one, first in, first out."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # reentrant: a finaliser may give a worker up in the middle of anything
+        self._quiet = threading.Condition(self._lock)
+        self._idle: list[Worker] = []
+        self._waiters: deque[_Waiter] = deque()
+        self._leased: set[Worker] = set()
+        self._refusal: Callable[[], Exception] | None = None
+        self._closed = False
+
+    def lease(self, timeout: float | None) -> Worker:
+        """A ready worker, which the caller then holds until `give_back` or `discard`.
+
+        Waits up to `timeout` seconds, for ever with None. Raises LeaseTimeout, and what `refuse` was given.
+        """
+        with self._lock:
+            if self._refusal is not None:
+                raise self._refusal()
+            if self._idle:
+                return self._hand_out(self._idle.pop())
+            waiter = _Waiter()
+            self._waiters.append(waiter)
+        try:
+            in_time = waiter.ready.acquire(timeout=-1 if timeout is None else max(timeout, 0))
+        except BaseException:
+            if (worker := self._withdraw(waiter)) is not None:
+                self.give_back(worker)
+            raise
+        if not in_time and self._withdraw(waiter) is None and waiter.error is None:
+            raise LeaseTimeout(
+                f"no worker became free within {timeout} s: "
+                f"start the pool with more workers, or wait longer (lease_timeout)"
+            )
+        if waiter.worker is None:
+            assert waiter.error is not None
+            raise waiter.error
+        return waiter.worker
+
+    def _withdraw(self, waiter: _Waiter) -> Worker | None:
+        """Stop waiting; the worker, where one was handed over at the same moment."""
+        with self._lock:
+            if waiter.worker is None and waiter.error is None:
+                self._waiters.remove(waiter)
+            return waiter.worker
+
+    def _hand_out(self, worker: Worker) -> Worker:
+        worker.leased = True
+        self._leased.add(worker)
+        return worker
+
+    def _offer(self, worker: Worker) -> None:
+        if self._waiters:
+            waiter = self._waiters.popleft()
+            waiter.worker = self._hand_out(worker)
+            waiter.ready.release()
+        else:
+            self._idle.append(worker)
+
+    def _take_back(self, worker: Worker) -> None:
+        worker.leased = False
+        worker.job = None
+        self._leased.discard(worker)
+        if self._closed and not self._leased:
+            self._quiet.notify_all()
+
+    def add(self, worker: Worker) -> None:
+        """A worker is ready for its first job."""
+        with self._lock:
+            self._refusal = None if not self._closed else self._refusal
+            if not worker.dead:
+                worker.ready = True
+                self._offer(worker)
+
+    def give_back(self, worker: Worker) -> None:
+        """The holder is done with a worker that stands between two jobs."""
+        with self._lock:
+            self._take_back(worker)
+            if not worker.dead:
+                self._offer(worker)
+                return
+        worker.channel.close()
+
+    def discard(self, worker: Worker) -> None:
+        """The holder is done with a worker that must not go on: it is killed, dead or not yet."""
+        with self._lock:
+            self._take_back(worker)
+            dead = worker.dead
+            self._signal(worker)
+        if dead:
+            worker.channel.close()
+
+    def kill(self, worker: Worker) -> None:
+        """SIGKILL the worker, if it lives. Whoever holds it still does."""
+        with self._lock:
+            self._signal(worker)
+
+    @staticmethod
+    def _signal(worker: Worker) -> None:
+        if worker.pidfd is not None:
+            try:
+                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it has ended, and its death is on the way to us
+
+    def bury(self, worker: Worker, status: int | None) -> None:
+        """A worker is dead: it is offered no more, and its holder, if any, is woken to find out."""
+        with self._lock:
+            worker.dead = True
+            worker.status = status
+            if worker.pidfd is not None:
+                os.close(worker.pidfd)
+                worker.pidfd = None
+            if worker in self._idle:
+                self._idle.remove(worker)
+            held = worker.leased
+            if held:
+                worker.channel.wake()
+        if not held:
+            worker.channel.close()
+        worker.exited.set()
+
+    def refuse(self, refusal: Callable[[], Exception]) -> None:
+        """From now on answer callers with this error, those that wait included, until a worker is added."""
+        with self._lock:
+            if not self._closed:
+                self._refusal = refusal
+                self._fail_waiters(refusal)
+
+    def close(self, refusal: Callable[[], Exception]) -> None:
+        """Like `refuse`, for good."""
+        with self._lock:
+            self._closed = True
+            self._refusal = refusal
+            self._fail_waiters(refusal)
+
+    def _fail_waiters(self, refusal: Callable[[], Exception]) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            waiter.error = refusal()
+            waiter.ready.release()
+
+    def wait_quiet(self, timeout: float) -> bool:
+        """After `close`: wait until nobody holds a worker, up to `timeout` seconds; whether that is so."""
+        with self._quiet:
+            return self._quiet.wait_for(lambda: not self._leased, timeout)
+
+    def jobs(self) -> list[Job]:
+        """The jobs that hold a worker now."""
+        with self._lock:
+            references = [worker.job for worker in self._leased]
+        return [job for reference in references if reference is not None and (job := reference()) is not None]
+
+    def is_leased(self, worker: Worker) -> bool:
+        """Whether somebody holds the worker now."""
+        with self._lock:
+            return worker.leased

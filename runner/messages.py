@@ -1,0 +1,145 @@
+"""What crosses the pipes, as typed data: heads, contexts, fault reports, and the zygote's orders.
+
+All are msgspec structs in array form: compact, quick to encode, and checked field by field on
+decoding, which is what makes it safe to read what a worker wrote. Nothing here is ever pickled.
+"""
+
+from __future__ import annotations
+
+import signal
+from http import HTTPStatus
+from typing import Annotated, Literal
+
+import msgspec
+
+Header = tuple[str, str]
+"""A header's name and value, both latin-1 text as on the wire of HTTP/1.1 (RFC 9110, section 5)."""
+
+Kind = Literal["auto", "native", "wsgi"]
+"""How a handler is called; `auto` finds out by looking at it."""
+
+KINDS: tuple[Kind, ...] = ("auto", "native", "wsgi")
+
+PHRASES: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
+PHRASES[418] = "I'm a Teapot"
+
+
+class JobContext(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What the host vouches for about a job. It travels beside the request's headers, never among them.
+
+    `deadline` is Unix time in seconds, or None; `attribution` is a str-to-str mapping such as a workspace id.
+    """
+
+    job_id: str = ""
+    provider: str = ""
+    source: str = ""
+    delegated_api_key_id: str = ""
+    attribution: dict[str, str] = {}
+    deadline: float | None = None
+
+
+class RequestHead(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The first frame of a job, host to worker. `target` is origin-form (RFC 9112, 3.2.1), byte for byte."""
+
+    method: str
+    target: str
+    headers: list[Header]
+    scheme: str
+    server: tuple[str, int]
+    has_body: bool
+    context: JobContext
+
+
+class ResponseHead(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Status and headers of a response. Repeated headers stand as often as the handler sent them."""
+
+    status: Annotated[int, msgspec.Meta(ge=200, le=999)]
+    headers: list[Header]
+
+    @property
+    def reason(self) -> str:
+        """The standard phrase of the status (RFC 9110, section 15), empty where there is none."""
+        return PHRASES.get(self.status, "")
+
+
+class Ready(msgspec.Struct, array_like=True, frozen=True):
+    """A worker has loaded its handler and waits for jobs."""
+
+    kind: Literal["native", "wsgi"]
+
+
+class FaultReport(msgspec.Struct, array_like=True, frozen=True):
+    """How a job failed inside a worker that lives on: the exception's type, its words, its traceback."""
+
+    kind: Literal["raised", "aborted"]
+    exception: str = ""
+    message: str = ""
+    traceback: str = ""
+
+
+FaultKind = Literal["raised", "aborted", "incomplete", "died", "protocol", "unavailable"]
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a job ended badly.
+
+    `detail` is one sentence that may be shown to anybody; `error` (the exception's own words) and `traceback`
+    are not for strangers. `exit_code` or `signal` is set where a worker died.
+    """
+
+    kind: FaultKind
+    detail: str
+    job_id: str
+    exit_code: int | None = None
+    signal: str | None = None
+    error: str = ""
+    traceback: str = ""
+
+
+class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a zygote is told once, on its standard input. The handler is an import string, or a dill pickle."""
+
+    handler: str
+    pickle: bytes | None
+    kind: Kind
+    preload: bool
+    root_path: str
+
+
+class Spawn(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Host to zygote, with three descriptors: request pipe (read), response pipe (write), log pipe (write)."""
+
+    worker: int
+
+
+class Born(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Zygote to host, with the worker's pidfd."""
+
+    worker: int
+    pid: int
+
+
+class Died(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Zygote to host: a worker was reaped. `status` is its exit code, or minus the signal that ended it."""
+
+    worker: int
+    status: int
+
+
+class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Zygote to host: the handler can't be preloaded, and why."""
+
+    traceback: str
+
+
+def describe_exit(status: int | None) -> tuple[str, int | None, str | None]:
+    """A sentence part, the exit code and the signal's name for an exit status as `Died` carries it."""
+    if status is None:
+        return "ended, and its exit status is not known", None, None
+    if status >= 0:
+        return f"exited with code {status}", status, None
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    return f"was ended by {name}", None, name

@@ -1,0 +1,226 @@
+"""The worker's ends of its pipes: requests read frame by frame, responses written as the handler gives them.
+
+Reads and writes block, which is the backpressure: a body frame is read when the handler asks for it, and
+what the handler writes is on its way when the write returns. Small pieces go out in one write together.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from typing import Final
+
+import msgspec
+
+from runner.frames import (
+    BODY,
+    END,
+    FAULT,
+    HEAD,
+    INVALID,
+    MAX_BODY,
+    MAX_HEAD,
+    REQUEST,
+    STOP,
+    TO_WORKER,
+    FrameDecoder,
+    encode,
+    pack_header,
+)
+from runner.headers import check_headers, content_length
+from runner.messages import FaultReport, Header, RequestHead, ResponseHead
+
+_READ_SIZE: Final = 64 * 1024
+_SMALL: Final = 32 * 1024
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_request = msgspec.msgpack.Decoder(RequestHead).decode
+
+
+class UploadStopped(OSError):
+    """Raised to a handler that reads on when the caller has stopped sending its request body."""
+
+
+class HostGone(BaseException):
+    """The host's end of a pipe is closed: there is nobody left to work for."""
+
+
+class IncomingRequest:
+    """One job's request as it comes off the pipe: its head, and its body read on demand."""
+
+    __slots__ = ("_ended", "_pipes", "head", "number")
+
+    def __init__(self, pipes: Pipes, number: int, head: RequestHead) -> None:
+        self._pipes = pipes
+        self._ended = not head.has_body
+        self.number = number
+        self.head = head
+
+    def read_piece(self) -> bytes:
+        """The next piece of the body as the caller sent it, b"" at its end. UploadStopped where it was cut off."""
+        if self._ended:
+            return b""
+        kind, _, payload = self._pipes.next_frame()
+        if kind == BODY:
+            return payload
+        self._ended = True
+        if kind == STOP:
+            raise UploadStopped("the caller stopped sending the request body before its end")
+        return b""
+
+    def skip(self) -> None:
+        """Read past what the handler has left of the body."""
+        while not self._ended:
+            try:
+                self.read_piece()
+            except UploadStopped:
+                return
+
+
+class OutgoingResponse:
+    """One job's response on its way to the pipe. The first head wins; nothing goes out after the end."""
+
+    __slots__ = ("_lock", "_number", "_pipes", "ended", "started")
+
+    def __init__(self, pipes: Pipes, number: int) -> None:
+        self._pipes = pipes
+        self._number = number
+        self._lock = threading.Lock()
+        self.started = False
+        self.ended = False
+
+    def start(self, status: int, headers: list[Header]) -> None:
+        """Send the head. Raises ValueError or TypeError for one that HTTP does not allow."""
+        frame = self._head_frame(status, headers)
+        with self._lock:
+            if self.ended or self.started:
+                return
+            self.started = True
+            self._pipes.write(frame)
+
+    def start_with(self, status: int, headers: list[Header], data: bytes) -> None:
+        """Send the head and the first bytes of the body in one write."""
+        frame = self._head_frame(status, headers)
+        with self._lock:
+            self._check_open()
+            self.started = True
+            self._write_body(data, before=frame)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send body bytes. RuntimeError once the job has ended: a thread has outlived it."""
+        with self._lock:
+            self._check_open()
+            if data:
+                self._write_body(data)
+
+    def finish(self, status: int, headers: list[Header], chunks: list[bytes]) -> None:
+        """Send the rest, the head included if it is still to come, and END; one write where it is small."""
+        frame = b"" if self.started else self._head_frame(status, headers)
+        with self._lock:
+            self._check_open()
+            self.started = self.ended = True
+            if sum(map(len, chunks)) > _SMALL:
+                for chunk in chunks:
+                    if chunk:
+                        self._write_body(chunk, before=frame)
+                        frame = b""
+                chunks = []
+            parts = [frame]
+            for chunk in chunks:
+                if chunk:
+                    parts.append(pack_header(BODY, self._number, len(chunk)))
+                    parts.append(chunk)
+            parts.append(pack_header(END, self._number, 0))
+            self._pipes.write(b"".join(parts))
+
+    def fail(self, report: FaultReport, implied: tuple[int, list[Header]] | None = None) -> None:
+        """End the response with a fault, after a head where one is implied."""
+        with self._lock:
+            if self.ended:
+                return
+            frame = b"" if self.started or implied is None else self._head_frame(*implied)
+            self.started = self.ended = True
+            self._pipes.write(frame + encode(FAULT, self._number, _encode(report)))
+
+    def _check_open(self) -> None:
+        if self.ended:
+            raise RuntimeError("the response has ended: nothing can be written to it any more")
+
+    def _head_frame(self, status: int, headers: list[Header]) -> bytes:
+        if not isinstance(status, int) or isinstance(status, bool):
+            raise TypeError(f"the status must be an int such as 200, not {status!r}")
+        if not 200 <= status <= 999:
+            raise ValueError(f"the status must lie between 200 and 999, not {status}")
+        for name, value in headers:
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise TypeError(f"header names and values must be str, not {name!r}: {value!r}")
+        check_headers(headers)
+        content_length(headers)
+        payload = _encode(ResponseHead(int(status), headers))
+        if len(payload) > MAX_HEAD:
+            raise ValueError(f"the response head has {len(payload)} bytes, over the cap of {MAX_HEAD}")
+        return encode(HEAD, self._number, payload)
+
+    def _write_body(self, data: bytes | bytearray | memoryview, before: bytes = b"") -> None:
+        size = len(data)
+        if size <= _SMALL:
+            self._pipes.write(b"".join((before, pack_header(BODY, self._number, size), data)))
+            return
+        view = memoryview(data).cast("B")
+        for at in range(0, size, MAX_BODY):
+            piece = view[at : at + MAX_BODY]
+            self._pipes.write_vectors(before + pack_header(BODY, self._number, len(piece)), piece)
+            before = b""
+
+
+class Pipes:
+    """The worker's ends: blocking reads of frames, blocking writes of bytes."""
+
+    def __init__(self, request_fd: int, response_fd: int) -> None:
+        self._request_fd = request_fd
+        self._response_fd = response_fd
+        self._decoder = FrameDecoder(TO_WORKER)
+        self._frames: deque[tuple[int, int, bytes]] = deque()
+
+    def next_frame(self) -> tuple[int, int, bytes]:
+        """The next frame from the host. HostGone at the end of the pipe."""
+        frames = self._frames
+        while not frames:
+            data = os.read(self._request_fd, _READ_SIZE)
+            if not data:
+                raise HostGone
+            frames.extend(self._decoder.feed(data))
+        frame = frames.popleft()
+        if frame[0] == INVALID:
+            raise HostGone
+        return frame
+
+    def next_request(self) -> IncomingRequest:
+        """The next job's request."""
+        kind, number, payload = self.next_frame()
+        if kind != REQUEST:
+            raise HostGone
+        return IncomingRequest(self, number, _decode_request(payload))
+
+    def write(self, data: bytes) -> None:
+        """Write all of it. HostGone where nobody reads any more."""
+        try:
+            written = os.write(self._response_fd, data)
+            while written < len(data):
+                data = data[written:]
+                written = os.write(self._response_fd, data)
+        except BrokenPipeError:
+            raise HostGone from None
+
+    def write_vectors(self, header: bytes, data: memoryview) -> None:
+        """Write a frame without joining its header and its payload."""
+        try:
+            written = os.writev(self._response_fd, (header, data))
+            left = data[max(written - len(header), 0) :]
+            if written < len(header):
+                self.write(header[written:])
+            while left:
+                left = left[os.write(self._response_fd, left) :]
+        except BrokenPipeError:
+            raise HostGone from None

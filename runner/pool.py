@@ -1,0 +1,312 @@
+"""The pool: workers behind one handler, and the way to have a request run by one of them."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import logging
+import os
+import re
+import threading
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+import msgspec
+
+from runner.errors import ConfigurationError, InvalidRequest, PoolClosed, PoolForked
+from runner.frames import MAX_HEAD
+from runner.job import Job, NeverTaken
+from runner.leases import Leases
+from runner.messages import KINDS, JobContext, Kind, RequestHead, ZygoteConfig
+from runner.request import Request, Upload
+from runner.supervisor import EXIT_LIMIT, Supervisor
+
+logger = logging.getLogger("blastdoor")
+
+_SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+_MAX_TRIES: Final = 10
+_encode = msgspec.msgpack.Encoder().encode
+_NO_CONTEXT: Final = JobContext()
+
+
+class Pool:
+    """Worker processes that run one handler, each one job at a time.
+
+    `handler` is an import string (`"package.module:attribute"`, imported only in the workers) or a callable,
+    which is sent by value. `kind` is how it is called: "native", "wsgi", or "auto" to find out. `workers` is
+    how many processes there are (default: one per core). With `preload` the handler is imported once, in
+    the process that forks the workers. `env` is the workers' environment: None passes the host's on, a
+    mapping passes just that. `root_path` is the path that a WSGI app lies under (SCRIPT_NAME).
+
+    Times are in seconds: a job that its caller leaves has `grace` to end before its worker is killed; `close`
+    waits up to `drain` for the jobs under way; a worker that is not ready `start_timeout` after its start is
+    killed. In `debug` mode fault responses carry the handler's traceback.
+
+    A context manager: `with Pool(...) as pool:` starts it and closes it. Without, it starts with its first
+    request. Safe to share between threads. Raises ConfigurationError for what can't work.
+    """
+
+    def __init__(
+        self,
+        handler: str | Callable[..., Any],
+        *,
+        kind: Kind = "auto",
+        workers: int | None = None,
+        preload: bool = False,
+        env: Mapping[str, str] | None = None,
+        root_path: str = "",
+        grace: float = 0.25,
+        drain: float = 5.0,
+        start_timeout: float = 60.0,
+        debug: bool = False,
+    ) -> None:
+        if workers is None:
+            workers = os.cpu_count() or 1
+        _check_settings(kind, workers, env, root_path)
+        for name, seconds in (("grace", grace), ("drain", drain), ("start_timeout", start_timeout)):
+            if not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
+                raise ConfigurationError(f"{name} is a time in seconds, zero or more, not {seconds!r}")
+        self.debug = debug
+        name, pickle = _portable(handler)
+        self._config = ZygoteConfig(handler=name, pickle=pickle, kind=kind, preload=preload, root_path=root_path)
+        self._settings: dict[str, Any] = {
+            "workers": workers,
+            "env": None if env is None else dict(env),
+            "grace": grace,
+            "drain": drain,
+            "start_timeout": start_timeout,
+            "debug": debug,
+        }
+        self._set_up()
+
+    def _set_up(self) -> None:
+        self._drain: float = self._settings["drain"]
+        self._token = uuid.uuid4().hex
+        self._leases = Leases()
+        self._supervisor: Supervisor | None = None
+        self._start_lock = threading.Lock()
+        self._started = False
+        self._closed = False
+        self._forked = False
+        self._job_prefix = self._token[:8]
+        self._job_numbers = itertools.count(1)
+        _pools[self._token] = self
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Start the workers and return once all are ready.
+
+        Raises StartError, with the worker's own traceback, where the handler can't be loaded.
+        """
+        with self._start_lock:
+            self._check_usable()
+            if not self._started:
+                self._supervisor = Supervisor(
+                    self._leases,
+                    self._config,
+                    self._settings["workers"],
+                    self._settings["env"],
+                    self._settings["grace"],
+                    self._settings["start_timeout"],
+                )
+                try:
+                    self._supervisor.start()
+                except BaseException:
+                    self._supervisor = None
+                    raise
+                self._started = True
+        return self
+
+    def close(self, drain: float | None = None) -> None:
+        """Take no more requests, wait up to `drain` seconds for the jobs under way, then end all workers.
+
+        When it returns, no process, thread or descriptor of the pool is left. Closing again does nothing.
+        """
+        if self._forked:
+            return
+        with self._start_lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._leases.close(lambda: PoolClosed("the pool is closed: open a new one"))
+            supervisor = self._supervisor
+        if supervisor is None:
+            return
+        if not self._leases.wait_quiet(self._drain if drain is None else drain):
+            for job in self._leases.jobs():
+                job.close(PoolClosed("the pool was closed before the job's end"))
+        supervisor.stop(EXIT_LIMIT)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_started", False) and not self._closed and not self._forked:
+            warnings.warn(
+                "a pool was dropped without being closed: use it in a with block, or call close()",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+            self.close(drain=0)
+
+    def __reduce__(self) -> tuple[Callable[..., Pool], tuple[Any, ...]]:
+        # In this process a pickle is a reference; elsewhere it is a pool of its own, set up alike.
+        return _restore, (self._token, msgspec.msgpack.encode(self._config), self._settings)
+
+    def _forget(self) -> None:
+        """This is a forked child now: the workers are the parent's."""
+        self._forked = True
+        if self._supervisor is not None:
+            self._supervisor.forget()
+
+    def _check_usable(self) -> None:
+        if self._forked:
+            raise PoolForked(
+                "this pool was started before the fork and belongs to the parent process: make one after the fork"
+            )
+        if self._closed:
+            raise PoolClosed("the pool is closed: open a new one")
+
+    # -- use -----------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        request: Request,
+        *,
+        context: JobContext = _NO_CONTEXT,
+        lease_timeout: float | None = None,
+        read_timeout: float | None = None,
+    ) -> Job:
+        """Run a request in a worker; gives its job once the response's head is there.
+
+        `context` is passed on to the handler, with a job id of the pool's own. Waits up to `lease_timeout`
+        seconds for a free worker, and up to `read_timeout` seconds for each sign of progress; None waits for
+        ever. Raises LeaseTimeout, ReadTimeout, WorkersUnavailable, a JobFailed where the job ends badly before
+        its head, InvalidRequest for a head over the size cap, PoolClosed, PoolForked and StartError.
+        """
+        if not self._started or self._forked:
+            self.start()
+        supervisor = self._supervisor
+        assert supervisor is not None
+        upload = Upload(request.body)
+        job_id = f"{self._job_prefix}-{next(self._job_numbers)}"
+        try:
+            head = _encode_head(request, upload, context, job_id)
+            for _ in range(_MAX_TRIES):
+                worker = self._leases.lease(lease_timeout)
+                with contextlib.suppress(NeverTaken):
+                    return Job(worker, supervisor, request.method, head, upload, job_id, read_timeout)
+        except BaseException:
+            upload.close()
+            raise
+        upload.close()
+        raise LeaseTimeout(f"{_MAX_TRIES} workers in a row ended before they took the request; the log says why")
+
+
+def _encode_head(request: Request, upload: Upload, context: JobContext, job_id: str) -> bytes:
+    head = _encode(
+        RequestHead(
+            request.method,
+            request.target,
+            request.headers if type(request.headers) is list else list(request.headers),
+            request.scheme,
+            request.server,
+            upload.lazy or bool(upload.inline),
+            JobContext(
+                job_id,
+                context.provider,
+                context.source,
+                context.delegated_api_key_id,
+                context.attribution,
+                context.deadline,
+            ),
+        )
+    )
+    if len(head) > MAX_HEAD:
+        raise InvalidRequest(
+            f"the request head has {len(head)} bytes, over the cap of {MAX_HEAD}: send less in target and headers"
+        )
+    return head
+
+
+def _check_settings(kind: object, workers: object, env: object, root_path: object) -> None:
+    if kind == "asgi":
+        raise ConfigurationError(
+            "kind='asgi': this version runs native handlers and WSGI apps; "
+            "wrap an ASGI app with an ASGI-to-WSGI adapter such as a2wsgi"
+        )
+    if kind not in KINDS:
+        raise ConfigurationError(f"kind is one of {', '.join(map(repr, KINDS))}, not {kind!r}")
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise ConfigurationError(f"workers is a number of processes, 1 or more, not {workers!r}")
+    if env is not None and not (
+        isinstance(env, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in env.items())
+    ):
+        raise ConfigurationError("env is a mapping of str to str, or None to pass the host's environment on")
+    if not isinstance(root_path, str) or (root_path and not root_path.startswith("/")):
+        raise ConfigurationError(f"root_path is a path that begins with '/', or empty, not {root_path!r}")
+
+
+def _portable(handler: object) -> tuple[str, bytes | None]:
+    """The handler as it is sent to the workers: its import string, or its name and its pickle by value."""
+    if isinstance(handler, str):
+        if _SPEC.fullmatch(handler) is None:
+            raise ConfigurationError(
+                f"handler {handler!r} is not an import string: it has the form 'package.module:attribute'"
+            )
+        return handler, None
+    if not callable(handler):
+        raise ConfigurationError(
+            f"the handler is a {type(handler).__name__}: give an import string such as 'package.module:attribute', "
+            f"or a callable"
+        )
+    import dill
+
+    try:
+        pickle: bytes = dill.dumps(handler, recurse=True)
+    except Exception as error:  # a pickle can fail with anything that a __reduce__ raises
+        raise ConfigurationError(
+            f"the handler can't be sent to the workers by value ({type(error).__name__}: {error}): "
+            f"put it in a module and give its import string, 'package.module:attribute'"
+        ) from error
+    return getattr(handler, "__qualname__", type(handler).__qualname__), pickle
+
+
+_pools: weakref.WeakValueDictionary[str, Pool] = weakref.WeakValueDictionary()
+
+
+def _restore(token: str, config: bytes, settings: dict[str, Any]) -> Pool:
+    pool = _pools.get(token)
+    if pool is None:
+        pool = Pool.__new__(Pool)
+        pool._config = msgspec.msgpack.decode(config, type=ZygoteConfig)
+        pool._settings = settings
+        pool.debug = settings["debug"]
+        pool._set_up()
+    return pool
+
+
+def _close_all() -> None:
+    for pool in list(_pools.values()):
+        pool.close(drain=0)
+
+
+def _forget_all() -> None:
+    for pool in list(_pools.values()):
+        pool._forget()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_forget_all)

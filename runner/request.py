@@ -1,0 +1,152 @@
+"""A request as the host holds it, and its body as a source of bytes that is read lazily.
+
+`Request` is checked when it is made: what could not stand in an HTTP/1.1 message is refused before any
+worker is leased.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from runner.errors import InvalidRequest
+from runner.headers import check_headers, is_token
+from runner.messages import Header
+
+
+class SupportsRead(Protocol):
+    """Anything with a `read(size)` that gives bytes, such as a file opened in binary mode."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+Body = bytes | bytearray | memoryview | str | SupportsRead | Iterable[bytes] | None
+"""A request's body: nothing, bytes, text (sent as UTF-8), a file-like object, or an iterable of bytes."""
+
+PIECE = 64 * 1024
+"""The most that is pulled from a body at once, in bytes; also the largest body frame that the host sends."""
+
+INLINE = 32 * 1024
+"""A body of bytes or text up to this size goes out with its request's head in one write."""
+
+# Visible ASCII without controls and blanks; RFC 9112, 3.2: origin-form, or "*" for OPTIONS.
+_TARGET = re.compile(r"/[\x21-\x22\x24-\x7e]*|\*")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request.
+
+    `target` is the origin-form target, path and query byte for byte as they should arrive; `headers` are
+    (name, value) pairs; `scheme` and `server` (host, port) tell the handler the URL that it stands behind.
+    Raises InvalidRequest for what can't be sent.
+    """
+
+    method: str
+    target: str
+    headers: Sequence[Header] = ()
+    body: Body = None
+    scheme: str = "http"
+    server: tuple[str, int] = ("localhost", 80)
+
+    def __post_init__(self) -> None:
+        if not is_token(self.method):
+            raise InvalidRequest(f"method {self.method!r} is not a token (RFC 9110, 9.1)")
+        if _TARGET.fullmatch(self.target) is None:
+            raise InvalidRequest(
+                f"target {self.target[:200]!r} is not a path with an optional query: it must begin with '/', "
+                f"hold no fragment, and have blanks, controls and non-ASCII characters percent-encoded"
+            )
+        try:
+            check_headers(self.headers)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(str(error)) from None
+
+
+class Upload:
+    """A request body that is sent as the worker takes it.
+
+    `inline` is a small body that is there at once; `lazy` says that there may be more to `pull`. `close`
+    ends the source, and is safe to call more than once. Iterators are closed; a file stays open, since it is
+    its owner's to close, or to send again.
+    """
+
+    __slots__ = ("_close", "_next", "_rest", "inline", "pulled")
+
+    def __init__(self, body: Body) -> None:
+        self.inline = b""
+        self.pulled = False
+        self._rest: memoryview | None = None
+        self._next: Callable[[], bytes] | None = None
+        self._close: Callable[[], None] | None = None
+        if body is None:
+            return
+        if isinstance(body, (bytes, bytearray, memoryview, str)):
+            data = _as_bytes(body)
+            if len(data) <= INLINE:
+                self.inline = data
+            else:
+                self._rest = memoryview(data)
+                self._next = bytes
+        elif hasattr(body, "read"):
+            read: Callable[[int], object] = body.read
+            self._next = lambda: _as_bytes(read(PIECE))
+        elif isinstance(body, Iterable):
+            source: Iterator[object] = iter(body)
+            self._next = lambda: _next_piece(source)
+            self._close = getattr(source, "close", None)
+        else:
+            raise InvalidRequest(
+                f"a body of type {type(body).__name__} can't be sent: "
+                f"give bytes, str, a binary file, or an iterable of bytes"
+            )
+
+    @property
+    def lazy(self) -> bool:
+        """Whether there may be more to pull."""
+        return self._next is not None
+
+    def pull(self) -> bytes | memoryview:
+        """The next piece of a lazy body, at most PIECE bytes; empty at its end. Raises what the source raises."""
+        rest = self._rest
+        if rest is None:
+            if self._next is None:
+                return b""
+            self.pulled = True
+            piece = self._next()
+            if not piece:
+                self.close()
+            if len(piece) <= PIECE:
+                return piece
+            rest = memoryview(piece)
+        self.pulled = True
+        self._rest = rest[PIECE:] if len(rest) > PIECE else None
+        return rest[:PIECE]
+
+    def close(self) -> None:
+        """End the source."""
+        self._next = None
+        self._rest = None
+        close, self._close = self._close, None
+        if close is not None:
+            close()
+
+
+def _as_bytes(piece: object) -> bytes:
+    if isinstance(piece, bytes):
+        return piece
+    if isinstance(piece, (bytearray, memoryview)):
+        return bytes(piece)
+    if isinstance(piece, str):
+        return piece.encode()
+    raise InvalidRequest(f"the request body gave a piece of type {type(piece).__name__}, not bytes")
+
+
+def _next_piece(source: Iterator[object]) -> bytes:
+    for piece in source:
+        data = _as_bytes(piece)
+        if data:
+            return data
+    return b""

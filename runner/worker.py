@@ -1,0 +1,144 @@
+"""The child: one process that runs one job at a time, from fork to exit.
+
+`run` is what the zygote's fork calls. It takes on the worker's descriptors (requests on 3, responses on 4,
+/dev/null on 0, the log pipe on 1 and 2), closes all else, sheds what belonged to the zygote, loads the
+handler, says READY, and then serves jobs until the request pipe ends.
+
+The handler's reads and writes are the pipe's: request body frames are read when the handler asks for
+them, and what it writes is on its way when the write returns.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import traceback
+from typing import Final, NoReturn
+
+import msgspec
+
+from runner import linux
+from runner.errors import AbortHandler
+from runner.frames import FAULT, READY, encode
+from runner.handlers.load import Bridge, load
+from runner.messages import FaultReport, Ready, ZygoteConfig
+from runner.pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
+
+REQUEST_FD: Final = 3
+RESPONSE_FD: Final = 4
+LAST_FD: Final = RESPONSE_FD
+DESCRIPTORS: Final = 3
+"""How many descriptors come with a Spawn order: request pipe, response pipe, log pipe."""
+
+_MAX_TEXT: Final = 16 * 1024
+_DESCRIPTOR_CEILING: Final = 1 << 20
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def run(
+    config: ZygoteConfig, handler: Bridge | None, zygote: int, fds: list[int], inherited: frozenset[int]
+) -> NoReturn:
+    """The life of a worker. `handler` is given where the zygote has preloaded it."""
+    _take_descriptors(fds, inherited)
+    _shed(zygote)
+    pipes = Pipes(REQUEST_FD, RESPONSE_FD)
+    status = 0
+    try:
+        if handler is None:
+            handler = load(config)
+        pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
+        serve(pipes, handler)
+    except HostGone:
+        pass
+    except BaseException as error:  # noqa: BLE001 - a start that failed, whatever it raised, is reported
+        status = 1
+        try:
+            pipes.write(encode(FAULT, 0, _encode(FaultReport("raised", traceback=explain(error)))))
+        except HostGone:
+            pass
+    sys.exit(status)
+
+
+def serve(pipes: Pipes, handler: Bridge) -> NoReturn:
+    """Run one job after another, until HostGone."""
+    while True:
+        request = pipes.next_request()
+        run_job(handler, request, OutgoingResponse(pipes, request.number))
+        request.skip()
+
+
+def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingResponse) -> None:
+    """Run one job to its end; whatever the handler raises becomes its fault."""
+    try:
+        handler(request, response)
+        if not response.ended:
+            response.finish(200, [], [])
+    except HostGone:
+        raise
+    except AbortHandler:
+        response.fail(FaultReport("aborted"), implied=(200, []))
+    except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt end the job, not the worker
+        response.fail(FaultReport("raised", *describe(error), explain(error)))
+
+
+def describe(error: BaseException) -> tuple[str, str]:
+    """The exception's type and its words, whatever its `__str__` does."""
+    try:
+        words = str(error)[:1000]
+    except BaseException:  # noqa: BLE001 - it is the handler's own code
+        words = "(its message can't be shown)"
+    return type(error).__qualname__[:200], words.encode(errors="replace").decode()
+
+
+def explain(error: BaseException) -> str:
+    """The traceback as text, capped, whatever the exception's own methods do."""
+    try:
+        text = "".join(traceback.format_exception(error))
+    except BaseException:  # noqa: BLE001
+        text = "".join(traceback.format_tb(error.__traceback__)) + ": ".join(describe(error))
+    if len(text) > _MAX_TEXT:
+        text = f"{text[: _MAX_TEXT // 2]}\n...\n{text[-_MAX_TEXT // 2 :]}"
+    return text.encode(errors="replace").decode()
+
+
+def _take_descriptors(fds: list[int], inherited: frozenset[int]) -> None:
+    """Put the job's descriptors on their numbers and close all that is not the handler's own."""
+    request_fd, response_fd, log_fd = fds
+    os.dup2(log_fd, 1)
+    os.dup2(log_fd, 2)
+    os.dup2(request_fd, REQUEST_FD, inheritable=False)
+    os.dup2(response_fd, RESPONSE_FD, inheritable=False)
+    start = LAST_FD + 1
+    for kept in sorted(fd for fd in inherited if fd > LAST_FD):
+        os.closerange(start, kept)
+        start = kept + 1
+    os.closerange(start, _DESCRIPTOR_CEILING)
+
+
+def _shed(zygote: int) -> None:
+    """Leave behind what belonged to the zygote, and be bound to its life."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    linux.become_subreaper()
+    linux.die_with_parent(signal.SIGKILL)
+    if os.getppid() != zygote:
+        os._exit(1)  # it ended before the line above took effect
+    sys.argv[:] = [""]
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the three stay open
+    sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
+    faulthandler.enable(2)
+    _replace_authkeys()
+
+
+def _replace_authkeys() -> None:
+    """Give this process authentication keys of its own: a key shared by workers would let one pass for another."""
+    for name in ("multiprocess.process", "multiprocessing.process"):
+        module = sys.modules.get(name)
+        if module is not None:
+            module.current_process().authkey = os.urandom(32)

@@ -1,0 +1,189 @@
+"""The process that forks the workers, and reports their ends.
+
+One per pool, started with `subprocess`, so that the caller's `__main__` is never run again and nothing
+but standard input, the log pipe and the control socket is inherited. It is single-threaded, which makes
+forking safe; it is the parent of every worker, so that their parent-death signal is tied to a thread that
+lasts; and it is a subreaper: what a dead worker leaves behind becomes its child, and is killed.
+
+It takes `Spawn` orders over the control socket, each with the descriptors of a new worker, and answers
+`Born` with the worker's pidfd and `Died` with its exit status. When the control socket closes, because
+the pool closed or because the host is gone, it kills all that it has started and exits.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from typing import Any
+
+import msgspec
+import multiprocess  # type: ignore[import-untyped]
+
+from runner import linux, worker
+from runner.handlers.load import Bridge, HandlerError, load
+from runner.messages import Born, Died, Failed, Spawn, ZygoteConfig
+from runner.zygote_start import MAX_MESSAGE
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_order = msgspec.msgpack.Decoder(Spawn).decode
+_fork_context = multiprocess.get_context("fork")
+
+
+def main() -> None:
+    """Run a zygote until its control socket closes. The socket's descriptor is the first argument."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ZygoteConfig)
+    sys.argv[1:] = []
+    sys.stdin.close()
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != 0:
+        os.dup2(null, 0)
+        os.close(null)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open
+    linux.become_subreaper()
+    zygote = Zygote(control, config)
+    if config.preload and not zygote.preload():
+        os._exit(1)
+    zygote.run()
+
+
+class Zygote:
+    """The workers that it has forked, and the loop that waits for orders and ends."""
+
+    def __init__(self, control: socket.socket, config: ZygoteConfig) -> None:
+        self._control = control
+        self._config = config
+        self._handler: Bridge | None = None
+        self._workers: dict[int, tuple[int, Any]] = {}
+        self._kept: frozenset[int] = frozenset()
+        self._inherited: frozenset[int] = frozenset()
+        # The workers' descriptors get fixed numbers; nothing that a preload opens may sit on them.
+        while (fd := os.dup(0)) <= worker.LAST_FD:
+            pass
+        os.close(fd)
+        self._child_ended, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+
+    def preload(self) -> bool:
+        """Import the handler here, once for all workers; False after telling the host why that failed."""
+        before = linux.open_descriptors()
+        try:
+            self._handler = load(self._config)
+            threads = len(os.listdir("/proc/self/task"))
+            if threads > 1:
+                raise HandlerError(
+                    f"importing the handler started {threads - 1} thread(s), which a fork would lose: "
+                    f"start the pool with preload=False"
+                )
+        except BaseException as error:  # noqa: BLE001 - whatever the import raised is the host's to know
+            self._send(Failed(worker.explain(error)))
+            return False
+        self._inherited = frozenset(linux.open_descriptors() - before)
+        self._kept = frozenset(linux.children())
+        return True
+
+    def run(self) -> None:
+        """Fork, reap and report, until the control socket closes; then kill everything and exit."""
+        gc.collect()
+        gc.freeze()
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._child_ended, select.POLLIN)
+        try:
+            while True:
+                ready = dict(poll.poll())
+                if self._child_ended in ready:
+                    self._drain_wakeups()
+                    self._reap()
+                if self._control.fileno() in ready and not self._take_order():
+                    break
+        except OSError:
+            traceback.print_exc()
+        finally:
+            self._end()
+
+    def _take_order(self) -> bool:
+        data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, worker.DESCRIPTORS)
+        if not data:
+            return False
+        try:
+            self._fork(_decode_order(data), fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _fork(self, order: Spawn, fds: list[int]) -> None:
+        process = _fork_context.Process(
+            target=worker.run,
+            args=(self._config, self._handler, os.getpid(), fds, self._inherited),
+            name=f"blastdoor-worker-{order.worker}",
+        )
+        try:
+            process.start()
+        except OSError as error:  # no more processes or memory: the host counts it as a death in start-up
+            print(f"worker {order.worker} can't be forked: {error}", file=sys.stderr, flush=True)
+            self._send(Died(order.worker, 1))
+            return
+        self._workers[process.pid] = (order.worker, process)
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            self._send(Born(order.worker, process.pid), pidfd)
+        finally:
+            os.close(pidfd)
+        self._reap()  # start() polls its other children itself, and a SIGCHLD may be used up
+
+    def _reap(self) -> None:
+        """Report the workers that have ended, and kill and reap what they left behind."""
+        for pid, (number, process) in list(self._workers.items()):
+            status = process.exitcode
+            if status is not None:
+                del self._workers[pid]
+                process.close()
+                self._send(Died(number, status))
+        for pid in linux.children():
+            if pid not in self._workers and pid not in self._kept:
+                self._kill(pid)
+
+    @staticmethod
+    def _kill(pid: int) -> None:
+        # A child's pid is not used again before we have reaped it, so the number is safe here.
+        os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            pass
+
+    def _send(self, message: Born | Died | Failed, *fds: int) -> None:
+        data = _encode(message)
+        try:
+            if fds:
+                socket.send_fds(self._control, [data], fds)
+            else:
+                self._control.send(data)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the host is gone; the loop ends at its next look
+
+    def _drain_wakeups(self) -> None:
+        try:
+            while os.read(self._child_ended, 4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _end(self) -> None:
+        """Kill and reap every child, and what becomes a child by that, then exit."""
+        while pids := linux.children():
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                break
+        os._exit(0)

@@ -1,0 +1,21 @@
+"""Ways for ordinary HTTP client code to reach the handlers of a pool as if they were a remote server.
+
+`transport.requests` has the `requests` adapter.
+"""
+
+from runner.errors import BlastdoorError
+from transport.errors import MissingIdentity, TargetEscapes, UnknownProvider
+from transport.factory import TransportFactory
+from transport.identity import attribution, delegated_api_key_id
+from transport.route import Route
+
+__all__ = [
+    "BlastdoorError",
+    "MissingIdentity",
+    "Route",
+    "TargetEscapes",
+    "TransportFactory",
+    "UnknownProvider",
+    "attribution",
+    "delegated_api_key_id",
+]
