@@ -52,7 +52,7 @@ _HOMES = {
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-__all__ = sorted(_MODULES)  # noqa: PLE0605 - computed from the one table
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> object:

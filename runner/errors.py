@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from runner.messages import Fault
 
 
-class AbortHandler(BaseException):  # noqa: N818 - the name is part of the handlers' contract
+class AbortHandler(BaseException):
     """Raised by a handler to cut its response off: the caller sees an unexpected end, nothing is logged.
 
     A `BaseException`, so that a framework's `except Exception` does not turn it into an error page.

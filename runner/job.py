@@ -172,9 +172,7 @@ class Job:
         inline = upload.inline
         frames = pack_header(REQUEST, number, len(head)) + head
         if inline:
-            frames = b"".join(
-                (frames, pack_header(BODY, number, len(inline)), inline, pack_header(END, number, 0))
-            )
+            frames = b"".join((frames, pack_header(BODY, number, len(inline)), inline, pack_header(END, number, 0)))
         channel = self._channel
         channel.written = 0
         try:
@@ -205,7 +203,7 @@ class Job:
     def _close_upload(self) -> None:
         try:
             self._upload.close()
-        except Exception:  # noqa: BLE001 - the caller's own generator; the job's outcome stands without it
+        except Exception:
             logger.exception("job %s: closing the request body failed", self.job_id)
 
     def _stop_upload(self) -> None:
@@ -299,7 +297,11 @@ class Job:
             signal=signal_name,
         )
         logger.error(
-            "job %s: worker %s %s%s", self.job_id, worker.pid, what, f"; its last output:\n{tail}" if tail else ""
+            "job %s: worker %s %s%s",
+            self.job_id,
+            worker.pid,
+            what,
+            f"; its last output:\n{tail}" if tail else "",
         )
         raise WorkerDied(fault)
 

@@ -57,6 +57,14 @@ class Worker:
         self.status: int | None = None
         self.exited = threading.Event()
 
+    def forget(self) -> None:
+        """In a forked child: close the inherited descriptors, and leave the process alone."""
+        self.channel.close()
+        self.log.forget()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+
     def __repr__(self) -> str:
         return f"<Worker {self.number} pid={self.pid}>"
 

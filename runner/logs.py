@@ -31,7 +31,17 @@ class LogPipe:
     `label` is what stands in the log before each line's job, such as "worker 4711".
     """
 
-    __slots__ = ("_allowance", "_filled_at", "_line", "_null_fd", "_skipped", "_tail", "fd", "job_id", "label")
+    __slots__ = (
+        "_allowance",
+        "_filled_at",
+        "_line",
+        "_null_fd",
+        "_skipped",
+        "_tail",
+        "fd",
+        "job_id",
+        "label",
+    )
 
     def __init__(self, fd: int, label: str) -> None:
         os.set_blocking(fd, False)
@@ -78,6 +88,13 @@ class LogPipe:
         if self._null_fd >= 0:
             os.close(self._null_fd)
             self._null_fd = -1
+
+    def forget(self) -> None:
+        """In a forked child: close the inherited descriptors and log nothing."""
+        for fd in (self.fd, self._null_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._null_fd = -1
 
     def tail(self, job_id: str) -> str:
         """The last lines that were printed during this job."""

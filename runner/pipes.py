@@ -99,7 +99,7 @@ class OutgoingResponse:
             self.started = True
             self._pipes.write(frame)
 
-    def start_with(self, status: int, headers: list[Header], data: bytes) -> None:
+    def start_with(self, status: int, headers: list[Header], data: bytes | bytearray | memoryview) -> None:
         """Send the head and the first bytes of the body in one write."""
         frame = self._head_frame(status, headers)
         with self._lock:

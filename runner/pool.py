@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from runner.errors import ConfigurationError, InvalidRequest, PoolClosed, PoolForked
+from runner.errors import ConfigurationError, InvalidRequest, LeaseTimeout, PoolClosed, PoolForked
 from runner.frames import MAX_HEAD
 from runner.job import Job, NeverTaken
 from runner.leases import Leases

@@ -1,25 +1,19 @@
 """Births and deaths: one thread per pool that keeps the wanted number of workers alive.
 
-It stands beside the lane, never on it. It waits in one selector for: the zygote's control socket (births,
-exits), the response pipes of workers that start (READY) or that were left by their callers (the end of
-the job, within the grace time), the log pipes, and orders from other threads. Each watched descriptor has
-a method of its own; timers are a heap of callbacks.
+It stands beside the lane, never on it. Its loop waits for the zygote's news (births, exits), for the
+response pipes of workers that start (READY) or that were left by their callers (the end of the job,
+within the grace time), for the log pipes, and for orders from other threads.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import logging
 import os
 import selectors
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -32,13 +26,12 @@ from runner.exchange import ResponseExchange
 from runner.frames import FAULT, READY
 from runner.leases import Leases, Worker
 from runner.logs import LogPipe
-from runner.messages import Born, Died, Failed, FaultReport, Ready, Spawn, ZygoteConfig, describe_exit
-from runner.zygote_start import MAX_MESSAGE, preamble, program
+from runner.messages import Born, Died, FaultReport, Ready, ZygoteConfig, describe_exit
+from runner.reactor import Reactor
+from runner.zygote_process import ZygoteProcess
 
 logger = logging.getLogger("blastdoor")
 
-_encode = msgspec.msgpack.Encoder().encode
-_decode_news = msgspec.msgpack.Decoder(Born | Died | Failed).decode
 _decode_ready = msgspec.msgpack.Decoder(Ready).decode
 _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
 
@@ -67,31 +60,20 @@ class Supervisor:
         self._brake = RestartBrake()
         self._workers: dict[int, Worker] = {}
         self._numbers = itertools.count(1)
-        self._selector = selectors.DefaultSelector()
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._selector.register(self._wake_fd, selectors.EVENT_READ, self._take_orders)
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._timer_numbers = itertools.count()
-        self._zygote: subprocess.Popen[bytes] | None = None
-        self._zygote_log: LogPipe | None = None
-        self._zygote_fd = -1
-        self._control: socket.socket | None = None
+        self._adopted: dict[Worker, Callable[[], None]] = {}
+        self._zygote: ZygoteProcess | None = None
         self._started = threading.Event()
         self._start_error = ""
         self._preload_error = ""
         self._closing = False
-        self._finished = False
-        self._adopted: dict[Worker, Callable[[], None]] = {}
-        # Reentrant, since `adopt` may be called by a finaliser that runs in the middle of anything.
-        self._inbox_lock = threading.RLock()
+        self._reactor = Reactor()
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
 
     # -- called from other threads -------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the workers and return once all are ready. StartError, with nothing left behind, if one is not."""
-        self._order(self._start_zygote)
+        self._reactor.call(self._start_zygote)
         self._thread.start()
         try:
             self._started.wait()
@@ -107,7 +89,7 @@ class Supervisor:
 
         It goes back to work if its response ends within the grace time, else it is discarded.
         """
-        if not self._order(lambda: self._await_end(worker, exchange)):
+        if not self._reactor.call(lambda: self._await_end(worker, exchange)):
             self.leases.discard(worker)
 
     def stop(self, grace: float) -> None:
@@ -115,185 +97,88 @@ class Supervisor:
 
         Workers have `grace` seconds to exit before they are killed.
         """
-        self._order(lambda: self._begin_stop(grace))
+        self._reactor.call(lambda: self._begin_stop(grace))
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def live_workers(self) -> list[Worker]:
-        """The workers that have been started and have not been seen to end."""
-        return list(self._workers.values())
-
     def forget(self) -> None:
         """In a forked child: close the inherited descriptors, and leave the processes alone."""
-        self._finished = True
         for worker in self._workers.values():
-            worker.channel.close()
-            if worker.pidfd is not None:
-                os.close(worker.pidfd)
-                worker.pidfd = None
-            os.close(worker.log.fd)
-            worker.log.fd = -1
+            worker.forget()
         if self._zygote is not None:
-            self._zygote.returncode = 0  # not ours to wait for
-            os.close(self._zygote_fd)
-        if self._zygote_log is not None and self._zygote_log.fd >= 0:
-            os.close(self._zygote_log.fd)
-            self._zygote_log.fd = -1
-        if self._control is not None:
-            self._control.close()
-        self._selector.close()
-        os.close(self._wake_fd)
-        self._wake_fd = -1
-
-    def _order(self, order: Callable[[], None]) -> bool:
-        """Have this thread call `order`; False where it has ended."""
-        with self._inbox_lock:
-            if self._wake_fd < 0:
-                return False
-            self._inbox.append(order)
-            os.eventfd_write(self._wake_fd, 1)
-            return True
-
-    # -- the loop ------------------------------------------------------------------------------------
+            self._zygote.forget()
+        self._reactor.forget()
 
     def _run(self) -> None:
-        while not self._finished:
-            try:
-                self._step()
-            except Exception:
-                logger.exception("the supervisor met an error; it goes on")
-        with self._inbox_lock:
-            os.close(self._wake_fd)
-            self._wake_fd = -1
-        while self._inbox:
-            self._inbox.popleft()()
-        self._selector.close()
+        self._reactor.run()
         self._started.set()
-
-    def _step(self) -> None:
-        timeout = max(self._timers[0][0] - time.monotonic(), 0) if self._timers else None
-        for key, _ in self._selector.select(timeout):
-            # An earlier callback of this round may have ended the watch on this one.
-            if self._selector.get_map().get(key.fd) is key:
-                key.data()
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            heapq.heappop(self._timers)[2]()
-
-    def _take_orders(self) -> None:
-        os.eventfd_read(self._wake_fd)
-        while self._inbox:
-            self._inbox.popleft()()
-
-    def _after(self, seconds: float, callback: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_numbers), callback))
-
-    def _watch(self, fd: int, callback: Callable[[], None], events: int = selectors.EVENT_READ) -> None:
-        self._selector.register(fd, events, callback)
-
-    def _unwatch(self, fd: int) -> None:
-        if fd >= 0 and fd in self._selector.get_map():
-            self._selector.unregister(fd)
 
     # -- the zygote ----------------------------------------------------------------------------------
 
     def _start_zygote(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        log_read, log_write = make_pipe()
         try:
-            zygote = subprocess.Popen(
-                program(theirs.fileno()),
-                stdin=subprocess.PIPE,
-                stdout=log_write,
-                stderr=log_write,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-                env=None if self._env is None else dict(self._env),
-            )
+            zygote = ZygoteProcess(self._config, self._env)
         except OSError as error:
-            ours.close()
-            os.close(log_read)
-            self._no_start(f"the zygote process can't be started: {error}")
+            self._start_failed(f"the zygote process can't be started: {error}")
+            self._reactor.after(1.0, self._respawn)
             return
-        finally:
-            theirs.close()
-            os.close(log_write)
         self._zygote = zygote
-        self._control = ours
-        self._zygote_log = LogPipe(log_read, f"zygote {zygote.pid}")
-        self._zygote_fd = os.pidfd_open(zygote.pid)
-        self._watch(self._zygote_log.fd, self._read_zygote_log)
-        self._watch(self._zygote_fd, self._zygote_ended)
-        self._watch(ours.fileno(), self._hear_zygote)
-        ours.setblocking(False)
-        assert zygote.stdin is not None
-        try:
-            with zygote.stdin as stdin:
-                stdin.write(preamble(sys.path, self._config))
-        except BrokenPipeError:
-            pass  # it has ended already, which is seen at once
+        self._reactor.watch(zygote.log.fd, lambda: self._read_log(zygote.log))
+        self._reactor.watch(zygote.control_fd, self._hear_zygote)
+        self._reactor.watch(zygote.pidfd, self._zygote_ended)
         self._spawn_missing()
 
-    def _read_zygote_log(self) -> None:
-        log = self._zygote_log
-        assert log is not None
-        if not log.read():
-            self._unwatch(log.fd)
-
     def _hear_zygote(self) -> None:
-        assert self._control is not None
-        try:
-            data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 1)
-        except (BlockingIOError, ConnectionResetError):
-            data = b""
-        if not data:
-            self._unwatch(self._control.fileno())
+        assert self._zygote is not None
+        heard = self._zygote.hear()
+        if heard is None:
+            self._reactor.unwatch(self._zygote.control_fd)  # it is ending; its pidfd tells the rest
             return
-        news = _decode_news(data)
+        news, pidfd = heard
         if isinstance(news, Born):
-            self._born(news, fds[0])
+            self._born(self._workers[news.worker], news.pid, pidfd)
         elif isinstance(news, Died):
             self._bury(self._workers[news.worker], news.status)
         else:
             self._preload_error = news.traceback
 
     def _zygote_ended(self) -> None:
-        """The zygote is gone, and by its death signal all workers with it."""
-        zygote, log, control = self._zygote, self._zygote_log, self._control
+        """The zygote is gone, and by their death signal all workers with it."""
+        zygote = self._zygote
         assert zygote is not None
-        assert log is not None
-        assert control is not None
-        while control.fileno() in self._selector.get_map():
+        while self._reactor.watches(zygote.control_fd):
             self._hear_zygote()
-        status = zygote.wait()
-        self._unwatch(self._zygote_fd)
-        self._unwatch(log.fd)
-        os.close(self._zygote_fd)
-        log.close()
-        control.close()
-        self._zygote = self._zygote_log = self._control = None
+        self._reactor.unwatch(zygote.pidfd)
+        self._reactor.unwatch(zygote.log.fd)
+        status = zygote.close()
+        self._zygote = None
         for worker in list(self._workers.values()):
             self.leases.kill(worker)
             self._bury(worker, -signal.SIGKILL)
         if self._closing:
-            self._finished = True
+            self._reactor.finish()
             return
         why = f"the zygote process {describe_exit(status)[0]}"
         if self._preload_error:
             why = f"the handler can't be preloaded:\n{self._preload_error}"
-        elif output := log.tail(""):
+        elif output := zygote.log.tail(""):
             why = f"{why}:\n{output}"
         self._start_failed(why)
         self._respawn()
+
+    def _read_log(self, log: LogPipe) -> None:
+        if not log.read():
+            self._reactor.unwatch(log.fd)
 
     # -- births --------------------------------------------------------------------------------------
 
     def _respawn(self) -> None:
         """Start what is missing, now or when the brake allows it."""
+        if self._closing:
+            return
         delay = self._brake.delay(time.monotonic())
         if delay:
-            self._after(delay, self._respawn)
-        elif self._closing:
-            pass
+            self._reactor.after(delay, self._respawn)
         elif self._zygote is None:
             self._start_zygote()
         else:
@@ -308,34 +193,34 @@ class Supervisor:
             self._spawn()
 
     def _spawn(self) -> None:
-        assert self._control is not None
+        assert self._zygote is not None
         number = next(self._numbers)
         fds: list[int] = []
         try:
             for _ in range(3):
                 fds += make_pipe()
             request_read, request_write, response_read, response_write, log_read, log_write = fds
-            socket.send_fds(self._control, [_encode(Spawn(number))], [request_read, response_write, log_write])
+            self._zygote.spawn(number, (request_read, response_write, log_write))
             channel = Channel(request_write, response_read)
         except OSError as error:  # out of descriptors, or the zygote is gone or stuck
             logger.error("worker %d can't be started, and is tried again: %s", number, error)
             for fd in fds:
                 os.close(fd)
-            self._after(0.2, self._respawn)
+            self._reactor.after(0.2, self._respawn)
             return
         for fd in (request_read, response_write, log_write):
             os.close(fd)
-        worker = Worker(number, channel, LogPipe(log_read, f"worker {number} (starting)"))
+        log = LogPipe(log_read, f"worker {number} (starting)")
+        worker = Worker(number, channel, log)
         self._workers[number] = worker
-        self._watch(worker.log.fd, lambda: self._read_log(worker))
-        self._watch(response_read, lambda: self._hear_starting(worker))
-        self._after(self._start_timeout, lambda: self._check_started(number))
+        self._reactor.watch(log.fd, lambda: self._read_log(log))
+        self._reactor.watch(response_read, lambda: self._hear_starting(worker))
+        self._reactor.after(self._start_timeout, lambda: self._check_started(number))
 
-    def _born(self, news: Born, pidfd: int) -> None:
-        worker = self._workers[news.worker]
-        worker.pid = news.pid
-        worker.pidfd = pidfd
-        worker.log.label = f"worker {news.pid}"
+    def _born(self, worker: Worker, pid: int, pidfd: int) -> None:
+        worker.pid = pid
+        worker.pidfd = os.pidfd_open(pid) if pidfd < 0 else pidfd
+        worker.log.label = f"worker {pid}"
         if self._closing:
             self.leases.kill(worker)
 
@@ -345,8 +230,8 @@ class Supervisor:
         frames = channel.receive()
         if frames == []:
             return
-        self._unwatch(channel.response_fd)
-        kind, _, payload = frames[0] if frames else (0, 0, b"")
+        self._reactor.unwatch(channel.response_fd)
+        kind, _, payload = frames[0] if frames else (None, 0, b"")
         try:
             if kind == READY and frames is not None and len(frames) == 1 and channel.clean:
                 _decode_ready(payload)
@@ -354,12 +239,12 @@ class Supervisor:
                 return
             if kind == FAULT:
                 worker.failure = _decode_report(payload).traceback
+            elif kind is not None:
+                worker.failure = "its first frame was not READY: something in its start wrote to its response pipe"
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             worker.failure = f"its first frame does not hold up: {error}"
-        else:
-            if frames is not None and kind != FAULT:
-                worker.failure = "its first frame was not READY: something in its start wrote to its response pipe"
-        self.leases.kill(worker)
+        if kind != FAULT:
+            self.leases.kill(worker)
 
     def _ready(self, worker: Worker) -> None:
         self._brake.succeeded()
@@ -371,11 +256,32 @@ class Supervisor:
     def _check_started(self, number: int) -> None:
         worker = self._workers.get(number)
         if worker is not None and not worker.ready:
-            worker.failure = (
+            worker.failure = worker.failure or (
                 f"it was not ready {self._start_timeout} s after its start: look at what its import waits for, "
                 f"or allow more time (start_timeout)"
             )
             self.leases.kill(worker)
+
+    def _start_failed(self, why: str) -> None:
+        if not self._started.is_set():
+            self._start_error = why
+            self._closing = True
+            self._started.set()
+            return
+        if self._closing:
+            return
+        now = time.monotonic()
+        self._brake.failed(now)
+        pause = self._brake.delay(now)
+        logger.error("%s%s", why, f"\nnext try in {pause:.1f} s" if pause else "")
+        if self._brake.engaged and not any(worker.ready for worker in self._workers.values()):
+            first_line = why.splitlines()[0]
+            self.leases.refuse(
+                lambda: WorkersUnavailable(
+                    f"no worker can be started at the moment; the log has all of it: {first_line}",
+                    max(self._brake.delay(time.monotonic()), 1.0),
+                )
+            )
 
     # -- ends ----------------------------------------------------------------------------------------
 
@@ -383,7 +289,7 @@ class Supervisor:
         """A worker has ended: log its last words, tell its holder, and see to its successor."""
         del self._workers[worker.number]
         for fd in (worker.channel.response_fd, worker.channel.request_fd, worker.log.fd):
-            self._unwatch(fd)
+            self._reactor.unwatch(fd)
         worker.log.close()
         self.leases.bury(worker, status)
         if (settle := self._adopted.get(worker)) is not None:
@@ -396,38 +302,14 @@ class Supervisor:
                 self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
             self._respawn()
 
-    def _start_failed(self, why: str) -> None:
-        if not self._started.is_set():
-            self._no_start(why)
-            return
-        now = time.monotonic()
-        self._brake.failed(now)
-        pause = self._brake.delay(now)
-        logger.error("%s%s", why, f"\nnext try in {pause:.1f} s" if pause else "")
-        if self._brake.engaged and not any(worker.ready for worker in self._workers.values()):
-            first_line = why.splitlines()[0]
-            self.leases.refuse(
-                lambda: WorkersUnavailable(
-                    f"no worker can be started at the moment: {first_line} The log has all of it.",
-                    max(self._brake.delay(time.monotonic()), 1.0),
-                )
-            )
-
-    def _no_start(self, why: str) -> None:
-        self._start_error = self._start_error or why
-        self._closing = True
-        self._started.set()
-
-    # -- workers that were left by their callers -----------------------------------------------------
-
     def _await_end(self, worker: Worker, exchange: ResponseExchange) -> None:
         """Wait, for the grace time, until the left worker has ended its response and taken what was sent to it."""
         channel = worker.channel
 
         def settle(healthy: bool = False) -> None:
             if self._adopted.pop(worker, None) is not None:
-                self._unwatch(channel.response_fd)
-                self._unwatch(channel.request_fd)
+                self._reactor.unwatch(channel.response_fd)
+                self._reactor.unwatch(channel.request_fd)
                 (self.leases.give_back if healthy else self.leases.discard)(worker)
 
         def look() -> None:
@@ -444,7 +326,7 @@ class Supervisor:
             if exchange.violation:
                 settle()
             elif channel.flushed:
-                self._unwatch(channel.request_fd)
+                self._reactor.unwatch(channel.request_fd)
                 if not exchange.open:
                     settle(healthy=channel.clean)
 
@@ -452,15 +334,11 @@ class Supervisor:
         if worker.dead or self._closing:
             settle()
             return
-        self._watch(channel.response_fd, look)
+        self._reactor.watch(channel.response_fd, look)
         if not channel.flushed:
-            self._watch(channel.request_fd, look, selectors.EVENT_WRITE)
-        self._after(self._grace, settle)
+            self._reactor.watch(channel.request_fd, look, selectors.EVENT_WRITE)
+        self._reactor.after(self._grace, settle)
         look()
-
-    def _read_log(self, worker: Worker) -> None:
-        if not worker.log.read():
-            self._unwatch(worker.log.fd)
 
     # -- the end of it all ---------------------------------------------------------------------------
 
@@ -471,7 +349,7 @@ class Supervisor:
                 worker.channel.end_requests()
             else:
                 self.leases.kill(worker)
-        self._after(grace, self._kill_all)
+        self._reactor.after(grace, self._kill_all)
         self._stop_zygote_if_alone()
 
     def _kill_all(self) -> None:
@@ -482,12 +360,11 @@ class Supervisor:
         if self._workers:
             return
         if self._zygote is None:
-            self._finished = True
-        elif self._control is not None:
-            # Closing the socket is the order to end: the zygote kills what is left of its descendants and exits.
-            self._control.shutdown(socket.SHUT_RDWR)
-            self._after(EXIT_LIMIT, self._kill_zygote)
+            self._reactor.finish()
+        else:
+            self._zygote.end()
+            self._reactor.after(EXIT_LIMIT, self._kill_zygote)
 
     def _kill_zygote(self) -> None:
         if self._zygote is not None:
-            signal.pidfd_send_signal(self._zygote_fd, signal.SIGKILL)
+            self._zygote.kill()

@@ -45,21 +45,16 @@ def run(
     _take_descriptors(fds, inherited)
     _shed(zygote)
     pipes = Pipes(REQUEST_FD, RESPONSE_FD)
-    status = 0
     try:
-        if handler is None:
-            handler = load(config)
+        handler = handler or load(config)
         pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
+    except BaseException as error:  # noqa: BLE001 - a start that failed, whatever it raised, is reported
+        pipes.write(encode(FAULT, 0, _encode(FaultReport("raised", traceback=explain(error)))))
+        os._exit(1)
+    try:
         serve(pipes, handler)
     except HostGone:
-        pass
-    except BaseException as error:  # noqa: BLE001 - a start that failed, whatever it raised, is reported
-        status = 1
-        try:
-            pipes.write(encode(FAULT, 0, _encode(FaultReport("raised", traceback=explain(error)))))
-        except HostGone:
-            pass
-    sys.exit(status)
+        sys.exit(0)
 
 
 def serve(pipes: Pipes, handler: Bridge) -> NoReturn:

@@ -22,12 +22,12 @@ import traceback
 from typing import Any
 
 import msgspec
-import multiprocess  # type: ignore[import-untyped]
+import multiprocess
 
 from runner import linux, worker
 from runner.handlers.load import Bridge, HandlerError, load
 from runner.messages import Born, Died, Failed, Spawn, ZygoteConfig
-from runner.zygote_start import MAX_MESSAGE
+from runner.zygote_process import MAX_MESSAGE
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_order = msgspec.msgpack.Decoder(Spawn).decode

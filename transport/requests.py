@@ -68,7 +68,7 @@ class Transport(BaseAdapter):
         self,
         request: requests.PreparedRequest,
         stream: bool = False,
-        timeout: float | tuple[float | None, float | None] | Timeout | None = None,  # type: ignore[override]
+        timeout: float | tuple[float | None, float | None] | Timeout | None = None,
         verify: bool | str = True,
         cert: object = None,
         proxies: Mapping[str, str] | None = None,
@@ -139,9 +139,7 @@ class Transport(BaseAdapter):
             authority,
         )
 
-    def _respond(
-        self, request: requests.PreparedRequest, head: ResponseHead, raw: RawResponse
-    ) -> requests.Response:
+    def _respond(self, request: requests.PreparedRequest, head: ResponseHead, raw: RawResponse) -> requests.Response:
         response = requests.Response()
         response.status_code = head.status
         response.headers = requests.structures.CaseInsensitiveDict(raw.headers)
@@ -149,9 +147,9 @@ class Transport(BaseAdapter):
         response.raw = raw
         response.reason = head.reason
         response.url = request.url or ""
-        extract_cookies_to_jar(response.cookies, request, raw)
+        extract_cookies_to_jar(response.cookies, request, raw)  # type: ignore[no-untyped-call]
         response.request = request
-        response.connection = self  # type: ignore[attr-defined]
+        response.connection = self  # type: ignore[assignment]
         return response
 
 
@@ -167,7 +165,7 @@ class RawResponse(HTTPResponse):
         for name, value in head.headers:
             headers.add(name, value)
         super().__init__(
-            body=body,  # type: ignore[arg-type]
+            body=body,
             headers=headers,
             status=head.status,
             version=11,
@@ -290,10 +288,11 @@ def _timeouts(timeout: object) -> tuple[float | None, float | None]:
         else:
             connect = read = timeout
         resolved = Timeout(connect=connect, read=read)
-    waits = []
-    for wait in (resolved.connect_timeout, resolved.read_timeout):
-        waits.append(float(wait) if isinstance(wait, (int, float)) else None)
-    return waits[0], waits[1]
+    connect, read = resolved.connect_timeout, resolved.read_timeout
+    return (
+        float(connect) if isinstance(connect, (int, float)) else None,
+        float(read) if isinstance(read, (int, float)) else None,
+    )
 
 
 def _target(url: str) -> str:

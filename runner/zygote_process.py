@@ -1,0 +1,125 @@
+"""A pool's zygote as the host sees it: how it is started, told to fork, and heard.
+
+The interpreter is started with `subprocess` and inherits the control socket and nothing else. Its program
+reads the host's `sys.path` and the configuration from standard input, and then runs `runner.zygote`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from runner.channel import make_pipe
+from runner.logs import LogPipe
+from runner.messages import Born, Died, Failed, Spawn, ZygoteConfig
+
+MAX_MESSAGE: Final = 128 * 1024
+"""The cap on a control message, in bytes; the socket keeps message boundaries (SOCK_SEQPACKET, unix(7))."""
+
+_BOOTSTRAP: Final = """
+import sys
+paths = sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))
+sys.path[:] = paths.decode('utf-8', 'surrogateescape').split('\\0')
+del paths
+from runner.zygote import main
+main()
+"""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_news = msgspec.msgpack.Decoder(Born | Died | Failed).decode
+
+
+class ZygoteProcess:
+    """A running zygote. `pidfd` and `control_fd` are to be watched; `close` frees all, once it has ended."""
+
+    def __init__(self, config: ZygoteConfig, env: Mapping[str, str] | None) -> None:
+        """Start it. Raises OSError where the machine has no process or descriptor to spare."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            log_read, log_write = make_pipe()
+            self.log = LogPipe(log_read, "zygote")
+            try:
+                self._process = subprocess.Popen(
+                    _program(theirs.fileno()),
+                    stdin=subprocess.PIPE,
+                    stdout=log_write,
+                    stderr=log_write,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                    env=None if env is None else dict(env),
+                )
+            except OSError:
+                self.log.close()
+                raise
+            finally:
+                os.close(log_write)
+        except OSError:
+            self._control.close()
+            raise
+        finally:
+            theirs.close()
+        self.pid = self._process.pid
+        self.log.label = f"zygote {self.pid}"
+        self.pidfd = os.pidfd_open(self.pid)
+        self.control_fd = self._control.fileno()
+        self._control.setblocking(False)
+        assert self._process.stdin is not None
+        try:
+            with self._process.stdin as stdin:
+                stdin.write(_preamble(sys.path, config))
+        except BrokenPipeError:
+            pass  # it has ended already, which its pidfd tells
+
+    def spawn(self, number: int, fds: Sequence[int]) -> None:
+        """Order a worker with these descriptors. Raises OSError where the zygote is gone or stuck."""
+        socket.send_fds(self._control, [_encode(Spawn(number))], fds)
+
+    def hear(self) -> tuple[Born | Died | Failed, int] | None:
+        """The next news, and the pidfd that came with a birth (else -1); None where nothing more is there."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 1)
+        except (BlockingIOError, ConnectionResetError):
+            return None
+        return (_decode_news(data), fds[0] if fds else -1) if data else None
+
+    def end(self) -> None:
+        """Order it to end: it kills what it has started, and exits."""
+        self._control.shutdown(socket.SHUT_RDWR)
+
+    def kill(self) -> None:
+        """SIGKILL it; by their death signal the workers end with it."""
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> int:
+        """Reap it and close all descriptors; its exit status, minus the signal that ended it."""
+        status = self._process.wait()
+        self.log.close()
+        self._control.close()
+        os.close(self.pidfd)
+        return status
+
+    def forget(self) -> None:
+        """In a forked child: close the inherited descriptors, and leave the process alone."""
+        self._process.returncode = 0  # not ours to wait for
+        self.log.forget()
+        self._control.close()
+        os.close(self.pidfd)
+
+
+def _program(control_fd: int) -> list[str]:
+    """The command: this interpreter with this one's flags, told its control socket's descriptor."""
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return [sys.executable, *flags, "-c", _BOOTSTRAP, str(control_fd)]
+
+
+def _preamble(sys_path: list[str], config: ZygoteConfig) -> bytes:
+    """What the bootstrap reads: the length of `sys.path`, `sys.path`, and the configuration."""
+    paths = "\0".join(sys_path).encode("utf-8", "surrogateescape")
+    return b"%d\n%b%b" % (len(paths), paths, _encode(config))

@@ -1,0 +1,70 @@
+"""What every test may use, and what every test must leave behind: nothing."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from runner import Pool
+
+HANDLER = "tests.handlers:app"
+
+
+def _descriptors() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue  # the listing's own
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """W11: after each test no process, descriptor, thread or shared-memory file is left that was not there before."""
+    before = _descriptors(), set(threading.enumerate()), set(os.listdir("/dev/shm"))
+    children = set(psutil.Process().children(recursive=True))
+    yield
+    gc.collect()
+    after = _descriptors()
+    assert {fd: name for fd, name in after.items() if fd not in before[0]} == {}, "descriptors left open"
+    assert set(threading.enumerate()) <= before[1], "threads left"
+    assert set(psutil.Process().children(recursive=True)) <= children, "processes left"
+    assert set(os.listdir("/dev/shm")) <= before[2], "shared memory left"
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Pool]]:
+    """Starts pools, by default of two workers with the tests' own handler, and closes them after the test."""
+    pools: list[Pool] = []
+
+    def start_pool(handler: Any = HANDLER, **settings: Any) -> Pool:
+        settings.setdefault("workers", 2)
+        pool = Pool(handler, **settings)
+        pools.append(pool)
+        return pool.start()
+
+    yield start_pool
+    for pool in pools:
+        pool.close(drain=0)
+
+
+@pytest.fixture
+def pool(start: Callable[..., Pool]) -> Pool:
+    """A pool of two workers with the tests' own handler."""
+    return start()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """All that blastdoor logs."""
+    caplog.set_level(logging.DEBUG, "blastdoor")
+    return caplog

@@ -1,0 +1,308 @@
+"""The handlers that the tests run in workers. `app` dispatches on the last segment of the path."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import parse_qs
+
+from runner import AbortHandler, HandlerRequest, HandlerResponse
+
+
+def app(request: HandlerRequest, response: HandlerResponse) -> bytes | None:
+    name = request.path.rstrip("/").rpartition("/")[2] or "hello"
+    return globals()[f"do_{name}"](request, response)  # type: ignore[no-any-return]
+
+
+def parameter(request: HandlerRequest, name: str, default: str = "") -> str:
+    return parse_qs(request.query).get(name, [default])[0]
+
+
+def do_hello(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    return b"hello"
+
+
+def do_echo(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """What the handler saw, as JSON."""
+    response.headers["content-type"] = "application/json"
+    body = request.body.read()
+    seen = {
+        "method": request.method,
+        "target": request.target,
+        "path": request.path,
+        "query": request.query,
+        "headers": request.headers.pairs(),
+        "scheme": request.scheme,
+        "server": request.server,
+        "size": len(body),
+        "sha256": hashlib.sha256(body).hexdigest(),
+        "body": body[:200].decode("latin-1"),
+        "context": {name: getattr(request.context, name) for name in request.context.__struct_fields__},
+        "pid": os.getpid(),
+    }
+    return json.dumps(seen).encode()
+
+
+def do_pid(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    return str(os.getpid()).encode()
+
+
+def do_raise(request: HandlerRequest, response: HandlerResponse) -> NoReturn:
+    raise ValueError("boom from the handler")
+
+
+def do_raise_late(request: HandlerRequest, response: HandlerResponse) -> NoReturn:
+    response.write(b"first piece")
+    raise ValueError("boom after the head")
+
+
+def do_abort(request: HandlerRequest, response: HandlerResponse) -> NoReturn:
+    raise AbortHandler
+
+
+def do_abort_late(request: HandlerRequest, response: HandlerResponse) -> NoReturn:
+    response.write(b"first piece")
+    raise AbortHandler
+
+
+def do_system_exit(request: HandlerRequest, response: HandlerResponse) -> NoReturn:
+    sys.exit(7)
+
+
+def die(how: str) -> None:
+    if how == "segfault":
+        ctypes.string_at(0)
+    elif how == "exit":
+        os._exit(3)
+    elif how == "exit0":
+        os._exit(0)
+    elif how == "c_exit":
+        ctypes.CDLL(None).exit(4)
+    else:
+        os.kill(os.getpid(), getattr(signal, how))
+
+
+def do_die(request: HandlerRequest, response: HandlerResponse) -> None:
+    if parameter(request, "late"):
+        response.write(b"first piece")
+    print("last words")
+    die(parameter(request, "how", "segfault"))
+
+
+def do_stream(request: HandlerRequest, response: HandlerResponse) -> None:
+    """`count` events, `pause` seconds apart, each with the time of its writing."""
+    response.headers["content-type"] = "text/event-stream"
+    for number in range(int(parameter(request, "count", "20"))):
+        response.write(f"data: {number} {time.monotonic()}\n\n".encode())
+        time.sleep(float(parameter(request, "pause", "0.05")))
+
+
+def do_endless(request: HandlerRequest, response: HandlerResponse) -> None:
+    while True:
+        response.write(b"x" * 1000)
+
+
+def do_big(request: HandlerRequest, response: HandlerResponse) -> None:
+    """`size` bytes, all the same block."""
+    block = b"0123456789abcdef" * 4096
+    left = int(parameter(request, "size"))
+    while left:
+        piece = block[:left]
+        response.write(piece)
+        left -= len(piece)
+
+
+def do_count(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """Reads the body piece by piece; says how long it was."""
+    size = 0
+    while piece := request.body.read1(1 << 20):
+        size += len(piece)
+    return str(size).encode()
+
+
+def do_mirror(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Sends each piece back as it comes."""
+    response.write_header(200)
+    while piece := request.body.read1(1 << 20):
+        response.write(piece)
+
+
+def do_answer_early(request: HandlerRequest, response: HandlerResponse) -> None:
+    response.write_header(413)
+    response.write(b"too large")
+
+
+def do_never_read(request: HandlerRequest, response: HandlerResponse) -> None:
+    time.sleep(3600)
+
+
+def do_die_while_reading(request: HandlerRequest, response: HandlerResponse) -> None:
+    request.body.read(int(parameter(request, "after", "100000")))
+    os._exit(9)
+
+
+def do_wait_for(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """Says that it runs by making the file `here`, and waits until the file `go` is there."""
+    Path(parameter(request, "here")).touch()
+    go = Path(parameter(request, "go"))
+    while not go.exists():
+        time.sleep(0.002)
+    return b"went"
+
+
+def do_head_then_wait(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Sends its head, and goes on once the request body has come to its end."""
+    response.write_header(202)
+    request.body.read()
+    response.write(b"done")
+
+
+def do_headers(request: HandlerRequest, response: HandlerResponse) -> None:
+    for pair in json.loads(request.body.read()):
+        response.headers.add(*pair)
+    response.write_header(int(parameter(request, "status", "200")))
+    response.write(parameter(request, "body").encode())
+
+
+def do_status(request: HandlerRequest, response: HandlerResponse) -> None:
+    response.write_header(json.loads(parameter(request, "status")))
+
+
+def do_late_headers(request: HandlerRequest, response: HandlerResponse) -> None:
+    response.headers["x-first"] = "1"
+    headers = response.headers
+    response.write_header(201)
+    response.headers["x-late"] = "1"
+    headers["x-first"] = "2"
+    response.write_header(500)
+    response.write(b"body")
+
+
+def do_nothing(request: HandlerRequest, response: HandlerResponse) -> None:
+    pass
+
+
+def do_print(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    print("a line on stdout")
+    print("a line on stderr \x1b[31m", file=sys.stderr)
+    os.write(1, b"raw bytes \xff\n")
+    return b"printed"
+
+
+def do_flood(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    for _ in range(int(parameter(request, "megabytes", "50"))):
+        os.write(2, (b"flood " * 170 + b"\n") * 1000)
+    return b"flooded"
+
+
+def do_spawn(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """Starts a process that outlives it, as `how` says; gives its pid."""
+    how = parameter(request, "how")
+    if how == "plain":
+        return str(subprocess.Popen(["sleep", "1000"]).pid).encode()
+    if how == "session":
+        return str(subprocess.Popen(["sleep", "1000"], start_new_session=True).pid).encode()
+    read, write = os.pipe()
+    if os.fork() == 0:  # a double fork that keeps every descriptor, the job's pipes too
+        os.setsid()
+        if (pid := os.fork()) == 0:
+            time.sleep(1000)
+            os._exit(0)
+        os.write(write, str(pid).encode())
+        os._exit(0)
+    os.wait()
+    return os.read(read, 20)
+
+
+class Unprintable(Exception):
+    """An exception that can't be shown, pickled, or compared."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+    def __reduce__(self) -> NoReturn:
+        raise RuntimeError("no pickle")
+
+
+def do_unprintable(request: HandlerRequest, response: HandlerResponse) -> None:
+    if parameter(request, "late"):
+        response.write(b"first piece")
+    raise Unprintable(lambda: None)
+
+
+def do_state(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """What a worker has inherited."""
+    import threading
+
+    descriptors: dict[str, str] = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            descriptors[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+    state: dict[str, Any] = {
+        "descriptors": descriptors,
+        "environment": dict(os.environ),
+        "argv": sys.argv,
+        "cwd": os.getcwd(),
+        "path": sys.path,
+        "threads": threading.active_count(),
+        "main": getattr(sys.modules["__main__"], "__file__", None),
+        "session": os.getsid(0) == os.getpid(),
+        "modules": sorted(sys.modules),
+    }
+    return json.dumps(state).encode()
+
+
+def do_protocol(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Writes straight to the response pipe what the caller sent, then waits."""
+    data = request.body.read()
+    if parameter(request, "late"):
+        response.write(b"first piece")
+    while data:
+        data = data[os.write(4, data) :]
+    if parameter(request, "then") == "exit":
+        os._exit(0)
+    if parameter(request, "then") == "close":
+        os.close(4)
+    if parameter(request, "then") != "return":
+        time.sleep(3600)
+
+
+def do_unending_head(request: HandlerRequest, response: HandlerResponse) -> None:
+    response.headers["x-big"] = "x" * int(parameter(request, "size"))
+    response.write_header(200)
+
+
+def do_location(request: HandlerRequest, response: HandlerResponse) -> None:
+    response.headers["location"] = parameter(request, "to")
+    response.write_header(int(parameter(request, "status", "302")))
+
+
+def do_content(request: HandlerRequest, response: HandlerResponse) -> None:
+    """`body` with the announced `length`."""
+    if length := parameter(request, "length"):
+        response.headers["content-length"] = length
+    response.write_header(int(parameter(request, "status", "200")))
+    response.write(parameter(request, "body").encode())
+
+
+def do_cookies(request: HandlerRequest, response: HandlerResponse) -> None:
+    response.headers.add("Set-Cookie", "a=1; Path=/")
+    response.headers.add("Set-Cookie", "b=2; Path=/")
+
+
+def do_count_writes(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """This worker's own counters of system calls and context switches (proc(5))."""
+    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return json.dumps({"writes": int(io["syscw"]), "reads": int(io["syscr"])}).encode()

@@ -1,0 +1,159 @@
+"""runner.exchange: what may come next, to the last branch."""
+
+from __future__ import annotations
+
+import itertools
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.exchange import NEXT, ResponseExchange, State
+from runner.frames import BODY, END, FAULT, HEAD, INVALID, READY, Frame
+from runner.messages import FaultReport, ResponseHead
+
+encode = msgspec.msgpack.encode
+
+
+def head(status: int = 200, headers: list[tuple[str, str]] | None = None, job: int = 1) -> Frame:
+    return HEAD, job, encode(ResponseHead(status, headers or []))
+
+
+def body(data: bytes, job: int = 1) -> Frame:
+    return BODY, job, data
+
+
+END_FRAME: Frame = (END, 1, b"")
+REPORT: Frame = (FAULT, 1, encode(FaultReport("raised", "ValueError", "boom", "trace")))
+
+
+def after(*frames: Frame, method: str = "GET") -> ResponseExchange:
+    exchange = ResponseExchange(1, method)
+    exchange.receive(frames)
+    return exchange
+
+
+def test_a_whole_response() -> None:
+    """T9: a head, a body and an end; the exchange is over then."""
+    exchange = after(head(201, [("x", "1")]), body(b"a"), body(b"b"), END_FRAME)
+    assert exchange.state is State.ENDED
+    assert exchange.head == ResponseHead(201, [("x", "1")])
+    assert list(exchange.body) == [b"a", b"b"]
+    assert not exchange.open
+    assert not exchange.violation
+
+
+def test_every_frame_in_every_state() -> None:
+    """F6: the table is complete: what it does not allow is a violation, and the response stays as it was."""
+    reach = {
+        State.HEAD_EXPECTED: [],
+        State.BODY_EXPECTED: [head()],
+        State.ENDED: [head(), END_FRAME],
+        State.FAULTED: [REPORT],
+        State.BROKEN: [(READY, 1, b"")],
+    }
+    frames = {HEAD: head(), BODY: body(b"x"), END: END_FRAME, FAULT: REPORT, READY: (READY, 1, b"")}
+    for state, (kind, frame) in itertools.product(State, frames.items()):
+        exchange = after(*reach[state])
+        assert exchange.state is state
+        exchange.receive([frame])
+        if kind in NEXT[state]:
+            assert exchange.state is NEXT[state][kind]
+            assert not exchange.violation
+        else:
+            assert exchange.violation
+            assert exchange.state is (State.BROKEN if state in (State.HEAD_EXPECTED, State.BODY_EXPECTED) else state)
+
+
+def test_a_frame_of_another_job() -> None:
+    """C5: a late frame of one job is never taken for the next one's."""
+    assert after(head(job=2)).state is State.BROKEN
+    exchange = after(head(), body(b"secret", job=7))
+    assert exchange.state is State.BROKEN
+    assert not exchange.body
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"garbage",
+        encode([200]),
+        encode(["200", []]),
+        encode([99, []]),
+        encode([100, []]),
+        encode([1000, []]),
+        encode([200.5, []]),
+        encode([200, [["a"]]]),
+        encode([200, [["a", 1]]]),
+        encode([200, [["a b", "c"]]]),
+        encode([200, [["", "c"]]]),
+        encode([200, [["a", "b\r\nset-cookie: c"]]]),
+        encode([200, [["a\n", "b"]]]),
+        encode([200, [["a", "\0"]]]),
+        encode([200, [["a", "\u20ac"]]]),
+        encode([200, [["content-length", "-1"]]]),
+        encode([200, [["content-length", "1e3"]]]),
+        encode([200, [["content-length", "1"], ["Content-Length", "2"]]]),
+        b"\x92\xcc\xc8\x91\x92\xa1a\xa1\xff",
+    ],
+)
+def test_a_head_that_does_not_hold_up(payload: bytes) -> None:
+    """F6: a head that is no head, or could not stand in HTTP, is a violation."""
+    exchange = after((HEAD, 1, payload))
+    assert exchange.state is State.BROKEN
+    assert exchange.head is None
+    assert "head" in exchange.violation
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xc1", encode(["other", "", "", ""]), encode(["raised", 1])])
+def test_a_report_that_does_not_hold_up(payload: bytes) -> None:
+    """F6: so is a fault report that is none."""
+    assert after((FAULT, 1, payload)).state is State.BROKEN
+
+
+@pytest.mark.parametrize(("method", "status"), [("HEAD", 200), ("GET", 204), ("GET", 304)])
+def test_no_body_where_none_may_be(method: str, status: int) -> None:
+    """H5: HEAD, 204 and 304 carry no body, whatever the worker sends, and lack none that they announce."""
+    exchange = after(head(status, [("content-length", "5")]), body(b"hello"), END_FRAME, method=method)
+    assert not exchange.body
+    assert exchange.missing == 0
+    assert exchange.state is State.ENDED
+
+
+def test_a_short_body_is_missed_and_a_long_one_cut(log: pytest.LogCaptureFixture) -> None:
+    """H5: the body is held to its Content-Length; what is too much is cut with a log line, once."""
+    short = after(head(headers=[("content-length", "5")]), body(b"abc"), END_FRAME)
+    assert short.missing == 2
+    long = after(head(headers=[("content-length", "5")]), body(b"abc"), body(b"defg"), body(b"h"), END_FRAME)
+    assert b"".join(long.body) == b"abcde"
+    assert long.missing == 0
+    assert len([r for r in log.records if "longer than its Content-Length" in r.message]) == 1
+
+
+def test_transfer_encoding_is_dropped() -> None:
+    """H5: the handler's Transfer-Encoding is its own hop's."""
+    exchange = after(head(headers=[("Transfer-Encoding", "chunked"), ("x", "1")]))
+    assert exchange.head == ResponseHead(200, [("x", "1")])
+
+
+any_frame = st.tuples(
+    st.sampled_from([HEAD, BODY, END, FAULT, READY, INVALID, 77]),
+    st.sampled_from([1, 1, 1, 2]),
+    st.one_of(st.binary(max_size=50), st.just(head()[2]), st.just(REPORT[2])),
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(any_frame, max_size=10))
+def test_no_order_of_frames_does_harm(frames: list[Frame]) -> None:
+    """I14: whatever the frames, nothing raises, no body comes without a head, and an end is final."""
+    exchange = ResponseExchange(1, "GET")
+    ended = False
+    for frame in frames:
+        before = len(exchange.body)
+        exchange.receive([(frame[0], frame[1], frame[2].decode("latin-1").encode())])
+        assert not (ended and len(exchange.body) > before)
+        ended = ended or not exchange.open
+    assert exchange.head is not None or not exchange.body
