@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qs
@@ -152,17 +153,31 @@ def do_die_while_reading(request: HandlerRequest, response: HandlerResponse) -> 
 def do_wait_for(request: HandlerRequest, response: HandlerResponse) -> bytes:
     """Says that it runs by making the file `here`, and waits until the file `go` is there."""
     Path(parameter(request, "here")).touch()
-    go = Path(parameter(request, "go"))
-    while not go.exists():
-        time.sleep(0.002)
+    wait_until(Path(parameter(request, "go")))
     return b"went"
 
 
+def wait_until(there: Path) -> None:
+    while not there.exists():
+        time.sleep(0.002)
+
+
 def do_head_then_wait(request: HandlerRequest, response: HandlerResponse) -> None:
-    """Sends its head, and goes on once the request body has come to its end."""
+    """Sends its head, and goes on once the file `go` is there."""
     response.write_header(202)
-    request.body.read()
+    wait_until(Path(parameter(request, "go")))
     response.write(b"done")
+
+
+def do_compressed(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Three compressed events, each written once the caller has made the file of its number."""
+    coding = parameter(request, "coding")
+    coder = zlib.compressobj(wbits=31 if coding == "gzip" else 15)
+    response.headers["content-encoding"] = coding
+    for number in range(3):
+        wait_until(Path(parameter(request, "go")) / str(number))
+        response.write(coder.compress(b"event %d\n" % number) + coder.flush(zlib.Z_SYNC_FLUSH))
+    response.write(coder.flush())
 
 
 def do_headers(request: HandlerRequest, response: HandlerResponse) -> None:

@@ -288,7 +288,9 @@ def _timeouts(timeout: object) -> tuple[float | None, float | None]:
         else:
             connect = read = timeout
         resolved = Timeout(connect=connect, read=read)
-    connect, read = resolved.connect_timeout, resolved.read_timeout
+    running = resolved.clone()
+    running.start_connect()  # a total counts from here
+    connect, read = running.connect_timeout, running.read_timeout
     return (
         float(connect) if isinstance(connect, (int, float)) else None,
         float(read) if isinstance(read, (int, float)) else None,
