@@ -106,7 +106,8 @@ class Job:
             self._send_request(head)
             while self._exchange.head is None:
                 self._advance()
-                self._check_end()
+                if self._exchange.head is None:
+                    self._check_end()
         except BaseException as error:
             self.close(error)
             raise

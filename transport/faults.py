@@ -12,8 +12,6 @@ from runner.messages import Header, ResponseHead
 
 STATUS: Final[dict[str, int]] = {
     "raised": 500,
-    "aborted": 500,
-    "incomplete": 500,
     "died": 500,
     "protocol": 502,
     "unavailable": 503,

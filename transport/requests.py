@@ -28,7 +28,6 @@ from urllib3.util import Timeout
 
 from runner.errors import (
     BlastdoorError,
-    HandlerAborted,
     InvalidRequest,
     JobClosed,
     JobFailed,
@@ -82,15 +81,11 @@ class Transport(BaseAdapter):
         connect, read = _timeouts(timeout)
         context = JobContext() if self._route is None else self._route.context()
         outgoing, authority = self._translate(request)
-        job: Job | None = None
         try:
             try:
                 job = self._pool.open(outgoing, context=context, lease_timeout=connect, read_timeout=read)
                 head = job.head
                 body: io.BytesIO | _JobBody = _JobBody(job)
-            except HandlerAborted as error:
-                # A cut-off response has begun: 200, and then an unexpected end.
-                head, body = ResponseHead(200, []), _JobBody(None, error)
             except (JobFailed, WorkersUnavailable) as error:
                 head, content = problem(error, debug=self._pool.debug)
                 body = io.BytesIO(b"" if outgoing.method == "HEAD" else content)
@@ -214,9 +209,8 @@ class _OriginalResponse:
 class _JobBody(io.RawIOBase):
     """A job's body as the binary file that urllib3 reads, with urllib3's errors."""
 
-    def __init__(self, job: Job | None, error: BlastdoorError | None = None) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
-        self._error = error
         self._rest = b""
 
     def readable(self) -> bool:
@@ -253,9 +247,6 @@ class _JobBody(io.RawIOBase):
         if self.closed:
             return b""
         try:
-            if self._error is not None:
-                raise self._error
-            assert self._job is not None
             data = self._job.read()
         except JobReadTimeout as error:
             raise ReadTimeoutError(None, None, str(error)) from error  # type: ignore[arg-type]
@@ -269,8 +260,7 @@ class _JobBody(io.RawIOBase):
         """End the job, if it has not ended."""
         if not self.closed:
             super().close()
-            if self._job is not None:
-                self._job.close()
+            self._job.close()
 
 
 def _timeouts(timeout: object) -> tuple[float | None, float | None]:

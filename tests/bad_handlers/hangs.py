@@ -1,0 +1,5 @@
+"""Never comes to the end of its import."""
+
+import time
+
+time.sleep(3600)
