@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -99,6 +100,7 @@ class Job:
         self._settled = False
         self._closed_by: BaseException | None = None
         worker.jobs += 1
+        worker.job = weakref.ref(self)
         worker.log.job_id = job_id
         self._number = worker.jobs & _NUMBERS
         self._exchange = ResponseExchange(self._number, method)

@@ -6,8 +6,11 @@ even copied into the host: it is spliced to /dev/null, and counted.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import struct
+import termios
 import time
 from collections import deque
 from typing import Final
@@ -20,7 +23,6 @@ BUDGET: Final = 256 * 1024
 _REFILL: Final = BUDGET / 4
 _READ_SIZE: Final = 16 * 1024
 _MAX_LINE: Final = 8 * 1024
-_SPLICE: Final = 1024 * 1024
 _ROUNDS: Final = 64
 _TAIL: Final = 100
 
@@ -38,6 +40,7 @@ class LogPipe:
         "_null_fd",
         "_skipped",
         "_tail",
+        "_unlogged",
         "fd",
         "job_id",
         "label",
@@ -53,6 +56,7 @@ class LogPipe:
         self._filled_at = time.monotonic()
         self._skipped = 0
         self._null_fd = -1
+        self._unlogged = b""
         self._tail: deque[tuple[str, str]] = deque(maxlen=_TAIL)
 
     def read(self) -> bool:
@@ -65,11 +69,8 @@ class LogPipe:
                         return False
                     self._allowance -= len(data)
                     self._take(data)
-                else:
-                    skipped = os.splice(self.fd, self._null(), _SPLICE)
-                    if not skipped:
-                        return False
-                    self._skipped += skipped
+                elif not self._skip():
+                    return False
             except BlockingIOError:
                 return True
         return True
@@ -78,7 +79,10 @@ class LogPipe:
         """Log what is still in the pipe, over the budget or not: it is little, and it may be a last stack."""
         if self.fd < 0:
             return
+        last = self._unlogged.partition(b"\n")[2]
+        self._skipped -= len(last)
         self._report_skipped()
+        self._take(last)
         self._allowance = float(BUDGET)
         self.read()
         if self._line:
@@ -112,9 +116,19 @@ class LogPipe:
         self._report_skipped()
         return True
 
+    def _skip(self) -> bool:
+        """Drop what is over the budget, but for the last of it, which may yet be somebody's last words."""
+        waiting = int(struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, b"\0" * 4))[0])
+        if waiting > _READ_SIZE:
+            self._skipped += os.splice(self.fd, self._null(), waiting - _READ_SIZE)
+        data = os.read(self.fd, _READ_SIZE)
+        self._skipped += len(data)
+        self._unlogged = (self._unlogged + data)[-_READ_SIZE:]
+        return bool(data)
+
     def _report_skipped(self) -> None:
         if self._skipped:
-            self._line = b""
+            self._line = self._unlogged = b""
             logger.warning("%s: %d bytes of output over the budget were dropped", self.label, self._skipped)
             self._skipped = 0
 

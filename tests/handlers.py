@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 from urllib.parse import parse_qs
 
 from runner import AbortHandler, HandlerRequest, HandlerResponse
+from runner.frames import BODY, END, HEAD, encode
 
 
 def app(request: HandlerRequest, response: HandlerResponse) -> bytes | None:
@@ -257,8 +259,6 @@ def do_unprintable(request: HandlerRequest, response: HandlerResponse) -> None:
 
 def do_state(request: HandlerRequest, response: HandlerResponse) -> bytes:
     """What a worker has inherited."""
-    import threading
-
     descriptors: dict[str, str] = {}
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -321,3 +321,29 @@ def do_count_writes(request: HandlerRequest, response: HandlerResponse) -> bytes
     """This worker's own counters of system calls and context switches (proc(5))."""
     io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return json.dumps({"writes": int(io["syscw"]), "reads": int(io["syscr"])}).encode()
+
+
+def do_exit_with(request: HandlerRequest, response: HandlerResponse) -> NoReturn:
+    os._exit(int(parameter(request, "code")))
+
+
+def do_leave_writer(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """Leaves a thread that writes what the caller sent to the response pipe, once the file `go` is there."""
+    data, place = request.body.read(), Path(parameter(request, "go"))
+
+    def write_late() -> None:
+        wait_until(place / "go")
+        os.write(4, data)
+        (place / "written").touch()
+
+    threading.Thread(target=write_late).start()
+    return b"left"
+
+
+def do_cut(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Writes the first bytes of its own answer's frames, and dies by SIGKILL."""
+    number = response._outgoing._number
+    head = encode(HEAD, number, b"\x92\xcc\xc8\x90")
+    frames = head + encode(BODY, number, b"a body of thirty bytes or less") + encode(END, number)
+    os.write(4, frames[: int(parameter(request, "after"))])
+    os.kill(os.getpid(), signal.SIGKILL)

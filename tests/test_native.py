@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -124,7 +125,7 @@ def test_tokens_come_as_they_are_written(pool: Pool) -> None:
             arrivals.append((written, time.monotonic()))
     assert len(arrivals) == 20
     # Each came before its successor was written, but for what a busy machine may delay.
-    in_time = sum(seen < following for (_, seen), (following, _) in zip(arrivals, arrivals[1:], strict=False))
+    in_time = sum(seen < following for (_, seen), (following, _) in itertools.pairwise(arrivals))
     assert in_time >= 15
 
 
@@ -157,8 +158,6 @@ def test_a_thread_that_outlives_its_job_can_not_write(start: Callable[..., Pool]
                     outcome.append(str(error))
                 written.set()
 
-            state = request.__class__.__dict__.get("_state")
-            assert state is None
             done, written = threading.Event(), threading.Event()
             outcome: list[str] = []
             threading.kept = (done, written, outcome)  # type: ignore[attr-defined]

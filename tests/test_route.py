@@ -79,7 +79,7 @@ def test_paths_move_under_the_mount(target: str, served: str) -> None:
 )
 def test_paths_that_climb_out_are_refused(target: str) -> None:
     """T3: encoded or not, once or many times."""
-    with pytest.raises(TargetEscapes, match="mount|over and over"):
+    with pytest.raises(TargetEscapes, match=r"mount|over and over"):
         Route("openai").rewrite(target)
 
 
@@ -172,7 +172,8 @@ def test_identity_belongs_to_its_context() -> None:
             outcome.append(type(error))
 
     with delegated_api_key_id("key-1"):
-        for target in (ask, lambda context=copy_context(): context.run(ask)):
+        context = copy_context()
+        for target in (ask, lambda: context.run(ask)):
             thread = threading.Thread(target=target)
             thread.start()
             thread.join()

@@ -1,0 +1,23 @@
+"""Waiting for processes to be gone."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process has ended; a zombie that its parent, or init, has yet to reap has ended."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_gone(pids: list[int], seconds: float) -> None:
+    """Wait until all of them have ended; an assertion fails where that takes longer."""
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in pids if not is_gone(pid)]:
+        assert time.monotonic() < deadline, f"still there after {seconds} s: {left}"
+        time.sleep(0.002)

@@ -1,0 +1,250 @@
+"""The host: scripts of every kind run a pool, and end in every way; nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.processes import wait_gone
+
+ROOT = Path(__file__).parents[1]
+
+PREAMBLE = """
+import os, signal, sys, threading, time, warnings
+warnings.simplefilter("error")
+from runner import Pool, Request
+
+def get(pool, target="/hello"):
+    with pool.open(Request("GET", target)) as job:
+        return b"".join(job)
+"""
+
+
+def script(tmp_path: Path, body: str) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(PREAMBLE + textwrap.dedent(body))
+    return path
+
+
+def start_script(tmp_path: Path, body: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-X", "dev", str(script(tmp_path, body))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def run(tmp_path: Path, body: str) -> str:
+    with start_script(tmp_path, body) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert err == ""
+    return out
+
+
+def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    """I12, W2: the caller's __main__ is never run again, with an import string or a callable."""
+    out = run(
+        tmp_path,
+        """
+        print("top level")
+        factor = 2
+        def handler(request, response):
+            return str(21 * factor).encode()
+        with Pool(handler, workers=2) as pool:
+            print(get(pool).decode())
+        with Pool("tests.handlers:app", workers=2) as pool:
+            print(get(pool).decode())
+        """,
+    )
+    assert out.splitlines() == ["top level", "42", "hello"]
+
+
+def test_a_host_with_50_lock_holding_threads(tmp_path: Path) -> None:
+    """I12: threads that hold locks, logging's and the allocator's too, at any time: pools start and serve."""
+    out = run(
+        tmp_path,
+        """
+        import logging
+        logging.basicConfig(stream=open(os.devnull, "w"), level=logging.DEBUG)
+        stop = threading.Event()
+        def busy():
+            while not stop.is_set():
+                logging.debug("busy %s", [0] * 1000)
+        threads = [threading.Thread(target=busy) for _ in range(50)]
+        for thread in threads: thread.start()
+        for _ in range(3):
+            with Pool("tests.handlers:app", workers=2) as pool:
+                for _ in range(5):
+                    assert get(pool) == b"hello"
+        stop.set()
+        for thread in threads: thread.join()
+        print("done")
+        """,
+    )
+    assert out == "done\n"
+
+
+def test_a_child_that_dies_in_start_up(tmp_path: Path) -> None:
+    """I12: told by start(), and the script ends by itself."""
+    out = run(
+        tmp_path,
+        """
+        from runner import StartError
+        for preload in (False, True):
+            try:
+                Pool("tests.bad_handlers.dies:app", workers=3, preload=preload).start()
+            except StartError as error:
+                print("code 5" in str(error))
+        """,
+    )
+    assert out == "True\nTrue\n"
+
+
+@pytest.mark.parametrize("ending", ["pass", "sys.exit(0)", "del pool"])
+def test_an_exit_without_close(tmp_path: Path, ending: str) -> None:
+    """W11: at interpreter exit a pool that is still open is closed, with a stream in mid-flight as well."""
+    with start_script(
+        tmp_path,
+        f"""
+        warnings.simplefilter("ignore")
+        pool = Pool("tests.handlers:app", workers=2).start()
+        job = pool.open(Request("GET", "/endless"))
+        print(*[worker.pid for worker in pool._supervisor._workers.values()], flush=True)
+        {ending}
+        """,
+    ) as process:
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+    pids = [int(pid) for pid in out.split()]
+    assert len(pids) == 2
+    wait_gone(pids, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_host_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+    """W8, I7: when the host dies in mid-job, all workers and their descendants are gone within 2 s."""
+    with start_script(
+        tmp_path,
+        """
+        pool = Pool("tests.handlers:app", workers=3).start()
+        pids = [get(pool, f"/spawn?how={how}").decode() for how in ("plain", "session", "double")]
+        job = pool.open(Request("GET", "/endless"))
+        zygote = pool._supervisor._zygote.pid
+        print(zygote, *[worker.pid for worker in pool._supervisor._workers.values()], *pids, flush=True)
+        time.sleep(60)
+        """,
+    ) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 7
+        assert all(psutil.pid_exists(pid) for pid in pids)
+        process.send_signal(number)
+        process.wait()
+        wait_gone(pids, 2)
+
+
+def test_a_forked_child_of_the_host(tmp_path: Path) -> None:
+    """W11: after fork() the child's copy refuses use with a clear error, and leaves the parent's workers alone."""
+    out = run(
+        tmp_path,
+        """
+        from runner import PoolForked
+        with Pool("tests.handlers:app", workers=2) as pool:
+            job = pool.open(Request("GET", "/big?size=1000000"))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pid = os.fork()
+            if pid == 0:
+                try:
+                    get(pool)
+                except PoolForked as error:
+                    print("child:", "make one after the fork" in str(error), flush=True)
+                job.close()
+                pool.close()
+                with Pool("tests.handlers:app", workers=1) as own:
+                    print("child:", get(own).decode(), flush=True)
+                sys.exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+            print("parent:", len(b"".join(job)), get(pool).decode())
+        """,
+    )
+    assert sorted(out.splitlines()) == ["child: True", "child: hello", "parent: 1000000 hello"]
+
+
+def test_a_forked_child_does_not_keep_the_workers_alive(tmp_path: Path) -> None:
+    """W8: a child that the host has forked holds none of the pool's descriptors: the host's death is still seen."""
+    with start_script(
+        tmp_path,
+        """
+        pool = Pool("tests.handlers:app", workers=2).start()
+        warnings.simplefilter("ignore")
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        print(child, *[worker.pid for worker in pool._supervisor._workers.values()], flush=True)
+        time.sleep(60)
+        """,
+    ) as process:
+        assert process.stdout is not None
+        child, *pids = (int(pid) for pid in process.stdout.readline().split())
+        process.kill()
+        process.wait()
+        try:
+            wait_gone(pids, 2)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_interrupts_belong_to_the_host(tmp_path: Path) -> None:
+    """W11: a Ctrl-C in a caller ends its job; the workers, in sessions of their own, never see it."""
+    with start_script(
+        tmp_path,
+        """
+        with Pool("tests.handlers:app", workers=1) as pool:
+            try:
+                print("ready", flush=True)
+                get(pool, "/never_read")
+            except KeyboardInterrupt:
+                print("interrupted", get(pool).decode(), flush=True)
+        """,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        host = psutil.Process(process.pid)
+        while not any(thread.user_time for thread in host.threads()) or not host.children(recursive=True):
+            time.sleep(0.001)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "interrupted hello\n", "")
+
+
+def test_imports_stay_small() -> None:
+    """W2: runner and transport.requests pull in nothing heavy that a caller may not need."""
+    code = (
+        "import sys; import requests; before = set(sys.modules); import runner, transport.requests; "
+        "from runner import Pool; print(*sorted(set(sys.modules) - before))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
+    roots = {name.partition(".")[0] for name in out}
+    assert not roots & {"dill", "multiprocess", "psutil", "asyncio", "anyio", "httpx", "flask", "rich", "ctypes"}
+    assert {name for name in roots if name not in sys.stdlib_module_names} <= {
+        "runner",
+        "transport",
+        "msgspec",
+        "typing_extensions",  # msgspec's
+    }
