@@ -33,6 +33,7 @@ DESCRIPTORS: Final = 3
 """How many descriptors come with a Spawn order: request pipe, response pipe, log pipe."""
 
 _MAX_TEXT: Final = 16 * 1024
+_OWN_DIRECTORY: Final = os.path.dirname(__file__) + os.sep
 _DESCRIPTOR_CEILING: Final = 1 << 20
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -50,6 +51,7 @@ def run(
         pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
     except BaseException as error:  # noqa: BLE001 - a start that failed, whatever it raised, is reported
         pipes.write(encode(FAULT, 0, _encode(FaultReport("raised", traceback=explain(error)))))
+        sys.stdout.flush()
         os._exit(1)
     try:
         serve(pipes, handler)
@@ -89,7 +91,11 @@ def describe(error: BaseException) -> tuple[str, str]:
 
 
 def explain(error: BaseException) -> str:
-    """The traceback as text, capped, whatever the exception's own methods do."""
+    """The traceback as text, from the handler's first frame on, capped, whatever the exception's methods do."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OWN_DIRECTORY) and trace.tb_next:
+        trace = trace.tb_next
+    error = error.with_traceback(trace)
     try:
         text = "".join(traceback.format_exception(error))
     except BaseException:  # noqa: BLE001

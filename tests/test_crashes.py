@@ -14,6 +14,7 @@ import requests
 from requests.exceptions import ChunkedEncodingError
 
 from runner import JobFailed, Pool, Request, WorkerDied
+from tests.clients import job_of
 from transport.requests import Transport
 
 URL = "http://app.local"
@@ -117,9 +118,7 @@ def test_deaths_with_streams_open(start: Callable[..., Pool]) -> None:
     with requests.Session() as session:
         session.mount(URL, Transport(pool))
         streams = [session.get(f"{URL}/stream?count=30&pause=0.01", stream=True) for _ in range(3)]
-        (victim,) = [
-            worker for worker in pool._leases._leased if worker.job and worker.job() is streams[1].raw._fp._job
-        ]
+        (victim,) = [worker for worker in pool._leases._leased if worker.job and worker.job() is job_of(streams[1])]
         os.kill(victim.pid or 0, signal.SIGKILL)
         with pytest.raises(ChunkedEncodingError, match="SIGKILL"):
             streams[1].content  # noqa: B018

@@ -107,7 +107,7 @@ def test_bodies_of_other_types_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="int"):
         Upload(5)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="dict"):
-        Upload(iter([{}])).pull()  # type: ignore[list-item]
+        Upload(iter([{}])).pull()  # type: ignore[arg-type]
 
 
 def test_headers_by_name() -> None:

@@ -28,7 +28,8 @@ from requests.exceptions import ConnectionError as RequestsConnectionError
 from urllib3 import HTTPResponse
 from urllib3.util import Timeout
 
-from runner import Pool
+from runner import HandlerRequest, Pool
+from tests.clients import job_of, raw
 from transport import MissingIdentity, TransportFactory, attribution, delegated_api_key_id
 from transport.requests import Transport
 
@@ -60,7 +61,7 @@ def test_the_mount_and_the_caller_s_own_url(session: requests.Session) -> None:
         response = session.get(OPENAI + "/v1/%2F/echo/?q=%20x&")
     served = "/api/v2/aibridge/openai/v1/%2F/echo/?q=%20x&"
     assert response.json()["target"] == served
-    assert response.raw.served_target == served
+    assert raw(response).served_target == served
     assert response.url == OPENAI + "/v1/%2F/echo/?q=%20x&"
     assert response.request.url == response.url
 
@@ -230,9 +231,10 @@ def test_gzip_in_one_piece(start: Callable[..., Pool]) -> None:
     data = bytes(range(256)) * 4000
     packed = {"gzip": gzip.compress(data), "deflate": zlib.compress(data)}
 
-    def handler(request: Any, response: Any) -> bytes:
+    def handler(request: HandlerRequest, response: Any) -> bytes:
         response.headers["content-encoding"] = request.query
-        return packed[request.query]
+        answer: bytes = packed[request.query]
+        return answer
 
     with requests.Session() as session:
         session.mount(URL, Transport(start(handler)))
@@ -256,7 +258,7 @@ def test_cookies(session: requests.Session) -> None:
 
 def test_repeated_request_headers_and_bytes(session: requests.Session) -> None:
     """H7: header values may be bytes; order is kept."""
-    seen = session.get(URL + "/echo", headers={"X-Bytes": b"caf\xe9", b"X-Name": "1"}).json()  # type: ignore[dict-item]
+    seen = session.get(URL + "/echo", headers={"X-Bytes": b"caf\xe9", "X-Name": "1"}).json()
     assert ["X-Bytes", "café"] in seen["headers"]
     assert ["X-Name", "1"] in seen["headers"]
 
@@ -289,7 +291,7 @@ def test_redirects_are_followed_without_doubling_the_prefix(session: requests.Se
             response = session.get(f"{OPENAI}/v1/location?to={quote(to)}")
             assert response.text == "hello"
             assert response.url == OPENAI + "/v1/hello"
-            assert response.raw.served_target == f"{mount}/v1/hello"
+            assert raw(response).served_target == f"{mount}/v1/hello"
             assert [r.status_code for r in response.history] == [302]
             alone = session.get(f"{OPENAI}/v1/location?to={quote(to)}", allow_redirects=False)
             assert (alone.status_code, alone.is_redirect) == (302, True)
@@ -310,7 +312,8 @@ def test_digest_auth(start: Callable[..., Pool]) -> None:
             response.headers["www-authenticate"] = 'Digest realm="r", nonce="n", qop="auth", algorithm=MD5'
             response.write_header(401)
             return b""
-        return request.headers["authorization"].encode() + b" " + bytes(request.body.read())
+        answer: str = request.headers["authorization"]
+        return answer.encode() + b" " + bytes(request.body.read())
 
     with requests.Session() as session:
         session.mount(URL, Transport(start(handler)))
@@ -318,7 +321,7 @@ def test_digest_auth(start: Callable[..., Pool]) -> None:
         assert response.status_code == 200
         assert response.text.startswith('Digest username="user"')
         assert response.text.endswith(" body")
-        assert response.connection is session.get_adapter(URL)  # type: ignore[comparison-overlap]
+        assert response.connection is session.get_adapter(URL)
 
 
 def test_sessions_pickle(session: requests.Session, pool: Pool) -> None:
@@ -426,7 +429,7 @@ def test_closed_by_another_thread(session: requests.Session) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    while not response.raw._fp._job._reading:
+    while not job_of(response)._reading:
         reader.join(0.001)
     response.close()
     reader.join(5)

@@ -121,7 +121,8 @@ def test_a_root_is_a_path(root: str) -> None:
 
 def test_no_pool_registered() -> None:
     """T2: a clear error from transport_for, not from the first request."""
-    for nothing in (None, {}):
+    empty: dict[str, Pool] = {}
+    for nothing in (None, empty):
         with pytest.raises(ConfigurationError, match="no pool is registered"):
             TransportFactory(nothing).transport_for("openai")
 

@@ -41,7 +41,7 @@ def polite(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [b"polite " + body]
 
 
-validated = validator(polite)
+validated = validator(polite)  # type: ignore[arg-type]
 
 
 class Closing:

@@ -1,0 +1,237 @@
+"""What a round trip, a stream, a death and a start cost here; ratios to raw pipes from the same run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import requests
+from requests.adapters import BaseAdapter
+
+from runner import Pool, Request, WorkerDied
+from runner.channel import make_pipe
+from transport.requests import Transport
+
+SMALL = b"x" * 256
+MIB = 1 << 20
+URL = "http://app.local"
+
+Row = tuple[str, str]
+
+
+class Floor:
+    """A Python process that sends back what it reads from a raw pipe: what nothing can be faster than."""
+
+    def __enter__(self) -> Floor:
+        ours, self.write = os.pipe()
+        self.read, theirs = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            os.close(self.write)
+            while data := os.read(ours, 65536):
+                os.write(theirs, data)
+            os._exit(0)
+        os.close(ours)
+        os.close(theirs)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.write)
+        os.close(self.read)
+        os.waitpid(self.pid, 0)
+
+    def ping(self) -> None:
+        os.write(self.write, SMALL)
+        os.read(self.read, 65536)
+
+
+class Nothing(BaseAdapter):
+    """An adapter that answers at once, without sending anything."""
+
+    def send(self, request: requests.PreparedRequest, *args: object, **kwargs: object) -> requests.Response:
+        response = requests.Response()
+        response.status_code, response._content, response.request = 200, SMALL, request
+        response.url = request.url or ""
+        return response
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def interleave(rounds: int, *calls: Callable[[], object]) -> list[list[float]]:
+    """Call one after the other, round by round; the times of each, in microseconds."""
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds + rounds // 10):
+        for call, own in zip(calls, times, strict=True):
+            began = time.perf_counter()
+            call()
+            if number >= rounds // 10:
+                own.append((time.perf_counter() - began) * 1e6)
+    return times
+
+
+def middle(times: list[float]) -> float:
+    return statistics.median(times)
+
+
+def show(times: list[float], unit: str = "µs") -> str:
+    return f"{middle(times):.1f} {unit} median, {sorted(times)[int(len(times) * 0.99)]:.1f} {unit} p99"
+
+
+def round_trips(pool: Pool, rounds: int) -> Iterator[Row]:
+    """A small POST, at pool.open and through requests."""
+
+    def opened() -> None:
+        with pool.open(Request("POST", "/echo", body=SMALL)) as job:
+            for _ in job:
+                pass
+
+    with Floor() as floor, requests.Session() as session:
+        session.mount(URL, Transport(pool))
+        session.mount("http://nothing/", Nothing())
+        raw, own, through, empty = interleave(
+            rounds,
+            floor.ping,
+            opened,
+            lambda: session.post(URL + "/echo", data=SMALL),
+            lambda: session.post("http://nothing/echo", data=SMALL),
+        )
+    yield "256 B there and back over raw pipes", show(raw)
+    yield "the same at pool.open", f"{show(own)}; {middle(own) / middle(raw):.2f} x raw"
+    yield "requests with an adapter that does nothing", show(empty)
+    ratio = middle(through) / (middle(empty) + middle(raw))
+    yield "the same through requests", f"{show(through)}; {ratio:.2f} x (that + raw)"
+
+
+def tokens(pool: Pool) -> Iterator[Row]:
+    """From a token's writing to its reading, through iter_lines with default arguments."""
+    delays = []
+    with requests.Session() as session:
+        session.mount(URL, Transport(pool))
+        for _ in range(3):
+            with session.get(URL + "/stream", stream=True) as response:
+                for line in response.iter_lines():
+                    now = time.monotonic()
+                    delays += [(now - float(written)) * 1e3 for written in line.split()[1:]]
+    yield "a token's way, written to iter_lines()", show(delays, "ms")
+
+
+def bandwidth(pool: Pool, mebibytes: int) -> Iterator[Row]:
+    """A large body through requests each way, against the same over a raw pipe."""
+    raw = raw_bandwidth(mebibytes)
+    with requests.Session() as session:
+        session.mount(URL, Transport(pool))
+        began = time.perf_counter()
+        with session.get(f"{URL}/down?{mebibytes}", stream=True) as response:
+            assert sum(len(chunk) for chunk in response.iter_content(MIB)) == mebibytes * MIB
+        down = mebibytes / (time.perf_counter() - began)
+        began = time.perf_counter()
+        piece = bytes(MIB)
+        assert session.post(URL + "/up", data=(piece for _ in range(mebibytes))).text == str(mebibytes * MIB)
+        up = mebibytes / (time.perf_counter() - began)
+    yield "a raw pipe of the same size, 1 MiB writes", f"{raw:.0f} MiB/s"
+    yield f"{mebibytes} MiB down, iter_content(1 MiB)", f"{down:.0f} MiB/s; {down / raw:.2f} x raw"
+    yield f"{mebibytes} MiB up, from a generator", f"{up:.0f} MiB/s; {up / raw:.2f} x raw"
+
+
+def raw_bandwidth(mebibytes: int) -> float:
+    read, write = make_pipe()
+    piece = bytes(MIB)
+    pid = os.fork()
+    if not pid:
+        os.close(read)
+        for _ in range(mebibytes):
+            left = memoryview(piece)
+            while left:
+                left = left[os.write(write, left) :]
+        os._exit(0)
+    os.close(write)
+    began = time.perf_counter()
+    while os.read(read, MIB):
+        pass
+    took = time.perf_counter() - began
+    os.close(read)
+    os.waitpid(pid, 0)
+    return mebibytes / took
+
+
+def deaths(pool: Pool, rounds: int) -> Iterator[Row]:
+    """From a worker's SIGKILL to its caller's error, and the next request against an ordinary one."""
+    told, following, ordinary = [], [], []
+
+    def echo() -> float:
+        began = time.perf_counter()
+        with pool.open(Request("POST", "/echo", body=SMALL)) as job:
+            for _ in job:
+                pass
+        return (time.perf_counter() - began) * 1e6
+
+    with tempfile.TemporaryDirectory() as directory:
+        for _ in range(rounds):
+            path = os.path.join(directory, "died")
+            try:
+                pool.open(Request("POST", "/die", body=path))
+            except WorkerDied:
+                now = time.monotonic()
+            with open(path) as file:
+                told.append((now - float(file.read())) * 1e3)
+            following.append(echo())
+            ordinary.append(echo())
+    yield "death of a worker to its caller's error", show(told, "ms")
+    yield "the next request after a crash", f"{show(following)}; an ordinary one: {middle(ordinary):.1f} µs"
+
+
+def starts(rounds: int) -> Iterator[Row]:
+    """From Pool.start() to all workers ready, and the memory of an idle one."""
+    for preload in (False, True):
+        times, sizes = [], []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            with Pool("scripts.examples.shop:app", workers=2, preload=preload):
+                times.append((time.perf_counter() - began) * 1e3)
+                workers = [p for p in psutil.Process().children(recursive=True) if p.ppid() != os.getpid()]
+                sizes += [worker.memory_full_info().pss / MIB for worker in workers]
+        name = "preloaded" if preload else "importing it"
+        yield f"pool of 2 with a Flask app, {name}, ready", show(times, "ms")
+        yield f"an idle worker of it, {name} (PSS)", show(sizes, "MiB")
+
+
+def imports(rounds: int) -> Iterator[Row]:
+    """What importing runner and transport.requests adds to importing requests."""
+    code = (
+        "import time, requests; t = time.perf_counter(); import runner, transport.requests; from runner import Pool; "
+    )
+    code += "print((time.perf_counter() - t) * 1e3)"
+    times = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(rounds)]
+    yield "importing it, after requests", show(times, "ms")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5000, help="round trips to measure")
+    parser.add_argument("--mebibytes", type=int, default=1024, help="size of the large bodies")
+    arguments = parser.parse_args()
+    logging.disable()  # the deaths are on purpose
+    with Pool("scripts.measure.handlers:handler", workers=2, preload=True) as pool:
+        rows = [
+            *round_trips(pool, arguments.rounds),
+            *tokens(pool),
+            *bandwidth(pool, arguments.mebibytes),
+            *deaths(pool, max(arguments.rounds // 50, 10)),
+        ]
+    rows += [*starts(10), *imports(10)]
+    for name, value in rows:
+        print(f"{name:55} {value}")
+
+
+if __name__ == "__main__":
+    main()

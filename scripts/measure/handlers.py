@@ -1,0 +1,50 @@
+"""Handlers that the measurements run."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from runner import HandlerRequest, HandlerResponse
+
+
+def echo(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """The body, as it came."""
+    return request.body.read()
+
+
+def stream(request: HandlerRequest, response: HandlerResponse) -> None:
+    """20 events, 50 ms apart, each with the time of its writing."""
+    for _ in range(20):
+        response.write(f"data: {time.monotonic()}\n\n".encode())
+        time.sleep(0.05)
+
+
+def down(request: HandlerRequest, response: HandlerResponse) -> None:
+    """As many MiB as the query says."""
+    piece = bytes(1 << 20)
+    for _ in range(int(request.query)):
+        response.write(piece)
+
+
+def up(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """Reads all, and says how much it was."""
+    size = 0
+    while piece := request.body.read1(1 << 20):
+        size += len(piece)
+    return str(size).encode()
+
+
+def die(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Says when it dies, and does."""
+    with open(request.body.read(), "w") as file:
+        file.write(str(time.monotonic()))
+    os.kill(os.getpid(), 9)
+
+
+HANDLERS = {"echo": echo, "stream": stream, "down": down, "up": up, "die": die}
+
+
+def handler(request: HandlerRequest, response: HandlerResponse) -> bytes | None:
+    """Dispatches on the path."""
+    return HANDLERS[request.path[1:]](request, response)
