@@ -80,6 +80,6 @@ def _body(data: str | None) -> Body:
     if data is None or not data.startswith("@"):
         return data
     try:
-        return sys.stdin.buffer if data == "@-" else open(data[1:], "rb")  # noqa: SIM115 - read while it is sent
+        return sys.stdin.buffer if data == "@-" else open(data[1:], "rb")
     except OSError as error:
         raise InvalidRequest(f"the body can't be read: {error}") from error
