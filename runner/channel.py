@@ -170,6 +170,7 @@ class Channel:
     def close(self) -> None:
         """Close all descriptors. Call it once nobody waits or writes any more."""
         self.end_requests()
+        self._poll = select.poll()
         for fd in (self.response_fd, self._wake_fd):
             if fd >= 0:
                 os.close(fd)

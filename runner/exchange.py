@@ -52,10 +52,21 @@ class ResponseExchange:
     """The response of job number `job` to a request with this method, as far as it has come.
 
     `violation` says what the worker did wrong: in the state BROKEN, or after the end of a response that is
-    whole. `report` is set when the state is FAULTED.
+    whole. `report` is set when the state is FAULTED. `printed` tells that the handler has printed something.
     """
 
-    __slots__ = ("_job", "_left", "_method", "_surplus", "body", "head", "report", "state", "violation")
+    __slots__ = (
+        "_job",
+        "_left",
+        "_method",
+        "_surplus",
+        "body",
+        "head",
+        "printed",
+        "report",
+        "state",
+        "violation",
+    )
 
     def __init__(self, job: int, method: str) -> None:
         self._job = job
@@ -66,6 +77,7 @@ class ResponseExchange:
         self.head: ResponseHead | None = None
         self.body: deque[bytes] = deque()
         self.report: FaultReport | None = None
+        self.printed = False
         self.violation = ""
 
     @property
@@ -100,6 +112,8 @@ class ResponseExchange:
                 return
             if kind == BODY:
                 self._receive_body(payload)
+            elif kind == END:
+                self.printed = bool(payload)
             elif kind == HEAD:
                 if not self._receive_head(payload):
                     return
@@ -112,7 +126,7 @@ class ResponseExchange:
             head = _decode_head(payload)
             check_headers(head.headers)
             self._left = content_length(head.headers)
-        except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:
             self._break(f"response head that does not hold up: {error}")
             return False
         # The pipe has its own framing: RFC 9112, 7 makes Transfer-Encoding a matter of each hop.
@@ -137,10 +151,15 @@ class ResponseExchange:
 
     def _receive_report(self, payload: bytes) -> bool:
         try:
-            self.report = _decode_report(payload)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            report = _decode_report(payload)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self._break(f"fault report that does not hold up: {error}")
             return False
+        if report.kind == "aborted" and self.head is None:
+            self._break("a response that was cut off before its head")
+            return False
+        self.report = report
+        self.printed = report.printed
         return True
 
     def _break(self, why: str) -> None:

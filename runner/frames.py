@@ -45,10 +45,13 @@ TO_HOST: Final[Mapping[int, int]] = {
     READY: MAX_READY,
     HEAD: MAX_HEAD,
     BODY: MAX_BODY,
-    END: 0,
+    END: 1,
     FAULT: MAX_FAULT,
 }
-"""What a worker sends: READY once (or FAULT); then for each job a head, body frames, and END or FAULT."""
+"""What a worker sends: READY once (or FAULT); then for each job a head, body frames, and END or FAULT.
+
+An END with a byte tells that the handler has printed something: the log pipe is to be read first.
+"""
 
 Frame = tuple[int, int, bytes]
 """Kind, job number, payload."""

@@ -34,6 +34,7 @@ from runner.errors import (
 )
 from runner.exchange import ResponseExchange, State
 from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
+from runner.logs import printable
 from runner.messages import Fault, ResponseHead, describe_exit
 from runner.request import Upload
 
@@ -48,7 +49,14 @@ _NUMBERS: Final = 0xFFFFFFFF
 
 
 class NeverTaken(Exception):
-    """The worker was gone before it took a byte of the request: another worker may have it."""
+    """The worker was gone before it took a byte of the request: another worker may have it.
+
+    `error` is what to raise where no other worker is tried; None where nothing was written at all.
+    """
+
+    def __init__(self, error: WorkerDied | None) -> None:
+        super().__init__()
+        self.error = error
 
 
 class Job:
@@ -128,14 +136,16 @@ class Job:
         self.close(error)
 
     def __del__(self) -> None:
-        if not getattr(self, "_settled", True):
-            warnings.warn(
-                f"job {self.job_id} was dropped before its end: read it to the end, or close it",
-                ResourceWarning,
-                stacklevel=2,
-                source=self,
-            )
-            self.close()
+        if not getattr(self, "_settled", True) and not self._supervisor.forgotten:
+            try:
+                warnings.warn(
+                    f"job {self.job_id} was dropped before its end: read it to the end, or close it",
+                    ResourceWarning,
+                    stacklevel=2,
+                    source=self,
+                )
+            finally:
+                self.close()
 
     def read(self) -> bytes:
         """The next piece of the body as it comes, b"" at its end.
@@ -158,6 +168,8 @@ class Job:
         Nothing happens where the response has ended. Otherwise the handler has the pool's grace time to end,
         and then its worker is killed; nobody waits for that here.
         """
+        if self._supervisor.forgotten:
+            return  # this is a forked child: the job is the parent's
         with self._lock:
             if self._settled or self._closed_by is not None:
                 return
@@ -182,7 +194,7 @@ class Job:
             channel.send(frames)
         except BrokenPipeError:
             self._discard()
-            raise NeverTaken from None
+            raise NeverTaken(None) from None
         self._uploading = upload.lazy or not channel.flushed
 
     def _push_upload(self) -> None:
@@ -226,7 +238,7 @@ class Job:
     def _advance(self) -> None:
         """Wait for the next frames of the response and take them; the upload goes on meanwhile."""
         with self._lock:
-            if self._closed_by is not None:
+            if self._settled or self._closed_by is not None:
                 raise self._closed()
             self._reading = True
         try:
@@ -238,8 +250,8 @@ class Job:
             if not self._exchange.open:
                 self._settle()
         except BaseException as error:
+            self._closed_by = self._closed_by or error
             if not self._settled:
-                self._closed_by = self._closed_by or error
                 self._leave()
             raise
         finally:
@@ -255,11 +267,14 @@ class Job:
         """The next frames, none where the job is closed meanwhile; None at the end of the worker's stream."""
         channel = self._channel
         while True:
-            readable, writable, woken = channel.wait(self._read_timeout, write=self._uploading)
+            dead = self._worker.dead
+            readable, writable, woken = channel.wait(0 if dead else self._read_timeout, write=self._uploading)
             if readable:
                 frames = channel.receive()
                 if frames is None or frames:
                     return frames
+            elif dead:
+                return None  # what the handler has started may hold the pipe open: there is no other end
             elif writable:
                 self._push_upload()
             elif not woken:
@@ -267,12 +282,8 @@ class Job:
                     f"job {self.job_id} made no progress for {self._read_timeout} s and was ended: "
                     f"allow more time, or look at what its handler waits for"
                 )
-            if woken:
-                if self._closed_by is not None:
-                    return []
-                if self._worker.dead and not readable:
-                    # What the handler has started may hold the pipe open: take what is left, then end.
-                    return channel.receive() or None
+            if woken and self._closed_by is not None:
+                return []
 
     def _mourn(self) -> None:
         """The worker's stream ended inside the job: find out why, and raise it."""
@@ -283,14 +294,12 @@ class Job:
         never_taken = (
             self._exchange.head is None
             and not self._upload.pulled
+            and not self._upload.closed
             and worker.dead
             and self._channel.unread() >= self._channel.written
         )
         tail = worker.log.tail(self.job_id)
         self._discard()
-        if never_taken:
-            raise NeverTaken
-        self._close_upload()
         what, exit_code, signal_name = describe_exit(worker.status)
         fault = Fault(
             kind="died",
@@ -299,6 +308,9 @@ class Job:
             exit_code=exit_code,
             signal=signal_name,
         )
+        if never_taken:
+            raise NeverTaken(WorkerDied(fault))
+        self._close_upload()
         logger.error(
             "job %s: worker %s %s%s",
             self.job_id,
@@ -340,6 +352,9 @@ class Job:
         return HandlerRaised(fault)
 
     def _closed(self) -> BaseException:
+        """What a read of a job that was ended raises: the fault that ended it, or that it was closed."""
+        if isinstance(self._closed_by, JobFailed):
+            return self._closed_by
         error = JobClosed(f"job {self.job_id} was closed before its end")
         error.__cause__ = self._closed_by
         return error
@@ -360,22 +375,33 @@ class Job:
             self._close_upload()
             self._discard()
             return
+        if exchange.printed:
+            self._worker.log.read()  # so that the next job's lines are not taken for this one's
         report = exchange.report
         if report is not None and report.kind == "raised":
-            logger.error("job %s: the handler raised\n%s", self.job_id, report.traceback)
-        self._stop_upload()
-        self._settled = True
-        if channel.flushed:
-            self._supervisor.leases.give_back(self._worker)
-        else:
-            self._supervisor.adopt(self._worker, exchange)
+            logger.error("job %s: the handler raised\n%s", self.job_id, printable(report.traceback))
+        try:
+            self._stop_upload()
+        finally:
+            self._mark_settled()
+            if self._channel.flushed:
+                self._supervisor.leases.give_back(self._worker)
+            else:
+                self._supervisor.adopt(self._worker, exchange)
 
     def _leave(self) -> None:
         """Hand the worker, with a response that nobody waits for any more, to the supervisor."""
-        self._stop_upload()
-        self._settled = True
-        self._supervisor.adopt(self._worker, self._exchange)
+        try:
+            self._stop_upload()
+        finally:
+            self._mark_settled()
+            self._supervisor.adopt(self._worker, self._exchange)
 
     def _discard(self) -> None:
-        self._settled = True
+        self._mark_settled()
         self._supervisor.leases.discard(self._worker)
+
+    def _mark_settled(self) -> None:
+        # Under the lock, before the worker is let go: `close` wakes a channel only while it is held.
+        with self._lock:
+            self._settled = True

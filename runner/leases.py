@@ -29,6 +29,7 @@ class Worker:
     __slots__ = (
         "channel",
         "dead",
+        "doomed",
         "exited",
         "failure",
         "job",
@@ -51,6 +52,7 @@ class Worker:
         self.ready = False
         self.leased = False
         self.dead = False
+        self.doomed = False
         self.jobs = 0
         self.job: weakref.ref[Job] | None = None
         self.failure = ""
@@ -150,18 +152,19 @@ class Leases:
         """A worker is ready for its first job."""
         with self._lock:
             self._refusal = None if not self._closed else self._refusal
-            if not worker.dead:
-                worker.ready = True
+            worker.ready = True
+            if not worker.dead and not worker.doomed:
                 self._offer(worker)
 
     def give_back(self, worker: Worker) -> None:
         """The holder is done with a worker that stands between two jobs."""
         with self._lock:
             self._take_back(worker)
-            if not worker.dead:
+            dead = worker.dead
+            if not dead and not worker.doomed:
                 self._offer(worker)
-                return
-        worker.channel.close()
+        if dead:
+            worker.channel.close()
 
     def discard(self, worker: Worker) -> None:
         """The holder is done with a worker that must not go on: it is killed, dead or not yet."""
@@ -177,8 +180,22 @@ class Leases:
         with self._lock:
             self._signal(worker)
 
+    def adopt_pidfd(self, worker: Worker, pid: int, pidfd: int) -> None:
+        """The worker was born; one that is to be killed already is killed."""
+        with self._lock:
+            worker.pid = pid
+            worker.pidfd = pidfd
+            if worker.doomed:
+                self._signal(worker)
+
+    def forget(self) -> None:
+        """In a forked child: nobody holds the lock any more."""
+        self._lock = threading.RLock()
+        self._quiet = threading.Condition(self._lock)
+
     @staticmethod
     def _signal(worker: Worker) -> None:
+        worker.doomed = True
         if worker.pidfd is not None:
             try:
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import struct
 import termios
+import threading
 import time
 from collections import deque
 from typing import Final
@@ -23,12 +25,23 @@ BUDGET: Final = 256 * 1024
 _REFILL: Final = BUDGET / 4
 _READ_SIZE: Final = 16 * 1024
 _MAX_LINE: Final = 8 * 1024
-_ROUNDS: Final = 64
+_ROUNDS: Final = 16
 _TAIL: Final = 100
 
 
+_LINE_COST: Final = 100
+"""What a line costs beside its bytes: a record in the log is never smaller."""
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with control characters shown, not sent on: a worker must not drive the terminal that tails a log."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 class LogPipe:
-    """The read end of one process's stdout and stderr.
+    """The read end of one process's stdout and stderr. Any thread may `read`; one at a time does.
 
     `label` is what stands in the log before each line's job, such as "worker 4711".
     """
@@ -37,6 +50,7 @@ class LogPipe:
         "_allowance",
         "_filled_at",
         "_line",
+        "_lock",
         "_null_fd",
         "_skipped",
         "_tail",
@@ -56,42 +70,53 @@ class LogPipe:
         self._filled_at = time.monotonic()
         self._skipped = 0
         self._null_fd = -1
+        # Reentrant: what is logged may drop a job, whose end may come back here.
+        self._lock = threading.RLock()
         self._unlogged = b""
         self._tail: deque[tuple[str, str]] = deque(maxlen=_TAIL)
 
     def read(self) -> bool:
         """Log what is there now; False at the end of the pipe. Takes a bounded number of steps."""
-        for _ in range(_ROUNDS):
-            try:
-                if self._allow():
-                    data = os.read(self.fd, _READ_SIZE)
-                    if not data:
+        with self._lock:
+            if self.fd < 0:
+                return False
+            for _ in range(_ROUNDS):
+                try:
+                    if self._allow():
+                        data = os.read(self.fd, _READ_SIZE)
+                        if not data:
+                            return False
+                        self._allowance -= len(data)
+                        self._take(data)
+                    elif not self._skip():
                         return False
-                    self._allowance -= len(data)
-                    self._take(data)
-                elif not self._skip():
-                    return False
-            except BlockingIOError:
-                return True
+                except BlockingIOError:
+                    return True
         return True
 
     def close(self) -> None:
         """Log what is still in the pipe, over the budget or not: it is little, and it may be a last stack."""
-        if self.fd < 0:
-            return
+        with self._lock:
+            if self.fd < 0:
+                return
+            self._take_last()
+            os.close(self.fd)
+            self.fd = -1
+            if self._null_fd >= 0:
+                os.close(self._null_fd)
+                self._null_fd = -1
+
+    def _take_last(self) -> None:
         last = self._unlogged.partition(b"\n")[2]
         self._skipped -= len(last)
         self._report_skipped()
+        self._allowance = float(BUDGET)
         self._take(last)
         self._allowance = float(BUDGET)
         self.read()
         if self._line:
             self._emit(self._line)
-        os.close(self.fd)
-        self.fd = -1
-        if self._null_fd >= 0:
-            os.close(self._null_fd)
-            self._null_fd = -1
+            self._line = b""
 
     def forget(self) -> None:
         """In a forked child: close the inherited descriptors and log nothing."""
@@ -135,16 +160,18 @@ class LogPipe:
     def _take(self, data: bytes) -> None:
         lines = (self._line + data).split(b"\n")
         self._line = lines.pop()
-        for line in lines:
+        for number, line in enumerate(lines):
+            if self._allowance <= 0 and number:
+                self._skipped += sum(len(rest) + 1 for rest in lines[number:])
+                break
+            self._allowance -= _LINE_COST
             self._emit(line)
         if len(self._line) > _MAX_LINE:
             self._emit(self._line)
             self._line = b""
 
     def _emit(self, line: bytes) -> None:
-        text = line[:_MAX_LINE].decode(errors="backslashreplace").rstrip("\r")
-        # Control characters are shown, not sent on: a worker must not drive the terminal that tails the log.
-        text = "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in text)
+        text = printable(line[:_MAX_LINE].decode(errors="backslashreplace").rstrip("\r"))
         job_id = self.job_id
         self._tail.append((job_id, text))
         logger.info("%s%s: %s", self.label, f" job {job_id}" if job_id else "", text)

@@ -69,12 +69,16 @@ class Ready(msgspec.Struct, array_like=True, frozen=True):
 
 
 class FaultReport(msgspec.Struct, array_like=True, frozen=True):
-    """How a job failed inside a worker that lives on: the exception's type, its words, its traceback."""
+    """How a job failed inside a worker that lives on: the exception's type, its words, its traceback.
+
+    `printed` tells that the handler has printed something, as an END's payload does.
+    """
 
     kind: Literal["raised", "aborted"]
     exception: str = ""
     message: str = ""
     traceback: str = ""
+    printed: bool = False
 
 
 FaultKind = Literal["raised", "aborted", "incomplete", "died", "protocol", "unavailable"]
@@ -120,10 +124,10 @@ class Born(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 class Died(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """Zygote to host: a worker was reaped. `status` is its exit code, or minus the signal that ended it."""
+    """Zygote to host: a worker was reaped. `status` is its exit code, or minus the signal that ended it, if known."""
 
     worker: int
-    status: int
+    status: int | None
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):

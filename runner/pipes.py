@@ -7,6 +7,7 @@ what the handler writes is on its way when the write returns. Small pieces go ou
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from typing import Final
@@ -131,7 +132,7 @@ class OutgoingResponse:
                 if chunk:
                     parts.append(pack_header(BODY, self._number, len(chunk)))
                     parts.append(chunk)
-            parts.append(pack_header(END, self._number, 0))
+            parts.append(encode(END, self._number, b"\1" if self._pipes.take_printed() else b""))
             self._pipes.write(b"".join(parts))
 
     def fail(self, report: FaultReport, implied: tuple[int, list[Header]] | None = None) -> None:
@@ -141,6 +142,7 @@ class OutgoingResponse:
                 return
             frame = b"" if self.started or implied is None else self._head_frame(*implied)
             self.started = self.ended = True
+            report = msgspec.structs.replace(report, printed=self._pipes.take_printed())
             self._pipes.write(frame + encode(FAULT, self._number, _encode(report)))
 
     def _check_open(self) -> None:
@@ -163,11 +165,13 @@ class OutgoingResponse:
         return encode(HEAD, self._number, payload)
 
     def _write_body(self, data: bytes | bytearray | memoryview, before: bytes = b"") -> None:
+        if isinstance(data, memoryview):
+            data = data.cast("B")
         size = len(data)
         if size <= _SMALL:
             self._pipes.write(b"".join((before, pack_header(BODY, self._number, size), data)))
             return
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
         for at in range(0, size, MAX_BODY):
             piece = view[at : at + MAX_BODY]
             self._pipes.write_vectors(before + pack_header(BODY, self._number, len(piece)), piece)
@@ -182,6 +186,23 @@ class Pipes:
         self._response_fd = response_fd
         self._decoder = FrameDecoder(TO_WORKER)
         self._frames: deque[tuple[int, int, bytes]] = deque()
+        self.printed = False
+
+    def note_printed(self) -> None:
+        """Something was printed."""
+        self.printed = True
+
+    def take_printed(self) -> bool:
+        """Whether something was printed since the last call; it is in the log pipe then."""
+        if not self.printed:
+            return False
+        self.printed = False
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (AttributeError, OSError, ValueError):
+                pass  # a handler has put something of its own there, or closed it
+        return True
 
     def next_frame(self) -> tuple[int, int, bytes]:
         """The next frame from the host. HostGone at the end of the pipe."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import itertools
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from runner.errors import ConfigurationError, InvalidRequest, LeaseTimeout, PoolClosed, PoolForked
+from runner.errors import ConfigurationError, InvalidRequest, PoolClosed, PoolForked, StartError
 from runner.frames import MAX_HEAD
 from runner.job import Job, NeverTaken
 from runner.leases import Leases
@@ -29,7 +28,7 @@ from runner.supervisor import EXIT_LIMIT, Supervisor
 logger = logging.getLogger("blastdoor")
 
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-_MAX_TRIES: Final = 10
+_MAX_TRIES: Final = 3
 _encode = msgspec.msgpack.Encoder().encode
 _NO_CONTEXT: Final = JobContext()
 
@@ -90,7 +89,6 @@ class Pool:
         self._leases = Leases()
         self._supervisor: Supervisor | None = None
         self._start_lock = threading.Lock()
-        self._started = False
         self._closed = False
         self._forked = False
         self._job_prefix = self._token[:8]
@@ -104,10 +102,25 @@ class Pool:
 
         Raises StartError, with the worker's own traceback, where the handler can't be loaded.
         """
+        supervisor = self._begin()
+        try:
+            supervisor.wait_started()
+        except BaseException:
+            self._start_over(supervisor)
+            raise
+        return self
+
+    def _begin(self) -> Supervisor:
+        """Begin to start the workers, if that has not been done."""
+        if self._forked:
+            raise PoolForked(
+                "this pool was started before the fork and belongs to the parent process: make one after the fork"
+            )
         with self._start_lock:
-            self._check_usable()
-            if not self._started:
-                self._supervisor = Supervisor(
+            if self._closed:
+                raise PoolClosed("the pool is closed: open a new one")
+            if self._supervisor is None:
+                supervisor = Supervisor(
                     self._leases,
                     self._config,
                     self._settings["workers"],
@@ -115,13 +128,17 @@ class Pool:
                     self._settings["grace"],
                     self._settings["start_timeout"],
                 )
-                try:
-                    self._supervisor.start()
-                except BaseException:
-                    self._supervisor = None
-                    raise
-                self._started = True
-        return self
+                supervisor.begin()
+                self._supervisor = supervisor
+            return self._supervisor
+
+    def _start_over(self, failed: Supervisor) -> None:
+        """Clear away a start that has failed: the next one begins anew."""
+        with self._start_lock:
+            if self._supervisor is failed:
+                self._leases = Leases()
+                self._supervisor = None
+        failed.stop(0)
 
     def close(self, drain: float | None = None) -> None:
         """Take no more requests, wait up to `drain` seconds for the jobs under way, then end all workers.
@@ -131,17 +148,17 @@ class Pool:
         if self._forked:
             return
         with self._start_lock:
-            if self._closed:
-                return
             self._closed = True
             self._leases.close(lambda: PoolClosed("the pool is closed: open a new one"))
-            supervisor = self._supervisor
+            supervisor, self._supervisor = self._supervisor, None
         if supervisor is None:
             return
-        if not self._leases.wait_quiet(self._drain if drain is None else drain):
+        try:
+            self._leases.wait_quiet(self._drain if drain is None else drain)
+        finally:
             for job in self._leases.jobs():
                 job.close(PoolClosed("the pool was closed before the job's end"))
-        supervisor.stop(EXIT_LIMIT)
+            supervisor.stop(EXIT_LIMIT)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -152,32 +169,27 @@ class Pool:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_started", False) and not self._closed and not self._forked:
-            warnings.warn(
-                "a pool was dropped without being closed: use it in a with block, or call close()",
-                ResourceWarning,
-                stacklevel=2,
-                source=self,
-            )
-            self.close(drain=0)
+        if getattr(self, "_supervisor", None) is not None and not self._forked:
+            try:
+                warnings.warn(
+                    "a pool was dropped without being closed: use it in a with block, or call close()",
+                    ResourceWarning,
+                    stacklevel=2,
+                    source=self,
+                )
+            finally:
+                self.close(drain=0)
 
     def __reduce__(self) -> tuple[Callable[..., Pool], tuple[Any, ...]]:
         # In this process a pickle is a reference; elsewhere it is a pool of its own, set up alike.
         return _restore, (self._token, msgspec.msgpack.encode(self._config), self._settings)
 
     def _forget(self) -> None:
-        """This is a forked child now: the workers are the parent's."""
-        self._forked = True
+        """This is a forked child now: the workers, if there are any, are the parent's."""
+        self._start_lock = threading.Lock()  # the old one may be held by a thread that is not here
         if self._supervisor is not None:
+            self._forked = True
             self._supervisor.forget()
-
-    def _check_usable(self) -> None:
-        if self._forked:
-            raise PoolForked(
-                "this pool was started before the fork and belongs to the parent process: make one after the fork"
-            )
-        if self._closed:
-            raise PoolClosed("the pool is closed: open a new one")
 
     # -- use -----------------------------------------------------------------------------------------
 
@@ -196,23 +208,43 @@ class Pool:
         ever. Raises LeaseTimeout, ReadTimeout, WorkersUnavailable, a JobFailed where the job ends badly before
         its head, InvalidRequest for a head over the size cap, PoolClosed, PoolForked and StartError.
         """
-        if not self._started or self._forked:
-            self.start()
         supervisor = self._supervisor
-        assert supervisor is not None
+        if supervisor is None or self._forked:
+            supervisor = self._begin()
         upload = Upload(request.body)
         job_id = f"{self._job_prefix}-{next(self._job_numbers)}"
         try:
             head = _encode_head(request, upload, context, job_id)
-            for _ in range(_MAX_TRIES):
-                worker = self._leases.lease(lease_timeout)
-                with contextlib.suppress(NeverTaken):
-                    return Job(worker, supervisor, request.method, head, upload, job_id, read_timeout)
+            return self._run(supervisor, request.method, head, upload, job_id, lease_timeout, read_timeout)
+        except StartError:
+            upload.close()
+            self._start_over(supervisor)
+            raise
         except BaseException:
             upload.close()
             raise
-        upload.close()
-        raise LeaseTimeout(f"{_MAX_TRIES} workers in a row ended before they took the request; the log says why")
+
+    def _run(
+        self,
+        supervisor: Supervisor,
+        method: str,
+        head: bytes,
+        upload: Upload,
+        job_id: str,
+        lease_timeout: float | None,
+        read_timeout: float | None,
+    ) -> Job:
+        tries = _MAX_TRIES
+        while True:
+            worker = supervisor.leases.lease(lease_timeout)
+            try:
+                return Job(worker, supervisor, method, head, upload, job_id, read_timeout)
+            except NeverTaken as never:
+                # Nothing written is proof; that nothing was read, a hostile worker can feign: it has few tries.
+                if never.error is not None:
+                    tries -= 1
+                    if not tries:
+                        raise never.error from None
 
 
 def _encode_head(request: Request, upload: Upload, context: JobContext, job_id: str) -> bytes:
@@ -241,7 +273,7 @@ def _encode_head(request: Request, upload: Upload, context: JobContext, job_id: 
     return head
 
 
-def _check_settings(kind: object, workers: object, env: object, root_path: object) -> None:
+def _check_settings(kind: object, workers: object, env: Mapping[str, str] | None, root_path: object) -> None:
     if kind == "asgi":
         raise ConfigurationError(
             "kind='asgi': this version runs native handlers and WSGI apps; "
@@ -255,6 +287,9 @@ def _check_settings(kind: object, workers: object, env: object, root_path: objec
         isinstance(env, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in env.items())
     ):
         raise ConfigurationError("env is a mapping of str to str, or None to pass the host's environment on")
+    for name, value in (env or {}).items():
+        if not name or "=" in name or "\0" in name or "\0" in value:
+            raise ConfigurationError(f"env has a name that is none, or a NUL: {name!r}")
     if not isinstance(root_path, str) or (root_path and not root_path.startswith("/")):
         raise ConfigurationError(f"root_path is a path that begins with '/', or empty, not {root_path!r}")
 

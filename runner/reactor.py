@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -59,16 +60,24 @@ class Reactor:
 
     def run(self) -> None:
         """Wait and call back until `finish`; an error in a callback is logged, and the loop goes on."""
-        while not self._finished:
-            try:
-                self._step()
-            except Exception:
-                logger.exception("the supervisor met an error, and goes on")
-        with self._lock:
-            os.close(self._wake_fd)
-            self._wake_fd = -1
-        self._run_calls()
-        self._selector.close()
+        try:
+            while not self._finished:
+                try:
+                    self._step()
+                except Exception:  # noqa: BLE001 - whatever it was, workers have to be looked after
+                    self._report()
+        finally:
+            with self._lock:
+                os.close(self._wake_fd)
+                self._wake_fd = -1
+            self._run_calls()
+            self._selector.close()
+
+    @staticmethod
+    def _report() -> None:
+        # Logging itself may be what raises: a filter or a handler of the application's.
+        with contextlib.suppress(Exception):
+            logger.exception("the supervisor met an error, and goes on")
 
     def finish(self) -> None:
         """End `run` after this callback. Calls that have come in are still made."""
@@ -76,6 +85,7 @@ class Reactor:
 
     def forget(self) -> None:
         """In a forked child, where nobody is in `run`: close the inherited descriptors."""
+        self._lock = threading.RLock()  # the old one may be held by a thread that is not here
         self._finished = True
         self._selector.close()
         if self._wake_fd >= 0:

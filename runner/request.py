@@ -73,11 +73,12 @@ class Upload:
     its owner's to close, or to send again.
     """
 
-    __slots__ = ("_close", "_next", "_rest", "inline", "pulled")
+    __slots__ = ("_close", "_closed", "_next", "_rest", "inline", "pulled")
 
     def __init__(self, body: Body) -> None:
         self.inline = b""
         self.pulled = False
+        self._closed = False
         self._rest: memoryview | None = None
         self._next: Callable[[], bytes] | None = None
         self._close: Callable[[], None] | None = None
@@ -104,6 +105,11 @@ class Upload:
             )
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or the end was reached."""
+        return self._closed
+
+    @property
     def lazy(self) -> bool:
         """Whether there may be more to pull."""
         return self._next is not None
@@ -127,6 +133,7 @@ class Upload:
 
     def close(self) -> None:
         """End the source."""
+        self._closed = True
         self._next = None
         self._rest = None
         close, self._close = self._close, None

@@ -35,6 +35,9 @@ logger = logging.getLogger("blastdoor")
 _decode_ready = msgspec.msgpack.Decoder(Ready).decode
 _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
 
+_SETTLED: Final = 2.0
+"""Seconds that a worker has to live after READY to count as a start that has succeeded."""
+
 EXIT_LIMIT: Final = 1.0
 """Seconds that idle workers, and then the zygote, have to exit by themselves when a pool closes."""
 
@@ -66,22 +69,23 @@ class Supervisor:
         self._start_error = ""
         self._preload_error = ""
         self._closing = False
+        self._stopping = False
+        self._respawn_is_due = False
+        self.forgotten = False
         self._reactor = Reactor()
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
 
     # -- called from other threads -------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Start the workers and return once all are ready. StartError, with nothing left behind, if one is not."""
+    def begin(self) -> None:
+        """Begin to start the workers. Where one does not start, `leases` refuses callers with a StartError."""
         self._reactor.call(self._start_zygote)
         self._thread.start()
-        try:
-            self._started.wait()
-        except BaseException:
-            self.stop(0)
-            raise
+
+    def wait_started(self) -> None:
+        """Wait until all workers are ready. StartError if one is not; `stop` is then all there is to do."""
+        self._started.wait()
         if self._start_error:
-            self.stop(0)
             raise StartError(self._start_error)
 
     def adopt(self, worker: Worker, exchange: ResponseExchange) -> None:
@@ -103,6 +107,8 @@ class Supervisor:
 
     def forget(self) -> None:
         """In a forked child: close the inherited descriptors, and leave the processes alone."""
+        self.forgotten = True
+        self.leases.forget()
         for worker in self._workers.values():
             worker.forget()
         if self._zygote is not None:
@@ -118,9 +124,9 @@ class Supervisor:
     def _start_zygote(self) -> None:
         try:
             zygote = ZygoteProcess(self._config, self._env)
-        except OSError as error:
-            self._start_failed(f"the zygote process can't be started: {error}")
-            self._reactor.after(1.0, self._respawn)
+        except Exception as error:  # noqa: BLE001 - whatever it was, those who wait for workers are told
+            self._start_failed(f"the zygote process can't be started: {type(error).__name__}: {error}")
+            self._respawn_after(1.0)
             return
         self._zygote = zygote
         self._reactor.watch(zygote.log.fd, lambda: self._read_log(zygote.log))
@@ -136,7 +142,14 @@ class Supervisor:
             return
         news, pidfd = heard
         if isinstance(news, Born):
-            self._born(self._workers[news.worker], news.pid, pidfd)
+            if pidfd < 0:
+                # Out of descriptors as it came: a worker that can't be killed may not be. Begin anew.
+                logger.error(
+                    "the pidfd of worker %d was lost for want of descriptors: the zygote starts anew", news.pid
+                )
+                self._zygote.kill()
+            else:
+                self._born(self._workers[news.worker], news.pid, pidfd)
         elif isinstance(news, Died):
             self._bury(self._workers[news.worker], news.status)
         else:
@@ -155,12 +168,13 @@ class Supervisor:
         for worker in list(self._workers.values()):
             self.leases.kill(worker)
             self._bury(worker, -signal.SIGKILL)
-        if self._closing:
+        if self._stopping:
             self._reactor.finish()
             return
         why = f"the zygote process {describe_exit(status)[0]}"
         if self._preload_error:
             why = f"the handler can't be preloaded:\n{self._preload_error}"
+            self._preload_error = ""
         elif output := zygote.log.tail(""):
             why = f"{why}:\n{output}"
         self._start_failed(why)
@@ -172,13 +186,23 @@ class Supervisor:
 
     # -- births --------------------------------------------------------------------------------------
 
+    def _respawn_after(self, seconds: float) -> None:
+        """Start what is missing in so many seconds; one such call is pending at a time."""
+        if not self._respawn_is_due:
+            self._respawn_is_due = True
+            self._reactor.after(seconds, self._respawn_due)
+
+    def _respawn_due(self) -> None:
+        self._respawn_is_due = False
+        self._respawn()
+
     def _respawn(self) -> None:
         """Start what is missing, now or when the brake allows it."""
         if self._closing:
             return
         delay = self._brake.delay(time.monotonic())
         if delay:
-            self._reactor.after(delay, self._respawn)
+            self._respawn_after(delay)
         elif self._zygote is None:
             self._start_zygote()
         else:
@@ -190,9 +214,10 @@ class Supervisor:
             starting = any(not worker.ready for worker in self._workers.values())
             missing = 0 if starting else min(missing, 1)  # one try at a time
         for _ in range(missing):
-            self._spawn()
+            if not self._spawn():
+                break
 
-    def _spawn(self) -> None:
+    def _spawn(self) -> bool:
         assert self._zygote is not None
         number = next(self._numbers)
         fds: list[int] = []
@@ -200,14 +225,20 @@ class Supervisor:
             for _ in range(3):
                 fds += make_pipe()
             request_read, request_write, response_read, response_write, log_read, log_write = fds
-            self._zygote.spawn(number, (request_read, response_write, log_write))
             channel = Channel(request_write, response_read)
-        except OSError as error:  # out of descriptors, or the zygote is gone or stuck
-            logger.error("worker %d can't be started, and is tried again: %s", number, error)
+        except OSError as error:  # out of descriptors
             for fd in fds:
                 os.close(fd)
-            self._reactor.after(0.2, self._respawn)
-            return
+            self._spawn_failed(error)
+            return False
+        try:
+            self._zygote.spawn(number, (request_read, response_write, log_write))
+        except OSError as error:  # the zygote is gone or stuck
+            channel.close()
+            for fd in (request_read, response_write, log_read, log_write):
+                os.close(fd)
+            self._spawn_failed(error)
+            return False
         for fd in (request_read, response_write, log_write):
             os.close(fd)
         log = LogPipe(log_read, f"worker {number} (starting)")
@@ -216,12 +247,19 @@ class Supervisor:
         self._reactor.watch(log.fd, lambda: self._read_log(log))
         self._reactor.watch(response_read, lambda: self._hear_starting(worker))
         self._reactor.after(self._start_timeout, lambda: self._check_started(number))
+        return True
+
+    def _spawn_failed(self, error: OSError) -> None:
+        if self._started.is_set():
+            logger.error("a worker can't be started, and is tried again: %s", error)
+            self._respawn_after(0.5)
+        else:
+            self._start_failed(f"a worker can't be started: {error}")
 
     def _born(self, worker: Worker, pid: int, pidfd: int) -> None:
-        worker.pid = pid
-        worker.pidfd = os.pidfd_open(pid) if pidfd < 0 else pidfd
         worker.log.label = f"worker {pid}"
-        if self._closing:
+        self.leases.adopt_pidfd(worker, pid, pidfd)
+        if self._stopping:
             self.leases.kill(worker)
 
     def _hear_starting(self, worker: Worker) -> None:
@@ -241,17 +279,21 @@ class Supervisor:
                 worker.failure = _decode_report(payload).traceback
             elif kind is not None:
                 worker.failure = "its first frame was not READY: something in its start wrote to its response pipe"
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             worker.failure = f"its first frame does not hold up: {error}"
         if kind != FAULT:
             self.leases.kill(worker)
 
     def _ready(self, worker: Worker) -> None:
-        self._brake.succeeded()
+        self._reactor.after(_SETTLED, lambda: self._check_settled(worker))
         self.leases.add(worker)
         if not self._started.is_set() and all(worker.ready for worker in self._workers.values()):
             self._started.set()
         self._spawn_missing()
+
+    def _check_settled(self, worker: Worker) -> None:
+        if not worker.dead:
+            self._brake.succeeded()
 
     def _check_started(self, number: int) -> None:
         worker = self._workers.get(number)
@@ -260,12 +302,17 @@ class Supervisor:
                 f"it was not ready {self._start_timeout} s after its start: look at what its import waits for, "
                 f"or allow more time (start_timeout)"
             )
+            if worker.pid is None and self._zygote is not None:
+                # It was not even forked: the zygote hangs, in a preload's import perhaps.
+                self._preload_error = worker.failure
+                self._zygote.kill()
             self.leases.kill(worker)
 
     def _start_failed(self, why: str) -> None:
         if not self._started.is_set():
             self._start_error = why
             self._closing = True
+            self.leases.refuse(lambda: StartError(why))
             self._started.set()
             return
         if self._closing:
@@ -294,10 +341,14 @@ class Supervisor:
         self.leases.bury(worker, status)
         if (settle := self._adopted.get(worker)) is not None:
             settle()
-        if self._closing:
+        if self._stopping:
             self._stop_zygote_if_alone()
+        elif self._closing:
+            pass
         elif self._zygote is not None:
-            if worker.jobs == 0:
+            if worker.jobs:
+                self._brake.succeeded()  # it did start, whatever its job did to it
+            else:
                 why = worker.failure or worker.log.tail("") or "it printed nothing"
                 self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
             self._respawn()
@@ -307,10 +358,15 @@ class Supervisor:
         channel = worker.channel
 
         def settle(healthy: bool = False) -> None:
-            if self._adopted.pop(worker, None) is not None:
+            if self._adopted.get(worker) is settle:
+                del self._adopted[worker]
                 self._reactor.unwatch(channel.response_fd)
                 self._reactor.unwatch(channel.request_fd)
-                (self.leases.give_back if healthy else self.leases.discard)(worker)
+                if healthy:
+                    worker.log.read()  # so that the next job's lines are not taken for this one's
+                    self.leases.give_back(worker)
+                else:
+                    self.leases.discard(worker)
 
         def look() -> None:
             try:
@@ -343,13 +399,15 @@ class Supervisor:
     # -- the end of it all ---------------------------------------------------------------------------
 
     def _begin_stop(self, grace: float) -> None:
-        self._closing = True
+        self._closing = self._stopping = True
         for worker in self._workers.values():
             if worker.ready and not self.leases.is_leased(worker):
                 worker.channel.end_requests()
             else:
                 self.leases.kill(worker)
         self._reactor.after(grace, self._kill_all)
+        # A zygote that is stuck reports no deaths; when it is killed, its workers end with it.
+        self._reactor.after(grace + EXIT_LIMIT, self._kill_zygote)
         self._stop_zygote_if_alone()
 
     def _kill_all(self) -> None:

@@ -24,6 +24,7 @@ from runner.errors import AbortHandler
 from runner.frames import FAULT, READY, encode
 from runner.handlers.load import Bridge, load
 from runner.messages import FaultReport, Ready, ZygoteConfig
+from runner.output import LogStream
 from runner.pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
 
 REQUEST_FD: Final = 3
@@ -44,8 +45,8 @@ def run(
 ) -> NoReturn:
     """The life of a worker. `handler` is given where the zygote has preloaded it."""
     _take_descriptors(fds, inherited)
-    _shed(zygote)
     pipes = Pipes(REQUEST_FD, RESPONSE_FD)
+    _shed(zygote, pipes)
     try:
         handler = handler or load(config)
         pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
@@ -119,7 +120,7 @@ def _take_descriptors(fds: list[int], inherited: frozenset[int]) -> None:
     os.closerange(start, _DESCRIPTOR_CEILING)
 
 
-def _shed(zygote: int) -> None:
+def _shed(zygote: int, pipes: Pipes) -> None:
     """Leave behind what belonged to the zygote, and be bound to its life."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -129,9 +130,9 @@ def _shed(zygote: int) -> None:
     if os.getppid() != zygote:
         os._exit(1)  # it ended before the line above took effect
     sys.argv[:] = [""]
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the three stay open
-    sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open
+    sys.stdout = LogStream(1, pipes.note_printed)
+    sys.stderr = LogStream(2, pipes.note_printed)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
     faulthandler.enable(2)
     _replace_authkeys()

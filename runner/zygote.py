@@ -66,9 +66,6 @@ class Zygote:
         while (fd := os.dup(0)) <= worker.LAST_FD:
             pass
         os.close(fd)
-        self._child_ended, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
     def preload(self) -> bool:
         """Import the handler here, once for all workers; False after telling the host why that failed."""
@@ -90,16 +87,21 @@ class Zygote:
 
     def run(self) -> None:
         """Fork, reap and report, until the control socket closes; then kill everything and exit."""
+        # After a preload: the handler's import may have set signals for purposes of its own.
+        child_ended, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         gc.collect()
         gc.freeze()
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
-        poll.register(self._child_ended, select.POLLIN)
+        poll.register(child_ended, select.POLLIN)
         try:
             while True:
                 ready = dict(poll.poll())
-                if self._child_ended in ready:
-                    self._drain_wakeups()
+                if child_ended in ready:
+                    os.read(child_ended, 4096)
                     self._reap()
                 if self._control.fileno() in ready and not self._take_order():
                     break
@@ -141,11 +143,11 @@ class Zygote:
 
     def _reap(self) -> None:
         """Report the workers that have ended, and kill and reap what they left behind."""
+        unreaped = linux.children()
         for pid, (number, process) in list(self._workers.items()):
             status = process.exitcode
-            if status is not None:
+            if status is not None or pid not in unreaped:
                 del self._workers[pid]
-                process.close()
                 self._send(Died(number, status))
         for pid in linux.children():
             if pid not in self._workers and pid not in self._kept:
@@ -169,13 +171,6 @@ class Zygote:
                 self._control.send(data)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the host is gone; the loop ends at its next look
-
-    def _drain_wakeups(self) -> None:
-        try:
-            while os.read(self._child_ended, 4096):
-                pass
-        except BlockingIOError:
-            pass
 
     def _end(self) -> None:
         """Kill and reap every child, and what becomes a child by that, then exit."""

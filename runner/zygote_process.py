@@ -41,6 +41,7 @@ class ZygoteProcess:
 
     def __init__(self, config: ZygoteConfig, env: Mapping[str, str] | None) -> None:
         """Start it. Raises OSError where the machine has no process or descriptor to spare."""
+        preamble = _preamble(sys.path, config)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             log_read, log_write = make_pipe()
@@ -55,25 +56,32 @@ class ZygoteProcess:
                     start_new_session=True,
                     env=None if env is None else dict(env),
                 )
-            except OSError:
+            except BaseException:
                 self.log.close()
                 raise
             finally:
                 os.close(log_write)
-        except OSError:
+        except BaseException:
             self._control.close()
             raise
         finally:
             theirs.close()
         self.pid = self._process.pid
         self.log.label = f"zygote {self.pid}"
-        self.pidfd = os.pidfd_open(self.pid)
+        try:
+            self.pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            self._process.kill()
+            self._process.communicate()
+            self.log.close()
+            self._control.close()
+            raise
         self.control_fd = self._control.fileno()
         self._control.setblocking(False)
         assert self._process.stdin is not None
         try:
             with self._process.stdin as stdin:
-                stdin.write(_preamble(sys.path, config))
+                stdin.write(preamble)
         except BrokenPipeError:
             pass  # it has ended already, which its pidfd tells
 
@@ -121,5 +129,6 @@ def _program(control_fd: int) -> list[str]:
 
 def _preamble(sys_path: list[str], config: ZygoteConfig) -> bytes:
     """What the bootstrap reads: the length of `sys.path`, `sys.path`, and the configuration."""
-    paths = "\0".join(sys_path).encode("utf-8", "surrogateescape")
+    # Entries of other types are skipped, as the import system does with them.
+    paths = "\0".join(path for path in sys_path if isinstance(path, str)).encode("utf-8", "surrogateescape")
     return b"%d\n%b%b" % (len(paths), paths, _encode(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import ctypes
 import hashlib
 import json
@@ -347,3 +348,45 @@ def do_cut(request: HandlerRequest, response: HandlerResponse) -> None:
     frames = head + encode(BODY, number, b"a body of thirty bytes or less") + encode(END, number)
     os.write(4, frames[: int(parameter(request, "after"))])
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def do_spawn_and_stream(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Forks a process that holds every descriptor, gives its pid, and streams on."""
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        time.sleep(1000)
+        os._exit(0)
+    response.write(str(pid).encode())
+    while True:
+        time.sleep(0.001)
+        response.write(b".")
+
+
+def do_feign(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Writes to its own request pipe and dies: as if nothing had been taken out of it."""
+    with open(parameter(request, "runs"), "a") as runs:
+        runs.write(".")
+    os.write(os.open("/proc/self/fd/3", os.O_WRONLY), b"x" * 60000)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def do_print_id(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    print("printed in", request.context.job_id)
+    return b""
+
+
+def do_newlines(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    os.write(2, b"\n" * 500_000)
+    return b""
+
+
+def do_array(request: HandlerRequest, response: HandlerResponse) -> None:
+    response.write(memoryview(array.array("I", range(10_000))))
+
+
+def do_deep(request: HandlerRequest, response: HandlerResponse) -> None:
+    """A head that is nested as deep as its cap allows."""
+    payload = b"\x93\xcc\xc8\x90" + b"\x91" * (250 * 1024) + b"\xc0"
+    os.write(4, encode(HEAD, response._outgoing._number, payload))
+    time.sleep(3600)

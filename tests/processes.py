@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import psutil
@@ -21,3 +23,9 @@ def wait_gone(pids: list[int], seconds: float) -> None:
     while left := [pid for pid in pids if not is_gone(pid)]:
         assert time.monotonic() < deadline, f"still there after {seconds} s: {left}"
         time.sleep(0.002)
+
+
+def kill(pid: int | None, number: int = signal.SIGKILL) -> None:
+    """Send a signal to a process that is known; 0 and None, which would mean all of one's own, are refused."""
+    assert pid
+    os.kill(pid, number)

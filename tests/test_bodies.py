@@ -19,6 +19,7 @@ import pytest
 import requests
 
 from runner import HandlerRaised, Pool, Request, WorkerDied
+from tests.processes import kill
 from transport.requests import Transport
 
 URL = "http://app.local"
@@ -195,16 +196,16 @@ def test_a_worker_that_never_reads_dies(start: Callable[..., Pool]) -> None:
     body = Counted(100 * MIB)
     killed: list[float] = []
 
-    def kill() -> None:
+    def kill_when_full() -> None:
         given = -1
         while given != body.given or not given:  # until the pipe is full
             given = body.given
             time.sleep(0.05)
         (worker,) = pool._supervisor._workers.values()  # type: ignore[union-attr]
         killed.append(time.monotonic())
-        os.kill(worker.pid or 0, 9)
+        kill(worker.pid)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill_when_full)
     killer.start()
     with pytest.raises(WorkerDied, match="SIGKILL"):
         send(pool, "/never_read", body)

@@ -248,3 +248,49 @@ def test_imports_stay_small() -> None:
         "msgspec",
         "typing_extensions",  # msgspec's
     }
+
+
+def test_a_fork_while_another_thread_starts_the_pool(tmp_path: Path) -> None:
+    """W11: the child is told, and not left waiting for a lock whose holder it does not have."""
+    out = run(
+        tmp_path,
+        """
+        from runner import PoolForked
+        pool = Pool("tests.handlers:app", workers=2)
+        starter = threading.Thread(target=pool.start)
+        starter.start()
+        while pool._supervisor is None: time.sleep(0.0001)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pid = os.fork()
+        if pid == 0:
+            try:
+                get(pool)
+            except PoolForked:
+                print("refused", flush=True)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        starter.join()
+        print(get(pool).decode())
+        pool.close()
+        """,
+    )
+    assert sorted(out.split()) == ["hello", "refused"]
+
+
+def test_a_pool_that_was_not_started_before_the_fork(tmp_path: Path) -> None:
+    """W11: such a pool is the child's to start: as under a server that forks its own workers."""
+    out = run(
+        tmp_path,
+        """
+        pool = Pool("tests.handlers:app", workers=1)
+        if os.fork() == 0:
+            print(get(pool).decode(), flush=True)
+            pool.close()
+            os._exit(0)
+        assert os.wait()[1] == 0
+        print(get(pool).decode())
+        pool.close()
+        """,
+    )
+    assert out.split() == ["hello", "hello"]

@@ -149,3 +149,22 @@ def test_random_bytes(start: Callable[..., Pool]) -> None:
     with pool.open(Request("GET", "/hello")) as job:
         assert b"".join(job) == b"hello"
     assert not os.path.exists("/tmp/pwned")
+
+
+def test_a_head_that_is_nested_without_end(pool: Pool) -> None:
+    """F6: what exhausts the decoder's recursion is a violation like any other."""
+    with pytest.raises(WorkerMisbehaved, match="recursion"):
+        pool.open(Request("GET", "/deep"))
+
+
+def test_a_cut_off_without_a_head(pool: Pool) -> None:
+    """F6: an abort before the head is no answer that an honest worker gives."""
+    report = encode(FAULT, 1, msgspec.msgpack.encode(["aborted"]))
+    with pytest.raises(WorkerMisbehaved):
+        pool.open(Request("POST", "/protocol", body=report))
+
+
+def test_an_array_is_no_misbehaviour(pool: Pool) -> None:
+    """H1: a memoryview of wider items is sent as the bytes that it is."""
+    with pool.open(Request("GET", "/array")) as job:
+        assert len(b"".join(job)) == 40_000

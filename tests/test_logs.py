@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -82,3 +83,41 @@ def test_two_floods_at_once(start: Callable[..., Pool]) -> None:
     for thread in threads:
         thread.join()
     assert answers == [b"flooded", b"flooded"]
+
+
+def test_each_line_has_its_own_job_s_id(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+    """W9: 500 jobs one after the other on a worker: no line carries another's id."""
+    pool = start(workers=1)
+    for _ in range(500):
+        get(pool, "/print_id")
+    pool.close()
+    lines = [record.message.split() for record in log.records if "printed in" in record.message]
+    assert len(lines) == 500
+    assert all(words[3].rstrip(":") == words[-1] for words in lines)
+
+
+def test_a_flood_of_empty_lines(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+    """W9: the budget is one of lines, too: half a million of them are a few thousand records."""
+    pool = start(workers=1)
+    assert get(pool, "/newlines") == b""
+    pool.close()
+    assert len(log.records) < 12_000
+
+
+def test_logging_that_raises(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+    """W9: an application's logging that fails does not take the supervisor with it."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        raise RuntimeError("no logging today")
+
+    for name in ("blastdoor", "blastdoor.worker"):
+        logging.getLogger(name).addFilter(refuse)
+    try:
+        pool = start(workers=1)
+        with pytest.raises(Exception, match=r"SIGKILL|no logging"):
+            get(pool, "/die?how=SIGKILL")
+        assert get(pool, "/hello") == b"hello"
+        pool.close()
+    finally:
+        for name in ("blastdoor", "blastdoor.worker"):
+            logging.getLogger(name).removeFilter(refuse)

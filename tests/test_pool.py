@@ -6,20 +6,21 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from runner import JobClosed, LeaseTimeout, Pool, PoolClosed, ReadTimeout, Request, WorkerDied
-from tests.processes import is_gone, wait_gone
+from runner import JobClosed, LeaseTimeout, Pool, PoolClosed, ReadTimeout, Request, StartError, WorkerDied
+from tests.processes import is_gone, kill, wait_gone
 
 
 def get(pool: Pool, target: str, **limits: Any) -> bytes:
@@ -231,7 +232,7 @@ def test_a_stopped_worker(start: Callable[..., Pool]) -> None:
     """W7: a worker that was stopped is found by the caller's own limit, and killed after the grace time."""
     pool = start(workers=1)
     (worker,) = pool._leases._idle
-    os.kill(worker.pid or 0, signal.SIGSTOP)
+    kill(worker.pid, signal.SIGSTOP)
     with pytest.raises(ReadTimeout):
         get(pool, "/hello", read_timeout=0.05)
     assert get(pool, "/hello", read_timeout=10) == b"hello"
@@ -400,3 +401,163 @@ def test_the_zygote_dies(start: Callable[..., Pool], log: pytest.LogCaptureFixtu
         except WorkerDied:
             assert time.monotonic() < deadline
     assert "the zygote process was ended by SIGKILL" in log.text
+
+
+def test_reading_on_after_a_death(pool: Pool) -> None:
+    """F3: the same fault again, at once, and not a look at descriptors that are closed."""
+    with pool.open(Request("GET", "/die?late=1&how=SIGKILL")) as job:
+        assert job.read() == b"first piece"
+        for _ in range(3):
+            with pytest.raises(WorkerDied, match="SIGKILL"):
+                job.read()
+
+
+def test_grace_times_do_not_mix(start: Callable[..., Pool]) -> None:
+    """C3, C5: the grace time of one left job does not end the next one's on the same worker."""
+    pool = start(workers=1, grace=0.6)
+    pid = get(pool, "/pid")
+    pool.open(Request("GET", "/stream?count=2&pause=0.02")).close()
+    assert get(pool, "/pid") == pid  # settled; its timer is still to come
+    time.sleep(0.4)  # the timer of the first job is due in the middle of the second one's grace time
+    pool.open(Request("GET", "/stream?count=2&pause=0.2")).close()
+    assert get(pool, "/pid") == pid
+
+
+def test_a_death_is_seen_through_a_pipe_that_a_descendant_holds(start: Callable[..., Pool]) -> None:
+    """I8, F3: with the zygote killed as well there is nobody to sweep, and the caller is told all the same."""
+    pool = start(workers=1)
+    job = pool.open(Request("GET", "/spawn_and_stream"))
+    descendant = int(job.read())
+    assert pool._supervisor is not None
+    assert pool._supervisor._zygote is not None
+    os.kill(pool._supervisor._zygote.pid, signal.SIGKILL)
+    try:
+        with pytest.raises(WorkerDied):
+            b"".join(job)
+    finally:
+        os.kill(descendant, signal.SIGKILL)
+
+
+def test_a_stopped_zygote_does_not_hold_up_close(start: Callable[..., Pool]) -> None:
+    """W11: a zygote that reports nothing is killed at the deadline, and its workers end with it."""
+    pool = start(workers=2)
+    assert pool._supervisor is not None
+    assert pool._supervisor._zygote is not None
+    os.kill(pool._supervisor._zygote.pid, signal.SIGSTOP)
+    pool.close(drain=0)
+
+
+def test_a_preload_that_hangs(start: Callable[..., Pool]) -> None:
+    """F8: start() tells it after the start time, though no worker was even forked."""
+    with pytest.raises(StartError, match=r"not ready 0\.3 s after its start"):
+        start("tests.bad_handlers.hangs:app", preload=True, start_timeout=0.3)
+
+
+def test_a_preload_that_changes_signals(start: Callable[..., Pool]) -> None:
+    """W7: deaths are seen though the handler's import has set SIGCHLD for purposes of its own."""
+    pool = start("tests.bad_handlers.ignores_children:app", preload=True, workers=1)
+    for _ in range(3):
+        with pytest.raises(WorkerDied, match="code 1"):
+            get(pool, "/die")
+        assert get(pool, "/") == b"alive"
+
+
+def test_workers_that_die_right_after_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F8: a worker that says READY and dies without having run a job counts against the brake."""
+    monkeypatch.setenv("BLASTDOOR_TEST_DIR", str(tmp_path))
+    with Pool("tests.bad_handlers.dies_soon:app", workers=2) as pool:
+        (tmp_path / "broken").touch()
+        assert pool._supervisor is not None
+        for worker in list(pool._supervisor._workers.values()):
+            kill(worker.pid)
+        deadline = time.monotonic() + 20
+        while not pool._supervisor._brake.engaged:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert len((tmp_path / "starts").read_text()) <= 2 + 8
+
+
+def test_settings_that_the_machine_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F8: whatever keeps the zygote from starting is told, and nothing waits for it."""
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/tmp")])
+    with Pool("tests.handlers:app", workers=1) as pool:
+        assert get(pool, "/hello") == b"hello"
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(StartError, match="/nowhere/python"):
+        Pool("tests.handlers:app", workers=1).start()
+
+
+def test_descriptors_run_out(start: Callable[..., Pool]) -> None:
+    """W3, F8: at start it is told; later workers are tried again, without a storm, until there are some."""
+    pool = start(workers=4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), hard))
+    try:
+        for worker in list(pool._leases._idle):
+            kill(worker.pid)
+        with pytest.raises(StartError, match="Too many open files"):
+            Pool("tests.handlers:app", workers=4).start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert get(pool, "/hello", lease_timeout=30) == b"hello"
+    assert pool._supervisor is not None
+    assert len(pool._supervisor._reactor._timers) < 50
+
+
+def test_a_job_that_feigns_not_to_have_been_taken(start: Callable[..., Pool], tmp_path: Path) -> None:
+    """F3: a worker that refills its own request pipe and dies is not given job after job."""
+    pool = start(workers=1)
+    with pytest.raises(WorkerDied):
+        get(pool, f"/feign?runs={tmp_path / 'runs'}")
+    assert len((tmp_path / "runs").read_text()) <= 3
+
+
+def test_warnings_as_errors_leak_nothing(start: Callable[..., Pool]) -> None:
+    """C1, W11: where ResourceWarning is an error, a dropped job or pool is closed all the same."""
+    pool = start(workers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        job = pool.open(Request("GET", "/endless"))
+        with unraisable() as raised:
+            del job
+        assert raised
+    assert get(pool, "/hello", lease_timeout=10) == b"hello"
+
+
+@contextlib.contextmanager
+def unraisable() -> Iterator[list[str]]:
+    """What finalisers raise meanwhile."""
+    raised: list[str] = []
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda caught: raised.append(str(caught.exc_value))
+    try:
+        yield raised
+    finally:
+        sys.unraisablehook = hook
+
+
+def test_an_interrupt_while_closing(start: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """W11: a Ctrl-C that ends the drain does not leave the pool half closed."""
+    pool = start(workers=1)
+    job = pool.open(Request("GET", "/endless"))
+
+    def interrupt(timeout: float) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool._leases, "wait_quiet", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pool.close()
+    with pytest.raises(JobClosed):
+        b"".join(job)
+
+
+def test_a_failed_start_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F8: nothing of it is left; a pool that starts by itself says so to each caller, and begins anew."""
+    monkeypatch.setenv("BLASTDOOR_TEST_DIR", str(tmp_path))
+    (tmp_path / "broken").touch()
+    with contextlib.closing(Pool("tests.bad_handlers.sometimes:app", workers=1)) as pool:
+        for attempt in (pool.start, lambda: get(pool, "/"), pool.start):
+            with pytest.raises(StartError, match="broken for now"):
+                attempt()
+        (tmp_path / "broken").unlink()
+        assert get(pool, "/") == b"sometimes"

@@ -228,4 +228,4 @@ def test_a_transport_asked_for_is_not_a_request(start: Callable[..., Pool]) -> N
     """T2: asking for a transport starts nothing."""
     pool = Pool("tests.handlers:app")
     TransportFactory(pool).transport_for("openai")
-    assert not pool._started
+    assert pool._supervisor is None

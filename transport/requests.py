@@ -33,6 +33,8 @@ from runner.errors import (
     JobFailed,
     LeaseTimeout,
     PoolClosed,
+    PoolForked,
+    StartError,
     WorkersUnavailable,
 )
 from runner.errors import ReadTimeout as JobReadTimeout
@@ -75,7 +77,8 @@ class Transport(BaseAdapter):
         """Send a prepared request; the response comes as soon as its head is there.
 
         Raises ValueError for a timeout of another form, InvalidURL and InvalidHeader, MissingIdentity,
-        ConnectTimeout where no worker came free in time, ReadTimeout, and ConnectionError for a closed pool.
+        ConnectTimeout where no worker came free in time, ReadTimeout, and ConnectionError for a pool that is
+        closed or can't be started.
         A job that fails before its head gives a 500, 502 or 503 with an application/problem+json body.
         """
         connect, read = _timeouts(timeout)
@@ -99,7 +102,7 @@ class Transport(BaseAdapter):
             raise ConnectTimeout(error, request=request) from error
         except JobReadTimeout as error:
             raise ReadTimeout(error, request=request) from error
-        except (PoolClosed, JobClosed) as error:
+        except (PoolClosed, PoolForked, StartError, JobClosed) as error:
             raise RequestsConnectionError(error, request=request) from error
 
     def close(self) -> None:
