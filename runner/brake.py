@@ -8,8 +8,8 @@ from collections import deque
 class RestartBrake:
     """Counts deaths in start-up. Times are seconds on any one clock that does not go back.
 
-    Up to `budget` of them within `window` seconds cost no pause. Past that, each one doubles the pause before
-    the next try, from `first_pause` up to `longest_pause`; a start that succeeds ends all that.
+    The one that makes it `budget` within `window` seconds brings a pause before the next try, `first_pause`
+    seconds long; each further one doubles it, up to `longest_pause`. A start that succeeds ends all that.
     """
 
     def __init__(

@@ -147,6 +147,11 @@ class Job:
             finally:
                 self.close()
 
+    @property
+    def settled(self) -> bool:
+        """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
+        return self._settled
+
     def read(self) -> bytes:
         """The next piece of the body as it comes, b"" at its end.
 

@@ -114,7 +114,7 @@ class Leases:
         if not in_time and self._withdraw(waiter) is None and waiter.error is None:
             raise LeaseTimeout(
                 f"no worker became free within {timeout} s: "
-                f"start the pool with more workers, or wait longer (lease_timeout)"
+                f"start the pool with more workers, or wait longer (lease_timeout; the client's connect timeout)"
             )
         if waiter.worker is None:
             assert waiter.error is not None

@@ -7,6 +7,7 @@ what the handler writes is on its way when the write returns. Small pieces go ou
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 from collections import deque
@@ -187,6 +188,10 @@ class Pipes:
         self._decoder = FrameDecoder(TO_WORKER)
         self._frames: deque[tuple[int, int, bytes]] = deque()
         self.printed = False
+        poll = select.poll()
+        poll.register(request_fd, select.POLLIN)
+        # An idle worker sleeps in poll(2), not in read(2): killed in its sleep it takes no request with it.
+        self._wait = poll.poll
 
     def note_printed(self) -> None:
         """Something was printed."""
@@ -219,6 +224,8 @@ class Pipes:
 
     def next_request(self) -> IncomingRequest:
         """The next job's request."""
+        if not self._frames:
+            self._wait()
         kind, number, payload = self.next_frame()
         if kind != REQUEST:
             raise HostGone

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 logger = logging.getLogger("blastdoor")
 
-Callback = Callable[[], None]
+Callback = Callable[[], object]
 
 
 class Reactor:

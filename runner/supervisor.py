@@ -134,12 +134,14 @@ class Supervisor:
         self._reactor.watch(zygote.pidfd, self._zygote_ended)
         self._spawn_missing()
 
-    def _hear_zygote(self) -> None:
+    def _hear_zygote(self) -> bool:
+        """Take the next news, if there is any."""
         assert self._zygote is not None
         heard = self._zygote.hear()
         if heard is None:
-            self._reactor.unwatch(self._zygote.control_fd)  # it is ending; its pidfd tells the rest
-            return
+            if self._zygote.silent:
+                self._reactor.unwatch(self._zygote.control_fd)  # it is ending; its pidfd tells the rest
+            return False
         news, pidfd = heard
         if isinstance(news, Born):
             if pidfd < 0:
@@ -154,14 +156,16 @@ class Supervisor:
             self._bury(self._workers[news.worker], news.status)
         else:
             self._preload_error = news.traceback
+        return True
 
     def _zygote_ended(self) -> None:
         """The zygote is gone, and by their death signal all workers with it."""
         zygote = self._zygote
         assert zygote is not None
-        while self._reactor.watches(zygote.control_fd):
-            self._hear_zygote()
-        self._reactor.unwatch(zygote.pidfd)
+        while self._hear_zygote():
+            pass
+        for fd in (zygote.control_fd, zygote.pidfd):
+            self._reactor.unwatch(fd)
         self._reactor.unwatch(zygote.log.fd)
         status = zygote.close()
         self._zygote = None
@@ -285,6 +289,8 @@ class Supervisor:
             self.leases.kill(worker)
 
     def _ready(self, worker: Worker) -> None:
+        while worker.pid is None and self._hear_zygote():
+            pass  # it was born before it was ready, though the two came at once
         self._reactor.after(_SETTLED, lambda: self._check_settled(worker))
         self.leases.add(worker)
         if not self._started.is_set() and all(worker.ready for worker in self._workers.values()):
@@ -304,7 +310,8 @@ class Supervisor:
             )
             if worker.pid is None and self._zygote is not None:
                 # It was not even forked: the zygote hangs, in a preload's import perhaps.
-                self._preload_error = worker.failure
+                if self._config.preload:
+                    self._preload_error = worker.failure
                 self._zygote.kill()
             self.leases.kill(worker)
 
@@ -386,6 +393,16 @@ class Supervisor:
                 if not exchange.open:
                     settle(healthy=channel.clean)
 
+        def give_up() -> None:
+            if self._adopted.get(worker) is settle:
+                logger.warning(
+                    "job %s: its caller has left, and its handler did not end within %s s: worker %s is killed",
+                    worker.log.job_id,
+                    self._grace,
+                    worker.pid,
+                )
+                settle()
+
         self._adopted[worker] = settle
         if worker.dead or self._closing:
             settle()
@@ -393,7 +410,7 @@ class Supervisor:
         self._reactor.watch(channel.response_fd, look)
         if not channel.flushed:
             self._reactor.watch(channel.request_fd, look, selectors.EVENT_WRITE)
-        self._reactor.after(self._grace, settle)
+        self._reactor.after(self._grace, give_up)
         look()
 
     # -- the end of it all ---------------------------------------------------------------------------

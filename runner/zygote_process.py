@@ -37,7 +37,10 @@ _decode_news = msgspec.msgpack.Decoder(Born | Died | Failed).decode
 
 
 class ZygoteProcess:
-    """A running zygote. `pidfd` and `control_fd` are to be watched; `close` frees all, once it has ended."""
+    """A running zygote. `pidfd` and `control_fd` are to be watched; `close` frees all, once it has ended.
+
+    `silent` is set once its end of the control socket is closed: there will be no more news.
+    """
 
     def __init__(self, config: ZygoteConfig, env: Mapping[str, str] | None) -> None:
         """Start it. Raises OSError where the machine has no process or descriptor to spare."""
@@ -67,6 +70,7 @@ class ZygoteProcess:
         finally:
             theirs.close()
         self.pid = self._process.pid
+        self.silent = False
         self.log.label = f"zygote {self.pid}"
         try:
             self.pidfd = os.pidfd_open(self.pid)
@@ -93,9 +97,14 @@ class ZygoteProcess:
         """The next news, and the pidfd that came with a birth (else -1); None where nothing more is there."""
         try:
             data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 1)
-        except (BlockingIOError, ConnectionResetError):
+        except BlockingIOError:
             return None
-        return (_decode_news(data), fds[0] if fds else -1) if data else None
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self.silent = True
+            return None
+        return _decode_news(data), fds[0] if fds else -1
 
     def end(self) -> None:
         """Order it to end: it kills what it has started, and exits."""

@@ -13,7 +13,7 @@ from requests.exceptions import ChunkedEncodingError
 
 from runner import JobFailed, Pool, Request, WorkerDied
 from tests.clients import job_of
-from tests.processes import kill, wait_gone
+from tests.processes import kill
 from transport.requests import Transport
 
 URL = "http://app.local"
@@ -55,7 +55,6 @@ def test_sigkill_from_outside_at_any_time(start: Callable[..., Pool]) -> None:
     pool = start(workers=2, preload=True)
     stop = threading.Event()
     kills = 0
-    killed: list[int] = []
 
     def kill_any() -> None:
         nonlocal kills
@@ -63,9 +62,7 @@ def test_sigkill_from_outside_at_any_time(start: Callable[..., Pool]) -> None:
             time.sleep(chance.random() * 0.01)
             workers = [worker for worker in list(pool._supervisor._workers.values()) if worker.ready]  # type: ignore[union-attr]
             if workers:
-                victim = chance.choice(workers)
-                pool._leases.kill(victim)
-                killed.append(victim.pid or 0)
+                pool._leases.kill(chance.choice(workers))
                 kills += 1
 
     killer = threading.Thread(target=kill_any)
@@ -82,7 +79,6 @@ def test_sigkill_from_outside_at_any_time(start: Callable[..., Pool]) -> None:
     killer.join()
     print("kills", kills, "right", right, "died", died)
     assert right > died
-    wait_gone(killed, 10)  # one that is being killed may still take a request with it
     assert is_healthy(pool, 0)
 
 

@@ -130,16 +130,15 @@ def test_tokens_come_as_they_are_written(pool: Pool) -> None:
 
 
 def test_flush_is_there(start: Callable[..., Pool]) -> None:
-    """T10: flush() exists for handlers that look for it; write says how much it took; all bytes-likes pass."""
+    """T10: flush() exists for handlers that look for it; all bytes-likes pass."""
 
     def handler(request: Any, response: Any) -> None:
         response.flush()
-        sizes = [response.write(b"bytes"), response.write(bytearray(b"array")), response.write(memoryview(b"view"))]
-        response.write(b"")
+        for data in (b"bytes", bytearray(b"array"), memoryview(b"view"), b""):
+            response.write(data)
         response.flush()
-        response.write(repr(sizes).encode())
 
-    assert get(start(handler), "/")[2] == b"bytesarrayview[5, 5, 4]"
+    assert get(start(handler), "/")[2] == b"bytesarrayview"
 
 
 def test_a_thread_that_outlives_its_job_can_not_write(start: Callable[..., Pool]) -> None:

@@ -435,3 +435,17 @@ def test_closed_by_another_thread(session: requests.Session) -> None:
     reader.join(5)
     assert not reader.is_alive()
     assert isinstance(outcome[0], ChunkedEncodingError)
+
+
+def test_a_dropped_response(session: requests.Session) -> None:
+    """C1: a response that is garbage-collected ends its job, with a ResourceWarning."""
+    response = session.get(URL + "/endless", stream=True)
+    with pytest.warns(ResourceWarning, match="/endless"):
+        del response
+    assert session.get(URL + "/hello").text == "hello"
+
+
+def test_a_method_that_is_none(session: requests.Session) -> None:
+    """R: what the pool would refuse is the client's own error."""
+    with pytest.raises(InvalidURL, match="not a token"):
+        session.request("GE T", URL + "/hello")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import warnings
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -83,8 +84,8 @@ class Transport(BaseAdapter):
         """
         connect, read = _timeouts(timeout)
         context = JobContext() if self._route is None else self._route.context()
-        outgoing, authority = self._translate(request)
         try:
+            outgoing, authority = self._translate(request)
             try:
                 job = self._pool.open(outgoing, context=context, lease_timeout=connect, read_timeout=read)
                 head = job.head
@@ -179,6 +180,19 @@ class RawResponse(HTTPResponse):
         # The job itself holds the body to its Content-Length, and its end is more than the last byte.
         self.length_remaining = None
 
+    def __del__(self) -> None:
+        body: object = self._fp
+        if isinstance(body, _JobBody) and not body.settled:
+            try:
+                warnings.warn(
+                    f"a response of {self.served_target} was dropped before its end: read it, or close it",
+                    ResourceWarning,
+                    stacklevel=2,
+                    source=self,
+                )
+            finally:
+                self.close()
+
     def stream(self, amt: int | None = 2**16, decode_content: bool | None = None) -> Generator[bytes]:
         """The body piece by piece as it comes, each at most `amt` bytes, decoded where that is asked for."""
         if amt == 0:
@@ -216,6 +230,11 @@ class _JobBody(io.RawIOBase):
         self._job = job
         self._rest = b""
 
+    @property
+    def settled(self) -> bool:
+        """Whether no worker is held any more."""
+        return self._job.settled
+
     def readable(self) -> bool:
         return True
 
@@ -252,7 +271,7 @@ class _JobBody(io.RawIOBase):
         try:
             data = self._job.read()
         except JobReadTimeout as error:
-            raise ReadTimeoutError(None, None, str(error)) from error  # type: ignore[arg-type]
+            raise ReadTimeoutError("blastdoor", None, str(error)) from error  # type: ignore[arg-type]
         except BlastdoorError as error:
             raise ProtocolError(f"the response ended before its time: {error}", error) from error
         if not data:

@@ -108,8 +108,8 @@ class HandlerResponse:
             return
         self._outgoing.start(status, self._freeze())
 
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Send body bytes; they are on their way when it returns. Gives their number."""
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send body bytes; they are on their way when it returns."""
         size = memoryview(data).nbytes
         if self._outgoing.started:
             self._outgoing.write(data)
@@ -117,7 +117,6 @@ class HandlerResponse:
             self._outgoing.start_with(200, self._freeze(), data)
         else:
             self._outgoing.start(200, self._freeze())
-        return size
 
     def flush(self) -> None:
         """Do nothing: every write is sent at once. It is here for code that looks for it."""
@@ -159,12 +158,9 @@ class NativeBridge:
     def __call__(self, request: IncomingRequest, response: OutgoingResponse) -> None:
         outgoing = HandlerResponse(response)
         result: object = self._handler(HandlerRequest(request), outgoing)
-        if isinstance(result, bytes):
-            outgoing.finish(result)
-        else:
-            if result is not None:
-                _log(f"the handler returned a {type(result).__name__}, which is ignored: only bytes are sent")
-            outgoing.finish(b"")
+        if result is not None and not isinstance(result, bytes):
+            raise TypeError(f"the handler returned a {type(result).__name__}: it may return its body as bytes, or None")
+        outgoing.finish(result or b"")
 
 
 def _log(line: str) -> None:
