@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from runner.errors import BlastdoorError as BlastdoorError
     from runner.errors import BodyIncomplete as BodyIncomplete
     from runner.errors import ConfigurationError as ConfigurationError
+    from runner.errors import DeadlineExceeded as DeadlineExceeded
     from runner.errors import HandlerAborted as HandlerAborted
     from runner.errors import HandlerRaised as HandlerRaised
     from runner.errors import InvalidRequest as InvalidRequest
+    from runner.errors import JobCancelled as JobCancelled
     from runner.errors import JobClosed as JobClosed
     from runner.errors import JobFailed as JobFailed
     from runner.errors import LeaseTimeout as LeaseTimeout
@@ -36,11 +38,12 @@ if TYPE_CHECKING:
     from runner.messages import ResponseHead as ResponseHead
     from runner.pool import Pool as Pool
     from runner.request import Request as Request
+    from runner.scope import CancelScope as CancelScope
 
 _HOMES = {
     "errors": (
-        "AbortHandler BlastdoorError BodyIncomplete ConfigurationError HandlerAborted HandlerRaised "
-        "InvalidRequest JobClosed JobFailed LeaseTimeout PoolClosed PoolForked ReadTimeout StartError "
+        "AbortHandler BlastdoorError BodyIncomplete ConfigurationError DeadlineExceeded HandlerAborted HandlerRaised "
+        "InvalidRequest JobCancelled JobClosed JobFailed LeaseTimeout PoolClosed PoolForked ReadTimeout StartError "
         "WorkerDied WorkerMisbehaved WorkersUnavailable"
     ),
     "handlers.native": "HandlerRequest HandlerResponse",
@@ -49,6 +52,7 @@ _HOMES = {
     "messages": "Fault JobContext ResponseHead",
     "pool": "Pool",
     "request": "Request",
+    "scope": "CancelScope",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -37,6 +37,7 @@ class Channel:
     """Frames to one worker, and from it. One thread at a time uses it; `wake` may come from any."""
 
     __slots__ = (
+        "_cancel_fd",
         "_decoder",
         "_outgoing",
         "_poll",
@@ -47,7 +48,8 @@ class Channel:
         "written",
     )
 
-    def __init__(self, request_fd: int, response_fd: int) -> None:
+    def __init__(self, request_fd: int, response_fd: int, cancel_fd: int) -> None:
+        self._cancel_fd = cancel_fd
         os.set_blocking(request_fd, False)
         os.set_blocking(response_fd, False)
         self.request_fd = request_fd
@@ -151,6 +153,11 @@ class Channel:
         if self._wake_fd >= 0:
             os.eventfd_write(self._wake_fd, 1)
 
+    def name_cancelled(self, job: int) -> None:
+        """Tell the worker which job is cancelled; a signal has to follow."""
+        if self._cancel_fd >= 0:
+            os.eventfd_write(self._cancel_fd, job)
+
     def unread(self) -> int:
         """How many bytes in the request pipe the worker has not taken."""
         if self.request_fd < 0:
@@ -171,7 +178,7 @@ class Channel:
         """Close all descriptors. Call it once nobody waits or writes any more."""
         self.end_requests()
         self._poll = select.poll()
-        for fd in (self.response_fd, self._wake_fd):
+        for fd in (self.response_fd, self._wake_fd, self._cancel_fd):
             if fd >= 0:
                 os.close(fd)
-        self.response_fd = self._wake_fd = -1
+        self.response_fd = self._wake_fd = self._cancel_fd = -1

@@ -3,7 +3,8 @@
 Three families: what the caller did wrong (`ConfigurationError`, `InvalidRequest`, `PoolClosed`,
 `PoolForked`), what the pool could not do (`StartError`, `WorkersUnavailable`, `LeaseTimeout`,
 `ReadTimeout`, `JobClosed`), and how a job ended badly (`JobFailed`, one leaf per kind of fault).
-`AbortHandler` is the one thing here that a handler raises.
+`AbortHandler` is what a handler raises,
+`JobCancelled` what is raised in one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ class AbortHandler(BaseException):
     """Raised by a handler to cut its response off: the caller sees an unexpected end, nothing is logged.
 
     A `BaseException`, so that a framework's `except Exception` does not turn it into an error page.
+    """
+
+
+class JobCancelled(BaseException):
+    """Raised in a handler, once, when its caller has left: clean up and let it pass, within the grace time.
+
+    A `BaseException`, so that `except Exception` does not swallow it.
     """
 
 
@@ -65,7 +73,11 @@ class ReadTimeout(BlastdoorError, TimeoutError):
 
 
 class JobClosed(BlastdoorError):
-    """The job was closed while its body was being read, or before it was read to the end."""
+    """The job was closed, or its scope cancelled, before its end. `__cause__` is what it was closed with."""
+
+
+class DeadlineExceeded(BlastdoorError, TimeoutError):
+    """A scope's time was up. It is the `__cause__` of the JobClosed that its callers get."""
 
 
 class JobFailed(BlastdoorError):
@@ -94,3 +106,11 @@ class WorkerDied(JobFailed):
 
 class WorkerMisbehaved(JobFailed):
     """The worker broke the protocol of its pipe and was killed."""
+
+
+def closed_by(cause: BaseException, what: str = "the request") -> JobClosed:
+    """The JobClosed that a caller gets whose job, or whose scope, was ended with this cause."""
+    words = f" ({cause})" if str(cause) else ""
+    error = JobClosed(f"{what} was ended before its time: {type(cause).__name__}{words}")
+    error.__cause__ = cause
+    return error

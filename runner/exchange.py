@@ -56,12 +56,12 @@ class ResponseExchange:
     """
 
     __slots__ = (
-        "_job",
         "_left",
         "_method",
         "_surplus",
         "body",
         "head",
+        "job",
         "printed",
         "report",
         "state",
@@ -69,7 +69,7 @@ class ResponseExchange:
     )
 
     def __init__(self, job: int, method: str) -> None:
-        self._job = job
+        self.job = job
         self._method = method
         self._left: int | None = None
         self._surplus = False
@@ -107,8 +107,8 @@ class ResponseExchange:
             if state is None:
                 self._break(f"frame of kind {kind} where none such may come (state {self.state.name})")
                 return
-            if job != self._job:
-                self._break(f"frame of job number {job} in the middle of job number {self._job}")
+            if job != self.job:
+                self._break(f"frame of job number {job} in the middle of job number {self.job}")
                 return
             if kind == BODY:
                 self._receive_body(payload)

@@ -9,16 +9,17 @@ A job holds its worker until it settles, exactly once, in one of three ways:
 - the job was left early: the worker goes to the supervisor, which awaits its end within the grace time;
 - the worker broke or died: it is discarded.
 
-The thread that is inside `_advance` settles the job; `close` from another thread only wakes it.
+The thread that is inside `_use` settles the job; `close` from another thread only wakes it.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -31,12 +32,14 @@ from runner.errors import (
     ReadTimeout,
     WorkerDied,
     WorkerMisbehaved,
+    closed_by,
 )
 from runner.exchange import ResponseExchange, State
 from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
 from runner.logs import printable
 from runner.messages import Fault, ResponseHead, describe_exit
 from runner.request import Upload
+from runner.scope import CancelScope, Watcher
 
 if TYPE_CHECKING:
     from runner.leases import Worker
@@ -74,11 +77,12 @@ class Job:
         "_lock",
         "_number",
         "_read_timeout",
-        "_reading",
+        "_scope",
         "_settled",
         "_supervisor",
         "_upload",
         "_uploading",
+        "_using",
         "_worker",
         "head",
         "job_id",
@@ -95,8 +99,10 @@ class Job:
         upload: Upload,
         job_id: str,
         read_timeout: float | None,
+        scope: CancelScope | None,
     ) -> None:
         self.job_id = job_id
+        self._scope = scope
         self._worker = worker
         self._channel = worker.channel
         self._supervisor = supervisor
@@ -104,7 +110,7 @@ class Job:
         self._uploading = False
         self._read_timeout = read_timeout
         self._lock = threading.Lock()
-        self._reading = False
+        self._using = False
         self._settled = False
         self._closed_by: BaseException | None = None
         worker.jobs += 1
@@ -112,10 +118,13 @@ class Job:
         worker.log.job_id = job_id
         self._number = worker.jobs & _NUMBERS
         self._exchange = ResponseExchange(self._number, method)
+        self._channel.written = 0
         try:
-            self._send_request(head)
+            if scope is not None:
+                scope.watch(id(self), _closer(self))
+            self._use(lambda: self._send_request(head))
             while self._exchange.head is None:
-                self._advance()
+                self._use(self._advance)
                 if self._exchange.head is None:
                     self._check_end()
         except BaseException as error:
@@ -162,7 +171,7 @@ class Job:
             if not exchange.open:
                 self._check_end()
                 return b""
-            self._advance()
+            self._use(self._advance)
         if self._closed_by is not None:
             raise self._closed()
         return exchange.body.popleft()
@@ -179,7 +188,7 @@ class Job:
             if self._settled or self._closed_by is not None:
                 return
             self._closed_by = cause or JobClosed("close() was called")
-            if self._reading:
+            if self._using:
                 self._channel.wake()
                 return
         self._leave()
@@ -194,7 +203,6 @@ class Job:
         if inline:
             frames = b"".join((frames, pack_header(BODY, number, len(inline)), inline, pack_header(END, number, 0)))
         channel = self._channel
-        channel.written = 0
         try:
             channel.send(frames)
         except BrokenPipeError:
@@ -240,20 +248,14 @@ class Job:
 
     # -- receiving -----------------------------------------------------------------------------------
 
-    def _advance(self) -> None:
-        """Wait for the next frames of the response and take them; the upload goes on meanwhile."""
+    def _use(self, step: Callable[[], None]) -> None:
+        """Take a step on the channel, as the one thread that uses it; a close that comes meanwhile follows it."""
         with self._lock:
             if self._settled or self._closed_by is not None:
                 raise self._closed()
-            self._reading = True
+            self._using = True
         try:
-            frames = self._wait_for_frames()
-            if frames is None:
-                self._mourn()
-            else:
-                self._exchange.receive(frames)
-            if not self._exchange.open:
-                self._settle()
+            step()
         except BaseException as error:
             self._closed_by = self._closed_by or error
             if not self._settled:
@@ -261,19 +263,33 @@ class Job:
             raise
         finally:
             with self._lock:
-                self._reading = False
+                self._using = False
                 leave = self._closed_by is not None and not self._settled
             if leave:
                 self._leave()
         if leave:
             raise self._closed()
 
+    def _advance(self) -> None:
+        """Wait for the next frames of the response and take them; the upload goes on meanwhile."""
+        frames = self._wait_for_frames()
+        if frames is None:
+            self._mourn()
+        else:
+            self._exchange.receive(frames)
+        if not self._exchange.open:
+            self._settle()
+
     def _wait_for_frames(self) -> list[Frame] | None:
         """The next frames, none where the job is closed meanwhile; None at the end of the worker's stream."""
         channel = self._channel
         while True:
             dead = self._worker.dead
-            readable, writable, woken = channel.wait(0 if dead else self._read_timeout, write=self._uploading)
+            timeout = 0 if dead else self._read_timeout
+            if self._scope is not None and (deadline := self._scope.deadline) is not None:
+                left = max(deadline - time.monotonic(), 0)
+                timeout = left if timeout is None else min(timeout, left)
+            readable, writable, woken = channel.wait(timeout, write=self._uploading)
             if readable:
                 frames = channel.receive()
                 if frames is None or frames:
@@ -283,6 +299,8 @@ class Job:
             elif writable:
                 self._push_upload()
             elif not woken:
+                if self._scope is not None and self._scope.cancelled:
+                    return []  # its time is up, and this job was closed by it
                 raise ReadTimeout(
                     f"job {self.job_id} made no progress for {self._read_timeout} s and was ended: "
                     f"allow more time, or look at what its handler waits for"
@@ -360,9 +378,7 @@ class Job:
         """What a read of a job that was ended raises: the fault that ended it, or that it was closed."""
         if isinstance(self._closed_by, JobFailed):
             return self._closed_by
-        error = JobClosed(f"job {self.job_id} was closed before its end")
-        error.__cause__ = self._closed_by
-        return error
+        return closed_by(self._closed_by or JobClosed("it is over"), f"job {self.job_id}")
 
     # -- settling ------------------------------------------------------------------------------------
 
@@ -400,7 +416,10 @@ class Job:
             self._stop_upload()
         finally:
             self._mark_settled()
-            self._supervisor.adopt(self._worker, self._exchange)
+            if self._channel.written or not self._channel.flushed:
+                self._supervisor.adopt(self._worker, self._exchange)
+            else:
+                self._supervisor.leases.give_back(self._worker)  # it has not heard of this job
 
     def _discard(self) -> None:
         self._mark_settled()
@@ -410,3 +429,16 @@ class Job:
         # Under the lock, before the worker is let go: `close` wakes a channel only while it is held.
         with self._lock:
             self._settled = True
+        if self._scope is not None:
+            self._scope.unwatch(id(self))
+
+
+def _closer(job: Job) -> Watcher:
+    """Closes the job when its scope is cancelled, without keeping it alive."""
+    reference = weakref.ref(job)
+
+    def close(cause: BaseException) -> None:
+        if (found := reference()) is not None:
+            found.close(cause)
+
+    return close

@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from runner.cancellation import SIGNAL as CANCEL_SIGNAL
 from runner.channel import Channel
-from runner.errors import LeaseTimeout
+from runner.errors import LeaseTimeout, closed_by
 from runner.logs import LogPipe
+from runner.scope import CancelScope
 
 if TYPE_CHECKING:
     from runner.job import Job
@@ -93,10 +96,11 @@ class Leases:
         self._refusal: Callable[[], Exception] | None = None
         self._closed = False
 
-    def lease(self, timeout: float | None) -> Worker:
+    def lease(self, timeout: float | None, scope: CancelScope | None = None) -> Worker:
         """A ready worker, which the caller then holds until `give_back` or `discard`.
 
-        Waits up to `timeout` seconds, for ever with None. Raises LeaseTimeout, and what `refuse` was given.
+        Waits up to `timeout` seconds, for ever with None, and no longer than the scope lasts. Raises
+        LeaseTimeout, JobClosed where the scope is cancelled, and what `refuse` was given.
         """
         with self._lock:
             if self._refusal is not None:
@@ -106,7 +110,7 @@ class Leases:
             waiter = _Waiter()
             self._waiters.append(waiter)
         try:
-            in_time = waiter.ready.acquire(timeout=-1 if timeout is None else max(timeout, 0))
+            in_time = self._wait(waiter, timeout, scope)
         except BaseException:
             if (worker := self._withdraw(waiter)) is not None:
                 self.give_back(worker)
@@ -120,6 +124,29 @@ class Leases:
             assert waiter.error is not None
             raise waiter.error
         return waiter.worker
+
+    def _wait(self, waiter: _Waiter, timeout: float | None, scope: CancelScope | None) -> bool:
+        """Wait until the waiter has a worker or an error; False when the time is up."""
+        if scope is None:
+            return waiter.ready.acquire(timeout=-1 if timeout is None else max(timeout, 0))
+        scope.watch(waiter, lambda cause: self._fail(waiter, closed_by(cause)))
+        try:
+            ends = [] if timeout is None else [timeout]
+            if scope.deadline is not None:
+                ends.append(scope.deadline - time.monotonic())
+            in_time = waiter.ready.acquire(timeout=max(min(ends), 0) if ends else -1)
+            if not in_time and scope.cancelled:  # its own time is up
+                in_time = waiter.ready.acquire(timeout=0)
+            return in_time
+        finally:
+            scope.unwatch(waiter)
+
+    def _fail(self, waiter: _Waiter, error: Exception) -> None:
+        with self._lock:
+            if waiter.worker is None and waiter.error is None:
+                self._waiters.remove(waiter)
+                waiter.error = error
+                waiter.ready.release()
 
     def _withdraw(self, waiter: _Waiter) -> Worker | None:
         """Stop waiting; the worker, where one was handed over at the same moment."""
@@ -175,6 +202,13 @@ class Leases:
         if dead:
             worker.channel.close()
 
+    def cancel(self, worker: Worker, job: int) -> None:
+        """Tell the worker that the caller of its job has left."""
+        with self._lock:
+            if worker.pidfd is not None:
+                worker.channel.name_cancelled(job)
+                self._signal_with(worker, CANCEL_SIGNAL)
+
     def kill(self, worker: Worker) -> None:
         """SIGKILL the worker, if it lives. Whoever holds it still does."""
         with self._lock:
@@ -193,12 +227,15 @@ class Leases:
         self._lock = threading.RLock()
         self._quiet = threading.Condition(self._lock)
 
-    @staticmethod
-    def _signal(worker: Worker) -> None:
+    def _signal(self, worker: Worker) -> None:
         worker.doomed = True
+        self._signal_with(worker, signal.SIGKILL)
+
+    @staticmethod
+    def _signal_with(worker: Worker, number: int) -> None:
         if worker.pidfd is not None:
             try:
-                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(worker.pidfd, number)
             except ProcessLookupError:
                 pass  # it has ended, and its death is on the way to us
 

@@ -74,7 +74,7 @@ class FaultReport(msgspec.Struct, array_like=True, frozen=True):
     `printed` tells that the handler has printed something, as an END's payload does.
     """
 
-    kind: Literal["raised", "aborted"]
+    kind: Literal["raised", "aborted", "cancelled"]
     exception: str = ""
     message: str = ""
     traceback: str = ""
@@ -111,7 +111,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spawn(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """Host to zygote, with three descriptors: request pipe (read), response pipe (write), log pipe (write)."""
+    """Host to zygote, with a worker's ends: request pipe, response pipe, log pipe, cancel eventfd."""
 
     worker: int
 

@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from runner.cancellation import Cancellation
 from runner.frames import (
     BODY,
     END,
@@ -63,13 +64,17 @@ class IncomingRequest:
         """The next piece of the body as the caller sent it, b"" at its end. UploadStopped where it was cut off."""
         if self._ended:
             return b""
-        kind, _, payload = self._pipes.next_frame()
-        if kind == BODY:
-            return payload
-        self._ended = True
+        with self._pipes.shield:
+            kind, _, payload = self._pipes.next_frame()
+            self._ended = kind != BODY
         if kind == STOP:
             raise UploadStopped("the caller stopped sending the request body before its end")
-        return b""
+        return payload
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller has left."""
+        return self._pipes.shield.cancelled
 
     def skip(self) -> None:
         """Read past what the handler has left of the body."""
@@ -83,19 +88,20 @@ class IncomingRequest:
 class OutgoingResponse:
     """One job's response on its way to the pipe. The first head wins; nothing goes out after the end."""
 
-    __slots__ = ("_lock", "_number", "_pipes", "ended", "started")
+    __slots__ = ("_lock", "_number", "_pipes", "_shield", "ended", "started")
 
     def __init__(self, pipes: Pipes, number: int) -> None:
         self._pipes = pipes
         self._number = number
         self._lock = threading.Lock()
+        self._shield = pipes.shield
         self.started = False
         self.ended = False
 
     def start(self, status: int, headers: list[Header]) -> None:
         """Send the head. Raises ValueError or TypeError for one that HTTP does not allow."""
         frame = self._head_frame(status, headers)
-        with self._lock:
+        with self._shield, self._lock:
             if self.ended or self.started:
                 return
             self.started = True
@@ -104,14 +110,14 @@ class OutgoingResponse:
     def start_with(self, status: int, headers: list[Header], data: bytes | bytearray | memoryview) -> None:
         """Send the head and the first bytes of the body in one write."""
         frame = self._head_frame(status, headers)
-        with self._lock:
+        with self._shield, self._lock:
             self._check_open()
             self.started = True
             self._write_body(data, before=frame)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send body bytes. RuntimeError once the job has ended: a thread has outlived it."""
-        with self._lock:
+        with self._shield, self._lock:
             self._check_open()
             if data:
                 self._write_body(data)
@@ -119,7 +125,7 @@ class OutgoingResponse:
     def finish(self, status: int, headers: list[Header], chunks: list[bytes]) -> None:
         """Send the rest, the head included if it is still to come, and END; one write where it is small."""
         frame = b"" if self.started else self._head_frame(status, headers)
-        with self._lock:
+        with self._shield, self._lock:
             self._check_open()
             self.started = self.ended = True
             if sum(map(len, chunks)) > _SMALL:
@@ -138,7 +144,7 @@ class OutgoingResponse:
 
     def fail(self, report: FaultReport, implied: tuple[int, list[Header]] | None = None) -> None:
         """End the response with a fault, after a head where one is implied."""
-        with self._lock:
+        with self._shield, self._lock:
             if self.ended:
                 return
             frame = b"" if self.started or implied is None else self._head_frame(*implied)
@@ -182,7 +188,8 @@ class OutgoingResponse:
 class Pipes:
     """The worker's ends: blocking reads of frames, blocking writes of bytes."""
 
-    def __init__(self, request_fd: int, response_fd: int) -> None:
+    def __init__(self, request_fd: int, response_fd: int, cancellation: Cancellation) -> None:
+        self.shield = cancellation
         self._request_fd = request_fd
         self._response_fd = response_fd
         self._decoder = FrameDecoder(TO_WORKER)

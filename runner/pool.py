@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import threading
+import time
 import uuid
 import warnings
 import weakref
@@ -17,12 +18,13 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from runner.errors import ConfigurationError, InvalidRequest, PoolClosed, PoolForked, StartError
+from runner.errors import ConfigurationError, InvalidRequest, PoolClosed, PoolForked, StartError, closed_by
 from runner.frames import MAX_HEAD
 from runner.job import Job, NeverTaken
 from runner.leases import Leases
 from runner.messages import KINDS, JobContext, Kind, RequestHead, ZygoteConfig
 from runner.request import Request, Upload
+from runner.scope import CancelScope, current_scope
 from runner.supervisor import EXIT_LIMIT, Supervisor
 
 logger = logging.getLogger("blastdoor")
@@ -205,8 +207,11 @@ class Pool:
 
         `context` is passed on to the handler, with a job id of the pool's own. Waits up to `lease_timeout`
         seconds for a free worker, and up to `read_timeout` seconds for each sign of progress; None waits for
-        ever. Raises LeaseTimeout, ReadTimeout, WorkersUnavailable, a JobFailed where the job ends badly before
-        its head, InvalidRequest for a head over the size cap, PoolClosed, PoolForked and StartError.
+        ever. Where a CancelScope is open, the job ends with it.
+
+        Raises LeaseTimeout, ReadTimeout, JobClosed where the scope was cancelled, WorkersUnavailable, a JobFailed
+        where the job ends badly before its head, InvalidRequest for a head over the size cap, PoolClosed,
+        PoolForked and StartError.
         """
         supervisor = self._supervisor
         if supervisor is None or self._forked:
@@ -214,8 +219,14 @@ class Pool:
         upload = Upload(request.body)
         job_id = f"{self._job_prefix}-{next(self._job_numbers)}"
         try:
-            head = _encode_head(request, upload, context, job_id)
-            return self._run(supervisor, request.method, head, upload, job_id, lease_timeout, read_timeout)
+            scope = current_scope()
+            deadline = context.deadline
+            if scope is not None:
+                if (cause := scope.cause) is not None:
+                    raise closed_by(cause)
+                deadline = _earlier(deadline, scope.deadline)
+            head = _encode_head(request, upload, context, job_id, deadline)
+            return self._run(supervisor, request.method, head, upload, job_id, lease_timeout, read_timeout, scope)
         except StartError:
             upload.close()
             self._start_over(supervisor)
@@ -233,12 +244,13 @@ class Pool:
         job_id: str,
         lease_timeout: float | None,
         read_timeout: float | None,
+        scope: CancelScope | None,
     ) -> Job:
         tries = _MAX_TRIES
         while True:
-            worker = supervisor.leases.lease(lease_timeout)
+            worker = supervisor.leases.lease(lease_timeout, scope)
             try:
-                return Job(worker, supervisor, method, head, upload, job_id, read_timeout)
+                return Job(worker, supervisor, method, head, upload, job_id, read_timeout, scope)
             except NeverTaken as never:
                 # Nothing written is proof; that nothing was read, a hostile worker can feign: it has few tries.
                 if never.error is not None:
@@ -247,7 +259,15 @@ class Pool:
                         raise never.error from None
 
 
-def _encode_head(request: Request, upload: Upload, context: JobContext, job_id: str) -> bytes:
+def _earlier(deadline: float | None, monotonic: float | None) -> float | None:
+    """The earlier of a Unix time and a time on the monotonic clock, as Unix time."""
+    if monotonic is None:
+        return deadline
+    unix = time.time() + monotonic - time.monotonic()
+    return unix if deadline is None else min(deadline, unix)
+
+
+def _encode_head(request: Request, upload: Upload, context: JobContext, job_id: str, deadline: float | None) -> bytes:
     head = _encode(
         RequestHead(
             request.method,
@@ -262,7 +282,7 @@ def _encode_head(request: Request, upload: Upload, context: JobContext, job_id: 
                 context.source,
                 context.delegated_api_key_id,
                 context.attribution,
-                context.deadline,
+                deadline,
             ),
         )
     )

@@ -64,6 +64,7 @@ class Supervisor:
         self._workers: dict[int, Worker] = {}
         self._numbers = itertools.count(1)
         self._adopted: dict[Worker, Callable[[], None]] = {}
+        self._ready_unborn: set[Worker] = set()
         self._zygote: ZygoteProcess | None = None
         self._started = threading.Event()
         self._start_error = ""
@@ -229,14 +230,15 @@ class Supervisor:
             for _ in range(3):
                 fds += make_pipe()
             request_read, request_write, response_read, response_write, log_read, log_write = fds
-            channel = Channel(request_write, response_read)
+            fds.append(cancel_fd := os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            channel = Channel(request_write, response_read, cancel_fd)
         except OSError as error:  # out of descriptors
             for fd in fds:
                 os.close(fd)
             self._spawn_failed(error)
             return False
         try:
-            self._zygote.spawn(number, (request_read, response_write, log_write))
+            self._zygote.spawn(number, (request_read, response_write, log_write, cancel_fd))
         except OSError as error:  # the zygote is gone or stuck
             channel.close()
             for fd in (request_read, response_write, log_read, log_write):
@@ -265,6 +267,9 @@ class Supervisor:
         self.leases.adopt_pidfd(worker, pid, pidfd)
         if self._stopping:
             self.leases.kill(worker)
+        if worker in self._ready_unborn:
+            self._ready_unborn.discard(worker)
+            self._ready(worker)
 
     def _hear_starting(self, worker: Worker) -> None:
         """The first frame of a worker: READY, or the report of what stopped it."""
@@ -289,8 +294,9 @@ class Supervisor:
             self.leases.kill(worker)
 
     def _ready(self, worker: Worker) -> None:
-        while worker.pid is None and self._hear_zygote():
-            pass  # it was born before it was ready, though the two came at once
+        if worker.pid is None:
+            self._ready_unborn.add(worker)  # it was quicker than the news of its birth
+            return
         self._reactor.after(_SETTLED, lambda: self._check_settled(worker))
         self.leases.add(worker)
         if not self._started.is_set() and all(worker.ready for worker in self._workers.values()):
@@ -342,6 +348,7 @@ class Supervisor:
     def _bury(self, worker: Worker, status: int | None) -> None:
         """A worker has ended: log its last words, tell its holder, and see to its successor."""
         del self._workers[worker.number]
+        self._ready_unborn.discard(worker)
         for fd in (worker.channel.response_fd, worker.channel.request_fd, worker.log.fd):
             self._reactor.unwatch(fd)
         worker.log.close()
@@ -404,14 +411,17 @@ class Supervisor:
                 settle()
 
         self._adopted[worker] = settle
-        if worker.dead or self._closing:
+        if worker.dead or self._closing or not self._grace:
             settle()
             return
         self._reactor.watch(channel.response_fd, look)
         if not channel.flushed:
             self._reactor.watch(channel.request_fd, look, selectors.EVENT_WRITE)
-        self._reactor.after(self._grace, give_up)
         look()
+        if self._adopted.get(worker) is settle:
+            if exchange.open:
+                self.leases.cancel(worker, exchange.job)
+            self._reactor.after(self._grace, give_up)
 
     # -- the end of it all ---------------------------------------------------------------------------
 

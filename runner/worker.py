@@ -1,11 +1,8 @@
 """The child: one process that runs one job at a time, from fork to exit.
 
 `run` is what the zygote's fork calls. It takes on the worker's descriptors (requests on 3, responses on 4,
-/dev/null on 0, the log pipe on 1 and 2), closes all else, sheds what belonged to the zygote, loads the
-handler, says READY, and then serves jobs until the request pipe ends.
-
-The handler's reads and writes are the pipe's: request body frames are read when the handler asks for
-them, and what it writes is on its way when the write returns.
+the cancel eventfd on 5, /dev/null on 0, the log pipe on 1 and 2), closes all else, sheds what belonged to the
+zygote, loads the handler, says READY, and then serves jobs until the request pipe ends.
 """
 
 from __future__ import annotations
@@ -20,7 +17,8 @@ from typing import Final, NoReturn
 import msgspec
 
 from runner import linux
-from runner.errors import AbortHandler
+from runner.cancellation import Cancellation
+from runner.errors import AbortHandler, JobCancelled
 from runner.frames import FAULT, READY, encode
 from runner.handlers.load import Bridge, load
 from runner.messages import FaultReport, Ready, ZygoteConfig
@@ -29,9 +27,10 @@ from runner.pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
 
 REQUEST_FD: Final = 3
 RESPONSE_FD: Final = 4
-LAST_FD: Final = RESPONSE_FD
-DESCRIPTORS: Final = 3
-"""How many descriptors come with a Spawn order: request pipe, response pipe, log pipe."""
+CANCEL_FD: Final = 5
+LAST_FD: Final = CANCEL_FD
+DESCRIPTORS: Final = 4
+"""How many descriptors come with a Spawn order: request pipe, response pipe, log pipe, cancel eventfd."""
 
 _MAX_TEXT: Final = 16 * 1024
 _OWN_DIRECTORY: Final = os.path.dirname(__file__) + os.sep
@@ -45,8 +44,10 @@ def run(
 ) -> NoReturn:
     """The life of a worker. `handler` is given where the zygote has preloaded it."""
     _take_descriptors(fds, inherited)
-    pipes = Pipes(REQUEST_FD, RESPONSE_FD)
+    cancellation = Cancellation(CANCEL_FD)
+    pipes = Pipes(REQUEST_FD, RESPONSE_FD, cancellation)
     _shed(zygote, pipes)
+    cancellation.install()
     try:
         handler = handler or load(config)
         pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
@@ -55,27 +56,33 @@ def run(
         sys.stdout.flush()
         os._exit(1)
     try:
-        serve(pipes, handler)
+        serve(pipes, handler, cancellation)
     except HostGone:
         sys.exit(0)
 
 
-def serve(pipes: Pipes, handler: Bridge) -> NoReturn:
+def serve(pipes: Pipes, handler: Bridge, cancellation: Cancellation) -> NoReturn:
     """Run one job after another, until HostGone."""
     while True:
         request = pipes.next_request()
-        run_job(handler, request, OutgoingResponse(pipes, request.number))
+        run_job(handler, request, OutgoingResponse(pipes, request.number), cancellation)
         request.skip()
 
 
-def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingResponse) -> None:
+def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingResponse, cancellation: Cancellation) -> None:
     """Run one job to its end; whatever the handler raises becomes its fault."""
     try:
-        handler(request, response)
-        if not response.ended:
-            response.finish(200, [], [])
+        try:
+            cancellation.begin(request.number)
+            handler(request, response)
+            if not response.ended:
+                response.finish(200, [], [])
+        finally:
+            cancellation.end()
     except HostGone:
         raise
+    except JobCancelled:
+        response.fail(FaultReport("cancelled"))
     except AbortHandler:
         response.fail(FaultReport("aborted"), implied=(200, []))
     except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt end the job, not the worker
@@ -108,11 +115,12 @@ def explain(error: BaseException) -> str:
 
 def _take_descriptors(fds: list[int], inherited: frozenset[int]) -> None:
     """Put the job's descriptors on their numbers and close all that is not the handler's own."""
-    request_fd, response_fd, log_fd = fds
+    request_fd, response_fd, log_fd, cancel_fd = fds
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
     os.dup2(request_fd, REQUEST_FD, inheritable=False)
     os.dup2(response_fd, RESPONSE_FD, inheritable=False)
+    os.dup2(cancel_fd, CANCEL_FD, inheritable=False)
     start = LAST_FD + 1
     for kept in sorted(fd for fd in inherited if fd > LAST_FD):
         os.closerange(start, kept)

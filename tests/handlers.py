@@ -390,3 +390,66 @@ def do_deep(request: HandlerRequest, response: HandlerResponse) -> None:
     payload = b"\x93\xcc\xc8\x90" + b"\x91" * (250 * 1024) + b"\xc0"
     os.write(4, encode(HEAD, response._outgoing._number, payload))
     time.sleep(3600)
+
+
+def do_echo_body(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    return request.body.read()
+
+
+def do_slow_mirror(request: HandlerRequest, response: HandlerResponse) -> None:
+    for byte in request.body.read():
+        response.write(bytes([byte]))
+        time.sleep(0)
+
+
+def do_clean_up(request: HandlerRequest, response: HandlerResponse) -> None:
+    place = Path(parameter(request, "place"))
+    try:
+        (place / "running").touch()
+        time.sleep(3600)
+    except BaseException as error:
+        seen = f"{type(error).__name__} {request.cancelled}"
+        (place / "seen").write_text(seen)
+        (place / "seen").rename(place / "cleaned")
+        raise
+
+
+def do_swallow(request: HandlerRequest, response: HandlerResponse) -> None:
+    Path(parameter(request, "here")).touch()
+    while True:
+        try:
+            time.sleep(3600)
+        except BaseException:
+            continue
+
+
+def do_spin(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Never comes back to the interpreter."""
+    if here := parameter(request, "here"):
+        Path(here).touch()
+    sum(range(10**15))
+
+
+def do_stubborn(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Streams on whatever is raised in it."""
+    while True:
+        try:
+            response.write(b"on and on")
+        except BaseException:
+            continue
+
+
+def do_spawn_and_hang(request: HandlerRequest, response: HandlerResponse) -> None:
+    pid = do_spawn(request, response)
+    here = Path(parameter(request, "here"))
+    here.with_suffix(".new").write_bytes(pid)
+    here.with_suffix(".new").rename(here)
+    time.sleep(3600)
+
+
+def do_late_secret(request: HandlerRequest, response: HandlerResponse) -> None:
+    data = request.body.read()
+    end = time.monotonic() + float(parameter(request, "pause"))
+    while time.monotonic() < end:
+        pass
+    response.write(data)

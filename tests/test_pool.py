@@ -64,14 +64,15 @@ def test_one_worker_one_job(start: Callable[..., Pool]) -> None:
 
 
 def test_what_a_worker_holds(pool: Pool) -> None:
-    """W1, W2: its two pipes, /dev/null and the log pipe; nothing of the zygote's or the host's."""
+    """W1, W2: its two pipes, /dev/null, the log pipe and the cancel eventfd; nothing of the zygote's or the host's."""
     found = state(pool)
     pipes = found["descriptors"]
     assert pipes["0"] == "/dev/null"
     assert pipes["1"] == pipes["2"]
     assert len({pipes["1"], pipes["3"], pipes["4"]}) == 3
     assert all(pipes[number].startswith("pipe:") for number in "1234")
-    assert set(pipes) == {"0", "1", "2", "3", "4"}
+    assert pipes["5"] == "anon_inode:[eventfd]"
+    assert set(pipes) == {"0", "1", "2", "3", "4", "5"}
     assert found["argv"] == [""]
     assert found["threads"] == 1
     assert found["session"]
@@ -84,7 +85,7 @@ def test_descriptors_that_a_preload_opens_are_kept(start: Callable[..., Pool]) -
     pool = start("tests.preloaded:app", preload=True)
     first, second = (json.loads(get(pool, "/")) for _ in range(2))
     assert first["read"] == first["expected"]
-    assert len(first["descriptors"]) == 6
+    assert len(first["descriptors"]) == 7
     assert second["imported_by"] == first["imported_by"] != first["pid"]
 
 
@@ -170,7 +171,7 @@ def test_a_job_left_early(start: Callable[..., Pool]) -> None:
     assert get(pool, "/pid") == pid
     hasty = start(workers=1, grace=0.05)
     pid = get(hasty, "/pid")
-    with hasty.open(Request("GET", "/endless")) as job:
+    with hasty.open(Request("GET", "/stubborn")) as job:
         assert job.read()
     assert get(hasty, "/pid") != pid
 
@@ -210,7 +211,7 @@ def test_a_blocked_reader_is_freed(pool: Pool) -> None:
 
     thread = threading.Thread(target=read)
     thread.start()
-    while not job._reading:
+    while not job._using:
         thread.join(0.001)
     cause = RuntimeError("enough")
     job.close(cause)
@@ -224,7 +225,7 @@ def test_a_read_timeout_ends_the_job(start: Callable[..., Pool], log: pytest.Log
     """F5: no progress for so long: the job is ended, and its worker is free, or replaced with a log line."""
     pool = start(workers=1, grace=0.05)
     with pytest.raises(ReadTimeout, match="no progress"):
-        get(pool, "/never_read", read_timeout=0.05)
+        get(pool, "/spin", read_timeout=0.05)
     assert get(pool, "/hello") == b"hello"
     assert "did not end within 0.05 s" in log.text
 

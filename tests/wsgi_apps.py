@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 from wsgiref.validate import validator
 
@@ -150,3 +152,24 @@ def sse() -> Response:
 @flask_app.route("/fail")
 def fail() -> str:
     raise ValueError("in flask")
+
+
+def patient(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+    """Waits for ever in its iterable; leaves traces of how it ended in the directory that its path names."""
+    place = Path("/" + environ["PATH_INFO"].lstrip("/"))
+    start_response("200 OK", [])
+
+    class Body:
+        def __iter__(self) -> Iterator[bytes]:
+            (place / "running").touch()
+            try:
+                time.sleep(3600)
+            except BaseException as error:
+                (place / "raised").write_text(type(error).__name__)
+                raise
+            yield b""
+
+        def close(self) -> None:
+            (place / "closed").touch()
+
+    return Body()

@@ -4,6 +4,7 @@
 """
 
 from runner.errors import BlastdoorError
+from runner.scope import CancelScope
 from transport.errors import MissingIdentity, TargetEscapes, UnknownProvider
 from transport.factory import TransportFactory
 from transport.identity import attribution, delegated_api_key_id
@@ -11,6 +12,7 @@ from transport.route import Route
 
 __all__ = [
     "BlastdoorError",
+    "CancelScope",
     "MissingIdentity",
     "Route",
     "TargetEscapes",

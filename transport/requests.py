@@ -103,7 +103,10 @@ class Transport(BaseAdapter):
             raise ConnectTimeout(error, request=request) from error
         except JobReadTimeout as error:
             raise ReadTimeout(error, request=request) from error
-        except (PoolClosed, PoolForked, StartError, JobClosed) as error:
+        except JobClosed as error:
+            kind = ReadTimeout if isinstance(error.__cause__, TimeoutError) else RequestsConnectionError
+            raise kind(error, request=request) from (error.__cause__ or error)
+        except (PoolClosed, PoolForked, StartError) as error:
             raise RequestsConnectionError(error, request=request) from error
 
     def close(self) -> None:

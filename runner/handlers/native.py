@@ -80,6 +80,11 @@ class HandlerRequest:
         return self._body
 
     @property
+    def cancelled(self) -> bool:
+        """Whether the caller has left. JobCancelled was raised in the handler then, once."""
+        return self._incoming.cancelled
+
+    @property
     def context(self) -> JobContext:
         """What the host vouches for; no header that a caller sends can set it."""
         return self._incoming.head.context
