@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from runner.errors import JobCancelled as JobCancelled
     from runner.errors import JobClosed as JobClosed
     from runner.errors import JobFailed as JobFailed
+    from runner.errors import JobTimedOut as JobTimedOut
     from runner.errors import LeaseTimeout as LeaseTimeout
+    from runner.errors import MemoryExceeded as MemoryExceeded
     from runner.errors import PoolClosed as PoolClosed
     from runner.errors import PoolForked as PoolForked
     from runner.errors import ReadTimeout as ReadTimeout
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from runner.handlers.native import HandlerResponse as HandlerResponse
     from runner.headers import Headers as Headers
     from runner.job import Job as Job
+    from runner.limits import Limits as Limits
     from runner.messages import Fault as Fault
     from runner.messages import JobContext as JobContext
     from runner.messages import ResponseHead as ResponseHead
@@ -43,12 +46,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "errors": (
         "AbortHandler BlastdoorError BodyIncomplete ConfigurationError DeadlineExceeded HandlerAborted HandlerRaised "
-        "InvalidRequest JobCancelled JobClosed JobFailed LeaseTimeout PoolClosed PoolForked ReadTimeout StartError "
-        "WorkerDied WorkerMisbehaved WorkersUnavailable"
+        "InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout MemoryExceeded PoolClosed "
+        "PoolForked ReadTimeout StartError WorkerDied WorkerMisbehaved WorkersUnavailable"
     ),
     "handlers.native": "HandlerRequest HandlerResponse",
     "headers": "Headers",
     "job": "Job",
+    "limits": "Limits",
     "messages": "Fault JobContext ResponseHead",
     "pool": "Pool",
     "request": "Request",

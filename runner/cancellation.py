@@ -19,6 +19,9 @@ from runner.errors import JobCancelled
 SIGNAL: Final = signal.SIGRTMIN + 12
 """Tells a worker to look at its cancel eventfd. A real-time signal: applications have uses for the others."""
 
+STACKS_SIGNAL: Final = SIGNAL - 1
+"""Has a worker print its stacks. Real-time signals are delivered lowest first: this one before the other."""
+
 
 class Cancellation:
     """The ear of one worker. A context manager around what must not be interrupted."""

@@ -104,6 +104,14 @@ class WorkerDied(JobFailed):
     """The worker process ended in the middle of the job; `fault` has its exit code or signal."""
 
 
+class JobTimedOut(JobFailed):
+    """The job took longer, or more processor time, than the pool's limits allow. Its stacks are in the log."""
+
+
+class MemoryExceeded(JobFailed):
+    """The job took more memory than the pool's limits allow."""
+
+
 class WorkerMisbehaved(JobFailed):
     """The worker broke the protocol of its pipe and was killed."""
 

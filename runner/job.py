@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 from runner.errors import (
     BodyIncomplete,
@@ -29,6 +29,8 @@ from runner.errors import (
     HandlerRaised,
     JobClosed,
     JobFailed,
+    JobTimedOut,
+    MemoryExceeded,
     ReadTimeout,
     WorkerDied,
     WorkerMisbehaved,
@@ -36,6 +38,7 @@ from runner.errors import (
 )
 from runner.exchange import ResponseExchange, State
 from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
+from runner.limits import over_wall_time
 from runner.logs import printable
 from runner.messages import Fault, ResponseHead, describe_exit
 from runner.request import Upload
@@ -74,6 +77,7 @@ class Job:
         "_channel",
         "_closed_by",
         "_exchange",
+        "_expires",
         "_lock",
         "_number",
         "_read_timeout",
@@ -83,6 +87,7 @@ class Job:
         "_upload",
         "_uploading",
         "_using",
+        "_wall_seconds",
         "_worker",
         "head",
         "job_id",
@@ -100,6 +105,7 @@ class Job:
         job_id: str,
         read_timeout: float | None,
         scope: CancelScope | None,
+        wall_seconds: float | None,
     ) -> None:
         self.job_id = job_id
         self._scope = scope
@@ -114,9 +120,14 @@ class Job:
         self._settled = False
         self._closed_by: BaseException | None = None
         worker.jobs += 1
+        worker.job_began = time.monotonic() if wall_seconds is not None else 0.0
         worker.job = weakref.ref(self)
         worker.log.job_id = job_id
         self._number = worker.jobs & _NUMBERS
+        self._expires: float | None = None
+        if wall_seconds is not None:
+            self._expires = time.monotonic() + wall_seconds
+            self._wall_seconds = wall_seconds
         self._exchange = ResponseExchange(self._number, method)
         self._channel.written = 0
         try:
@@ -167,14 +178,15 @@ class Job:
         Raises a JobFailed where the body ends badly, ReadTimeout, and JobClosed once the job was closed.
         """
         exchange = self._exchange
-        while not exchange.body:
+        while True:
+            if self._closed_by is not None:
+                raise self._closed()
+            if exchange.body:
+                return exchange.body.popleft()
             if not exchange.open:
                 self._check_end()
                 return b""
             self._use(self._advance)
-        if self._closed_by is not None:
-            raise self._closed()
-        return exchange.body.popleft()
 
     def close(self, cause: BaseException | None = None) -> None:
         """End the job; from any thread. A thread that is blocked in `read` is freed at once, with JobClosed.
@@ -286,9 +298,10 @@ class Job:
         while True:
             dead = self._worker.dead
             timeout = 0 if dead else self._read_timeout
-            if self._scope is not None and (deadline := self._scope.deadline) is not None:
-                left = max(deadline - time.monotonic(), 0)
-                timeout = left if timeout is None else min(timeout, left)
+            if self._scope is not None:
+                timeout = _sooner(timeout, self._scope.deadline)
+            if self._expires is not None:
+                timeout = _sooner(timeout, self._expires)
             readable, writable, woken = channel.wait(timeout, write=self._uploading)
             if readable:
                 frames = channel.receive()
@@ -299,6 +312,8 @@ class Job:
             elif writable:
                 self._push_upload()
             elif not woken:
+                if self._expires is not None and time.monotonic() >= self._expires:
+                    raise self.over_limit("timeout", over_wall_time(self._wall_seconds))
                 if self._scope is not None and self._scope.cancelled:
                     return []  # its time is up, and this job was closed by it
                 raise ReadTimeout(
@@ -324,6 +339,9 @@ class Job:
         tail = worker.log.tail(self.job_id)
         self._discard()
         what, exit_code, signal_name = describe_exit(worker.status)
+        if worker.verdict:
+            self._close_upload()
+            raise self.over_limit("memory", worker.verdict)
         fault = Fault(
             kind="died",
             detail=f"the worker process {what} during the job",
@@ -365,6 +383,8 @@ class Job:
         if report.kind == "aborted":
             detail = "the handler cut the response off"
             return HandlerAborted(Fault(kind="aborted", detail=detail, job_id=self.job_id))
+        if report.kind == "memory":
+            return self.over_limit("memory", "the handler ran out of the memory that its worker may take")
         fault = Fault(
             kind="raised",
             detail=f"the handler raised {report.exception}",
@@ -373,6 +393,11 @@ class Job:
             traceback=report.traceback,
         )
         return HandlerRaised(fault)
+
+    def over_limit(self, kind: Literal["memory", "timeout"], detail: str) -> JobFailed:
+        """The failure of this job for being over a limit."""
+        error = JobTimedOut if kind == "timeout" else MemoryExceeded
+        return error(Fault(kind=kind, detail=detail, job_id=self.job_id))
 
     def _closed(self) -> BaseException:
         """What a read of a job that was ended raises: the fault that ended it, or that it was closed."""
@@ -399,7 +424,7 @@ class Job:
         if exchange.printed:
             self._worker.log.read()  # so that the next job's lines are not taken for this one's
         report = exchange.report
-        if report is not None and report.kind == "raised":
+        if report is not None and report.kind in ("raised", "memory"):
             logger.error("job %s: the handler raised\n%s", self.job_id, printable(report.traceback))
         try:
             self._stop_upload()
@@ -417,7 +442,9 @@ class Job:
         finally:
             self._mark_settled()
             if self._channel.written or not self._channel.flushed:
-                self._supervisor.adopt(self._worker, self._exchange)
+                error = self._closed_by
+                timed_out = error.fault.detail if isinstance(error, JobTimedOut) else ""
+                self._supervisor.adopt(self._worker, self._exchange, timed_out)
             else:
                 self._supervisor.leases.give_back(self._worker)  # it has not heard of this job
 
@@ -431,6 +458,14 @@ class Job:
             self._settled = True
         if self._scope is not None:
             self._scope.unwatch(id(self))
+
+
+def _sooner(timeout: float | None, moment: float | None) -> float | None:
+    """The shorter of a wait in seconds and what is left until a moment on the monotonic clock."""
+    if moment is None:
+        return timeout
+    left = max(moment - time.monotonic(), 0)
+    return left if timeout is None else min(timeout, left)
 
 
 def _closer(job: Job) -> Watcher:

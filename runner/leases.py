@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from runner.cancellation import SIGNAL as CANCEL_SIGNAL
+from runner.cancellation import STACKS_SIGNAL
 from runner.channel import Channel
 from runner.errors import LeaseTimeout, closed_by
 from runner.logs import LogPipe
@@ -36,6 +37,7 @@ class Worker:
         "exited",
         "failure",
         "job",
+        "job_began",
         "jobs",
         "leased",
         "log",
@@ -44,6 +46,7 @@ class Worker:
         "pidfd",
         "ready",
         "status",
+        "verdict",
     )
 
     def __init__(self, number: int, channel: Channel, log: LogPipe) -> None:
@@ -57,6 +60,8 @@ class Worker:
         self.dead = False
         self.doomed = False
         self.jobs = 0
+        self.job_began = 0.0
+        self.verdict = ""
         self.job: weakref.ref[Job] | None = None
         self.failure = ""
         self.status: int | None = None
@@ -280,6 +285,16 @@ class Leases:
         """After `close`: wait until nobody holds a worker, up to `timeout` seconds; whether that is so."""
         with self._quiet:
             return self._quiet.wait_for(lambda: not self._leased, timeout)
+
+    def leased(self) -> list[Worker]:
+        """The workers that are held now."""
+        with self._lock:
+            return list(self._leased)
+
+    def dump_stacks(self, worker: Worker) -> None:
+        """Have the worker print the Python stacks of all its threads."""
+        with self._lock:
+            self._signal_with(worker, STACKS_SIGNAL)
 
     def jobs(self) -> list[Job]:
         """The jobs that hold a worker now."""

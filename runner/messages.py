@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from runner.limits import Limits
+
 Header = tuple[str, str]
 """A header's name and value, both latin-1 text as on the wire of HTTP/1.1 (RFC 9110, section 5)."""
 
@@ -74,14 +76,14 @@ class FaultReport(msgspec.Struct, array_like=True, frozen=True):
     `printed` tells that the handler has printed something, as an END's payload does.
     """
 
-    kind: Literal["raised", "aborted", "cancelled"]
+    kind: Literal["raised", "aborted", "cancelled", "memory"]
     exception: str = ""
     message: str = ""
     traceback: str = ""
     printed: bool = False
 
 
-FaultKind = Literal["raised", "aborted", "incomplete", "died", "protocol", "unavailable"]
+FaultKind = Literal["raised", "aborted", "incomplete", "died", "memory", "timeout", "protocol", "unavailable"]
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -108,6 +110,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
     preload: bool
     root_path: str
+    limits: Limits
 
 
 class Spawn(msgspec.Struct, array_like=True, frozen=True, tag=True):

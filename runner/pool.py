@@ -22,6 +22,7 @@ from runner.errors import ConfigurationError, InvalidRequest, PoolClosed, PoolFo
 from runner.frames import MAX_HEAD
 from runner.job import Job, NeverTaken
 from runner.leases import Leases
+from runner.limits import Limits, share_cores
 from runner.messages import KINDS, JobContext, Kind, RequestHead, ZygoteConfig
 from runner.request import Request, Upload
 from runner.scope import CancelScope, current_scope
@@ -41,8 +42,9 @@ class Pool:
     `handler` is an import string (`"package.module:attribute"`, imported only in the workers) or a callable,
     which is sent by value. `kind` is how it is called: "native", "wsgi", or "auto" to find out. `workers` is
     how many processes there are (default: one per core). With `preload` the handler is imported once, in
-    the process that forks the workers. `env` is the workers' environment: None passes the host's on, a
-    mapping passes just that. `root_path` is the path that a WSGI app lies under (SCRIPT_NAME).
+    the process that forks the workers. `env` is the workers' environment: None passes the host's on, with the
+    thread counts of numeric libraries set where they are not; a mapping passes just that. `root_path` is the
+    path that a WSGI app lies under (SCRIPT_NAME). `limits` are those of the workers and their jobs.
 
     Times are in seconds: a job that its caller leaves has `grace` to end before its worker is killed; `close`
     waits up to `drain` for the jobs under way; a worker that is not ready `start_timeout` after its start is
@@ -61,6 +63,7 @@ class Pool:
         preload: bool = False,
         env: Mapping[str, str] | None = None,
         root_path: str = "",
+        limits: Limits | None = None,
         grace: float = 0.25,
         drain: float = 5.0,
         start_timeout: float = 60.0,
@@ -74,7 +77,9 @@ class Pool:
                 raise ConfigurationError(f"{name} is a time in seconds, zero or more, not {seconds!r}")
         self.debug = debug
         name, pickle = _portable(handler)
-        self._config = ZygoteConfig(handler=name, pickle=pickle, kind=kind, preload=preload, root_path=root_path)
+        self._config = ZygoteConfig(
+            handler=name, pickle=pickle, kind=kind, preload=preload, root_path=root_path, limits=limits or Limits()
+        )
         self._settings: dict[str, Any] = {
             "workers": workers,
             "env": None if env is None else dict(env),
@@ -122,11 +127,15 @@ class Pool:
             if self._closed:
                 raise PoolClosed("the pool is closed: open a new one")
             if self._supervisor is None:
+                env = self._settings["env"]
+                if env is None:
+                    env = dict(os.environ)
+                    share_cores(env, self._settings["workers"], self._config.limits)
                 supervisor = Supervisor(
                     self._leases,
                     self._config,
                     self._settings["workers"],
-                    self._settings["env"],
+                    env,
                     self._settings["grace"],
                     self._settings["start_timeout"],
                 )
@@ -247,10 +256,13 @@ class Pool:
         scope: CancelScope | None,
     ) -> Job:
         tries = _MAX_TRIES
+        limits = supervisor.limits
         while True:
             worker = supervisor.leases.lease(lease_timeout, scope)
             try:
-                return Job(worker, supervisor, method, head, upload, job_id, read_timeout, scope)
+                if limits.watched and not supervisor.inspecting:
+                    supervisor.inspect()
+                return Job(worker, supervisor, method, head, upload, job_id, read_timeout, scope, limits.wall_seconds)
             except NeverTaken as never:
                 # Nothing written is proof; that nothing was read, a hostile worker can feign: it has few tries.
                 if never.error is not None:

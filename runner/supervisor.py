@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -30,10 +30,19 @@ from runner.messages import Born, Died, FaultReport, Ready, ZygoteConfig, descri
 from runner.reactor import Reactor
 from runner.zygote_process import ZygoteProcess
 
+if TYPE_CHECKING:
+    from runner.inspection import Inspector
+
 logger = logging.getLogger("blastdoor")
 
 _decode_ready = msgspec.msgpack.Decoder(Ready).decode
 _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
+
+INSPECTION_INTERVAL: Final = 0.05
+"""Seconds between two looks at the jobs under way, where limits are set."""
+
+_STACKS_LIMIT: Final = 0.05
+"""Seconds that a worker has to print its stacks where there is no grace time."""
 
 _SETTLED: Final = 2.0
 """Seconds that a worker has to live after READY to count as a start that has succeeded."""
@@ -54,6 +63,9 @@ class Supervisor:
         grace: float,
         start_timeout: float,
     ) -> None:
+        self.limits = config.limits
+        self.inspecting = False
+        self._inspector: Inspector | None = None
         self.leases = leases
         self._config = config
         self._wanted = workers
@@ -89,13 +101,19 @@ class Supervisor:
         if self._start_error:
             raise StartError(self._start_error)
 
-    def adopt(self, worker: Worker, exchange: ResponseExchange) -> None:
+    def adopt(self, worker: Worker, exchange: ResponseExchange, timed_out: str = "") -> None:
         """Take over a worker whose caller has left it in the middle of its job.
 
-        It goes back to work if its response ends within the grace time, else it is discarded.
+        It goes back to work if its response ends within the grace time, else it is discarded. Where its job was
+        `timed_out` (in words), its stacks are logged.
         """
-        if not self._reactor.call(lambda: self._await_end(worker, exchange)):
+        if not self._reactor.call(lambda: self._await_end(worker, exchange, timed_out)):
             self.leases.discard(worker)
+
+    def inspect(self) -> None:
+        """Begin to look after the jobs under way; it ends by itself when there are none."""
+        self.inspecting = True
+        self._reactor.call(self._inspect)
 
     def stop(self, grace: float) -> None:
         """End all workers, the held ones too, and then the zygote and this thread. `leases` is closed by now.
@@ -184,6 +202,27 @@ class Supervisor:
             why = f"{why}:\n{output}"
         self._start_failed(why)
         self._respawn()
+
+    # -- limits --------------------------------------------------------------------------------------
+
+    def _inspect(self) -> None:
+        if self._inspector is None:
+            from runner.inspection import Inspector  # psutil is loaded where limits are set
+
+            self._inspector = Inspector(self.limits)
+        self.inspecting = False
+        leased = self.leases.leased()
+        if not leased or self._stopping:
+            return  # the next job begins it anew
+        self.inspecting = True
+        self._reactor.after(INSPECTION_INTERVAL, self._inspect)
+        for excess in self._inspector.look(worker for worker in leased if worker not in self._adopted):
+            if excess.kind == "memory":
+                excess.worker.verdict = excess.detail
+                logger.error("job %s: %s: worker %s is killed", *excess.words())
+                self.leases.kill(excess.worker)
+            elif (reference := excess.worker.job) is not None and (job := reference()) is not None:
+                job.close(job.over_limit("timeout", excess.detail))
 
     def _read_log(self, log: LogPipe) -> None:
         if not log.read():
@@ -367,13 +406,17 @@ class Supervisor:
                 self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
             self._respawn()
 
-    def _await_end(self, worker: Worker, exchange: ResponseExchange) -> None:
+    def _await_end(self, worker: Worker, exchange: ResponseExchange, timed_out: str) -> None:
         """Wait, for the grace time, until the left worker has ended its response and taken what was sent to it."""
         channel = worker.channel
 
         def settle(healthy: bool = False) -> None:
             if self._adopted.get(worker) is settle:
                 del self._adopted[worker]
+                if timed_out:
+                    worker.log.read()
+                    job_id = worker.log.job_id
+                    logger.error("job %s: %s; what it printed last:\n%s", job_id, timed_out, worker.log.tail(job_id))
                 self._reactor.unwatch(channel.response_fd)
                 self._reactor.unwatch(channel.request_fd)
                 if healthy:
@@ -411,7 +454,7 @@ class Supervisor:
                 settle()
 
         self._adopted[worker] = settle
-        if worker.dead or self._closing or not self._grace:
+        if worker.dead or self._closing or not (self._grace or timed_out):
             settle()
             return
         self._reactor.watch(channel.response_fd, look)
@@ -420,8 +463,10 @@ class Supervisor:
         look()
         if self._adopted.get(worker) is settle:
             if exchange.open:
+                if timed_out:
+                    self.leases.dump_stacks(worker)
                 self.leases.cancel(worker, exchange.job)
-            self._reactor.after(self._grace, give_up)
+            self._reactor.after(self._grace or _STACKS_LIMIT, give_up)
 
     # -- the end of it all ---------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import Final, NoReturn
 import msgspec
 
 from runner import linux
-from runner.cancellation import Cancellation
+from runner.cancellation import STACKS_SIGNAL, Cancellation
 from runner.errors import AbortHandler, JobCancelled
 from runner.frames import FAULT, READY, encode
 from runner.handlers.load import Bridge, load
@@ -49,6 +49,7 @@ def run(
     _shed(zygote, pipes)
     cancellation.install()
     try:
+        config.limits.apply()
         handler = handler or load(config)
         pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
     except BaseException as error:  # noqa: BLE001 - a start that failed, whatever it raised, is reported
@@ -82,7 +83,9 @@ def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingRespons
     except HostGone:
         raise
     except JobCancelled:
-        response.fail(FaultReport("cancelled"))
+        response.fail(FaultReport("cancelled", "JobCancelled"))
+    except MemoryError as error:
+        response.fail(FaultReport("memory", *describe(error), explain(error)))
     except AbortHandler:
         response.fail(FaultReport("aborted"), implied=(200, []))
     except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt end the job, not the worker
@@ -143,6 +146,7 @@ def _shed(zygote: int, pipes: Pipes) -> None:
     sys.stderr = LogStream(2, pipes.note_printed)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
     faulthandler.enable(2)
+    faulthandler.register(STACKS_SIGNAL, 2, all_threads=True, chain=False)
     _replace_authkeys()
 
 

@@ -6,7 +6,9 @@ import array
 import ctypes
 import hashlib
 import json
+import mmap
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -453,3 +455,38 @@ def do_late_secret(request: HandlerRequest, response: HandlerResponse) -> None:
     while time.monotonic() < end:
         pass
     response.write(data)
+
+
+def do_heap(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Takes `size` bytes of its own."""
+    if parameter(request, "late"):
+        response.write(b"first piece")
+    kept = bytearray(int(parameter(request, "size")))
+    response.write(str(len(kept)).encode())
+
+
+def do_shared(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Takes `size` bytes of shared memory, which limits of the data segment do not see, and keeps them."""
+    if parameter(request, "late"):
+        response.write(b"first piece")
+    size = int(parameter(request, "size"))
+    kept = mmap.mmap(-1, size)
+    for at in range(0, size, 4096):
+        kept[at] = 1
+    time.sleep(3600)
+
+
+def do_limits(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """What limits this process has."""
+    names = ("CORE", "DATA", "AS", "NOFILE", "NPROC", "FSIZE")
+    found: dict[str, Any] = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0] for name in names}
+    found["nice"] = os.nice(0)
+    found["cpus"] = sorted(os.sched_getaffinity(0))
+    return json.dumps(found).encode()
+
+
+def do_burn(request: HandlerRequest, response: HandlerResponse) -> None:
+    if parameter(request, "late"):
+        response.write(b"first piece")
+    while True:
+        pass

@@ -208,7 +208,7 @@ def test_a_forked_child_does_not_keep_the_workers_alive(tmp_path: Path) -> None:
 
 
 def test_interrupts_belong_to_the_host(tmp_path: Path) -> None:
-    """W11: a Ctrl-C in a caller ends its job; the handler is told, and the workers, in sessions of their own, never see it."""
+    """W11: a Ctrl-C in a caller ends its job, and the workers, in sessions of their own, never see it."""
     with start_script(
         tmp_path,
         """

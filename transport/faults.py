@@ -13,6 +13,8 @@ from runner.messages import Header, ResponseHead
 STATUS: Final[dict[str, int]] = {
     "raised": 500,
     "died": 500,
+    "memory": 500,
+    "timeout": 504,
     "protocol": 502,
     "unavailable": 503,
 }

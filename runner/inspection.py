@@ -1,0 +1,81 @@
+"""Looking after jobs under way: which of them is over a limit of memory, processor time or wall time.
+
+Nothing tells when a process grows or a clock runs out, so this is looked at every so often, but only while
+jobs run and limits are set. A caller that waits sees its job's wall time by itself; this is for the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+
+from runner.leases import Worker
+from runner.limits import Limits, over_wall_time
+
+
+@dataclass(frozen=True)
+class Excess:
+    """A worker's job is over a limit: which one, and in words."""
+
+    worker: Worker
+    kind: Literal["memory", "timeout"]
+    detail: str
+
+    def words(self) -> tuple[str, str, int | None]:
+        """Job id, what it is over, and the worker's pid, for the log."""
+        return self.worker.log.job_id, self.detail, self.worker.pid
+
+
+class Inspector:
+    """Finds jobs that are over their limits."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._began: dict[int, tuple[int, float]] = {}
+
+    def look(self, workers: Iterable[Worker]) -> list[Excess]:
+        """The jobs of these workers, all of which are leased, that are over a limit now."""
+        found = []
+        workers = list(workers)
+        present = {worker.number for worker in workers}
+        self._began = {number: began for number, began in self._began.items() if number in present}
+        for worker in workers:
+            if worker.pid is None or worker.dead:
+                continue
+            try:
+                excess = self._look_at(worker, psutil.Process(worker.pid))
+            except psutil.Error:
+                continue  # it has ended meanwhile, which is told elsewhere
+            if excess is not None:
+                found.append(excess)
+        return found
+
+    def _look_at(self, worker: Worker, process: psutil.Process) -> Excess | None:
+        limits = self._limits
+        if limits.wall_seconds is not None and time.monotonic() > worker.job_began + limits.wall_seconds:
+            return Excess(worker, "timeout", over_wall_time(limits.wall_seconds))
+        if limits.cpu_seconds is not None:
+            used = sum(process.cpu_times()[:4])
+            job, before = self._began.get(worker.number, (0, 0.0))
+            if job != worker.jobs:
+                self._began[worker.number] = (worker.jobs, used)
+            elif used - before > limits.cpu_seconds:
+                return Excess(worker, "timeout", f"the job used more than {limits.cpu_seconds} s of processor time")
+        limit = limits.memory_bytes
+        if limit is not None and (taken := _memory(process, limit)) > limit:
+            detail = f"the job took {taken >> 20} MiB of memory, over its limit of {limit >> 20} MiB"
+            return Excess(worker, "memory", detail)
+        return None
+
+
+def _memory(process: psutil.Process, limit: int) -> int:
+    """What a worker and all below it take, in bytes; shared pages are shared out where that decides (PSS)."""
+    family = [process, *process.children(recursive=True)]
+    taken = sum(member.memory_info().rss for member in family)
+    if taken > limit:
+        taken = sum(member.memory_full_info().pss for member in family)
+    return int(taken)
