@@ -10,11 +10,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import selectors
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -25,6 +24,7 @@ from runner.errors import StartError, WorkersUnavailable
 from runner.exchange import ResponseExchange
 from runner.frames import FAULT, READY
 from runner.leases import Leases, Worker
+from runner.left_jobs import LeftJobs
 from runner.logs import LogPipe
 from runner.messages import Born, Died, FaultReport, Ready, ZygoteConfig, describe_exit
 from runner.reactor import Reactor
@@ -40,9 +40,6 @@ _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
 
 INSPECTION_INTERVAL: Final = 0.05
 """Seconds between two looks at the jobs under way, where limits are set."""
-
-_STACKS_LIMIT: Final = 0.05
-"""Seconds that a worker has to print its stacks where there is no grace time."""
 
 _SETTLED: Final = 2.0
 """Seconds that a worker has to live after READY to count as a start that has succeeded."""
@@ -70,12 +67,10 @@ class Supervisor:
         self._config = config
         self._wanted = workers
         self._env = env
-        self._grace = grace
         self._start_timeout = start_timeout
         self._brake = RestartBrake()
         self._workers: dict[int, Worker] = {}
         self._numbers = itertools.count(1)
-        self._adopted: dict[Worker, Callable[[], None]] = {}
         self._ready_unborn: set[Worker] = set()
         self._zygote: ZygoteProcess | None = None
         self._started = threading.Event()
@@ -86,6 +81,7 @@ class Supervisor:
         self._respawn_is_due = False
         self.forgotten = False
         self._reactor = Reactor()
+        self._left = LeftJobs(self._reactor, leases, grace)
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
 
     # -- called from other threads -------------------------------------------------------------------
@@ -107,7 +103,7 @@ class Supervisor:
         It goes back to work if its response ends within the grace time, else it is discarded. Where its job was
         `timed_out` (in words), its stacks are logged.
         """
-        if not self._reactor.call(lambda: self._await_end(worker, exchange, timed_out)):
+        if not self._reactor.call(lambda: self._take_left(worker, exchange, timed_out)):
             self.leases.discard(worker)
 
     def inspect(self) -> None:
@@ -216,7 +212,7 @@ class Supervisor:
             return  # the next job begins it anew
         self.inspecting = True
         self._reactor.after(INSPECTION_INTERVAL, self._inspect)
-        for excess in self._inspector.look(worker for worker in leased if worker not in self._adopted):
+        for excess in self._inspector.look(worker for worker in leased if worker not in self._left):
             if excess.kind == "memory":
                 excess.worker.verdict = excess.detail
                 logger.error("job %s: %s: worker %s is killed", *excess.words())
@@ -392,8 +388,7 @@ class Supervisor:
             self._reactor.unwatch(fd)
         worker.log.close()
         self.leases.bury(worker, status)
-        if (settle := self._adopted.get(worker)) is not None:
-            settle()
+        self._left.worker_ended(worker)
         if self._stopping:
             self._stop_zygote_if_alone()
         elif self._closing:
@@ -406,67 +401,11 @@ class Supervisor:
                 self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
             self._respawn()
 
-    def _await_end(self, worker: Worker, exchange: ResponseExchange, timed_out: str) -> None:
-        """Wait, for the grace time, until the left worker has ended its response and taken what was sent to it."""
-        channel = worker.channel
-
-        def settle(healthy: bool = False) -> None:
-            if self._adopted.get(worker) is settle:
-                del self._adopted[worker]
-                if timed_out:
-                    worker.log.read()
-                    job_id = worker.log.job_id
-                    logger.error("job %s: %s; what it printed last:\n%s", job_id, timed_out, worker.log.tail(job_id))
-                self._reactor.unwatch(channel.response_fd)
-                self._reactor.unwatch(channel.request_fd)
-                if healthy:
-                    worker.log.read()  # so that the next job's lines are not taken for this one's
-                    self.leases.give_back(worker)
-                else:
-                    self.leases.discard(worker)
-
-        def look() -> None:
-            try:
-                channel.flush()
-            except BrokenPipeError:
-                channel.drop_outgoing()
-            frames = channel.receive() if exchange.open else []
-            if frames is None:
-                settle()
-                return
-            exchange.receive(frames)
-            exchange.body.clear()
-            if exchange.violation:
-                settle()
-            elif channel.flushed:
-                self._reactor.unwatch(channel.request_fd)
-                if not exchange.open:
-                    settle(healthy=channel.clean)
-
-        def give_up() -> None:
-            if self._adopted.get(worker) is settle:
-                logger.warning(
-                    "job %s: its caller has left, and its handler did not end within %s s: worker %s is killed",
-                    worker.log.job_id,
-                    self._grace,
-                    worker.pid,
-                )
-                settle()
-
-        self._adopted[worker] = settle
-        if worker.dead or self._closing or not (self._grace or timed_out):
-            settle()
-            return
-        self._reactor.watch(channel.response_fd, look)
-        if not channel.flushed:
-            self._reactor.watch(channel.request_fd, look, selectors.EVENT_WRITE)
-        look()
-        if self._adopted.get(worker) is settle:
-            if exchange.open:
-                if timed_out:
-                    self.leases.dump_stacks(worker)
-                self.leases.cancel(worker, exchange.job)
-            self._reactor.after(self._grace or _STACKS_LIMIT, give_up)
+    def _take_left(self, worker: Worker, exchange: ResponseExchange, timed_out: str) -> None:
+        if self._closing:
+            self.leases.discard(worker)
+        else:
+            self._left.take(worker, exchange, timed_out)
 
     # -- the end of it all ---------------------------------------------------------------------------
 
