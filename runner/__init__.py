@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from runner.errors import MemoryExceeded as MemoryExceeded
     from runner.errors import PoolClosed as PoolClosed
     from runner.errors import PoolForked as PoolForked
+    from runner.errors import QueueFull as QueueFull
     from runner.errors import ReadTimeout as ReadTimeout
     from runner.errors import StartError as StartError
     from runner.errors import WorkerDied as WorkerDied
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from runner.messages import JobContext as JobContext
     from runner.messages import ResponseHead as ResponseHead
     from runner.pool import Pool as Pool
+    from runner.recycle import Recycle as Recycle
     from runner.request import Request as Request
     from runner.scope import CancelScope as CancelScope
 
@@ -47,7 +49,7 @@ _HOMES = {
     "errors": (
         "AbortHandler BlastdoorError BodyIncomplete ConfigurationError DeadlineExceeded HandlerAborted HandlerRaised "
         "InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout MemoryExceeded PoolClosed "
-        "PoolForked ReadTimeout StartError WorkerDied WorkerMisbehaved WorkersUnavailable"
+        "PoolForked QueueFull ReadTimeout StartError WorkerDied WorkerMisbehaved WorkersUnavailable"
     ),
     "handlers.native": "HandlerRequest HandlerResponse",
     "headers": "Headers",
@@ -55,6 +57,7 @@ _HOMES = {
     "limits": "Limits",
     "messages": "Fault JobContext ResponseHead",
     "pool": "Pool",
+    "recycle": "Recycle",
     "request": "Request",
     "scope": "CancelScope",
 }

@@ -68,6 +68,10 @@ class LeaseTimeout(BlastdoorError, TimeoutError):
     """No worker became free in the time given (`lease_timeout`, seconds)."""
 
 
+class QueueFull(LeaseTimeout):
+    """As many callers as the pool lets wait are waiting already."""
+
+
 class ReadTimeout(BlastdoorError, TimeoutError):
     """The job made no progress for `read_timeout` seconds; its worker is taken off it."""
 

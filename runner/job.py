@@ -36,11 +36,12 @@ from runner.errors import (
     WorkerMisbehaved,
     closed_by,
 )
+from runner.events import JobEnded, JobStarted, Outcome
 from runner.exchange import ResponseExchange, State
 from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
 from runner.limits import over_wall_time
 from runner.logs import printable
-from runner.messages import Fault, ResponseHead, describe_exit
+from runner.messages import Fault, JobContext, ResponseHead, describe_exit
 from runner.request import Upload
 from runner.scope import CancelScope, Watcher
 
@@ -74,12 +75,15 @@ class Job:
 
     __slots__ = (
         "__weakref__",
+        "_began",
         "_channel",
         "_closed_by",
+        "_context",
         "_exchange",
         "_expires",
         "_lock",
         "_number",
+        "_outcome",
         "_read_timeout",
         "_scope",
         "_settled",
@@ -102,12 +106,15 @@ class Job:
         method: str,
         head: bytes,
         upload: Upload,
-        job_id: str,
+        context: JobContext,
         read_timeout: float | None,
         scope: CancelScope | None,
         wall_seconds: float | None,
     ) -> None:
-        self.job_id = job_id
+        self.job_id = job_id = context.job_id
+        self._context = context
+        self._began = time.monotonic()
+        self._outcome: Outcome = "left"
         self._scope = scope
         self._worker = worker
         self._channel = worker.channel
@@ -130,6 +137,8 @@ class Job:
             self._wall_seconds = wall_seconds
         self._exchange = ResponseExchange(self._number, method)
         self._channel.written = 0
+        if supervisor.events.subscribers:
+            supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid))
         try:
             if scope is not None:
                 scope.watch(id(self), _closer(self))
@@ -218,6 +227,7 @@ class Job:
         try:
             channel.send(frames)
         except BrokenPipeError:
+            self._outcome = "not taken"
             self._discard()
             raise NeverTaken(None) from None
         self._uploading = upload.lazy or not channel.flushed
@@ -337,6 +347,7 @@ class Job:
             and self._channel.unread() >= self._channel.written
         )
         tail = worker.log.tail(self.job_id)
+        self._outcome = "not taken" if never_taken else "memory" if worker.verdict else "died"
         self._discard()
         what, exit_code, signal_name = describe_exit(worker.status)
         if worker.verdict:
@@ -358,6 +369,7 @@ class Job:
             worker.pid,
             what,
             f"; its last output:\n{tail}" if tail else "",
+            extra=self._extra(),
         )
         raise WorkerDied(fault)
 
@@ -394,6 +406,16 @@ class Job:
         )
         return HandlerRaised(fault)
 
+    def _extra(self) -> dict[str, object]:
+        """What a log record about this job carries, for structured logs."""
+        context = self._context
+        return {
+            "job_id": context.job_id,
+            "provider": context.provider,
+            "source": context.source,
+            "worker": self._worker.pid,
+        }
+
     def over_limit(self, kind: Literal["memory", "timeout"], detail: str) -> JobFailed:
         """The failure of this job for being over a limit."""
         error = JobTimedOut if kind == "timeout" else MemoryExceeded
@@ -417,15 +439,24 @@ class Job:
                 self.job_id,
                 self._worker.pid,
                 exchange.violation or "half a frame after the end of the response",
+                extra=self._extra(),
             )
             self._close_upload()
+            self._outcome = "protocol"
             self._discard()
             return
+        self._outcome = "ok"
+        if exchange.missing:
+            self._outcome = "incomplete"
+        elif exchange.report is not None and exchange.report.kind != "cancelled":
+            self._outcome = exchange.report.kind
         if exchange.printed:
             self._worker.log.read()  # so that the next job's lines are not taken for this one's
         report = exchange.report
         if report is not None and report.kind in ("raised", "memory"):
-            logger.error("job %s: the handler raised\n%s", self.job_id, printable(report.traceback))
+            logger.error(
+                "job %s: the handler raised\n%s", self.job_id, printable(report.traceback), extra=self._extra()
+            )
         try:
             self._stop_upload()
         finally:
@@ -437,6 +468,8 @@ class Job:
 
     def _leave(self) -> None:
         """Hand the worker, with a response that nobody waits for any more, to the supervisor."""
+        if isinstance(self._closed_by, JobFailed):
+            self._outcome = self._closed_by.fault.kind
         try:
             self._stop_upload()
         finally:
@@ -458,6 +491,16 @@ class Job:
             self._settled = True
         if self._scope is not None:
             self._scope.unwatch(id(self))
+        events = self._supervisor.events
+        events.count(self._outcome)
+        if events.subscribers:
+            head, context = self._exchange.head, self._context
+            seconds = time.monotonic() - self._began
+            status = None if head is None else head.status
+            ended = JobEnded(
+                self.job_id, context.provider, context.source, self._worker.pid, status, self._outcome, seconds
+            )
+            events.emit(ended)
 
 
 def _sooner(timeout: float | None, moment: float | None) -> float | None:

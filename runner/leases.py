@@ -12,15 +12,18 @@ import signal
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from runner.cancellation import SIGNAL as CANCEL_SIGNAL
 from runner.cancellation import STACKS_SIGNAL
 from runner.channel import Channel
-from runner.errors import LeaseTimeout, closed_by
+from runner.errors import LeaseTimeout, QueueFull, closed_by
 from runner.logs import LogPipe
+from runner.recycle import Recycle
 from runner.scope import CancelScope
 
 if TYPE_CHECKING:
@@ -36,15 +39,20 @@ class Worker:
         "doomed",
         "exited",
         "failure",
+        "idle_since",
         "job",
         "job_began",
         "jobs",
+        "last_job",
         "leased",
         "log",
         "number",
+        "ordered_at",
         "pid",
         "pidfd",
+        "provider",
         "ready",
+        "ready_at",
         "status",
         "verdict",
     )
@@ -61,6 +69,11 @@ class Worker:
         self.doomed = False
         self.jobs = 0
         self.job_began = 0.0
+        self.provider = ""
+        self.ready_at = 0.0
+        self.idle_since = 0.0
+        self.ordered_at = time.monotonic()
+        self.last_job: int | None = None
         self.verdict = ""
         self.job: weakref.ref[Job] | None = None
         self.failure = ""
@@ -75,24 +88,54 @@ class Worker:
             os.close(self.pidfd)
             self.pidfd = None
 
+    def pipe_ends(self) -> list[int]:
+        """The host's ends of its pipes that are open."""
+        return [fd for fd in (self.channel.request_fd, self.channel.response_fd, self.log.fd) if fd >= 0]
+
     def __repr__(self) -> str:
         return f"<Worker {self.number} pid={self.pid}>"
 
 
 class _Waiter:
-    __slots__ = ("error", "ready", "worker")
+    __slots__ = ("error", "provider", "ready", "worker")
 
-    def __init__(self) -> None:
+    def __init__(self, provider: str) -> None:
+        self.provider = provider
         self.ready = threading.Lock()
         self.ready.acquire()
         self.worker: Worker | None = None
         self.error: Exception | None = None
 
 
-class Leases:
-    """The idle workers and the callers that wait for one, first in, first out."""
+class Admission(msgspec.Struct, frozen=True, kw_only=True):
+    """Who gets a worker, and who may wait for one.
 
-    def __init__(self) -> None:
+    At most `jobs` jobs run at once, of a provider at most what `per_provider` says for it; at most `queue` callers
+    wait. None leaves it open.
+    """
+
+    jobs: int | None = None
+    queue: int | None = None
+    per_provider: Mapping[str, int] = {}
+
+
+class Leases:
+    """The idle workers and the callers that wait for one: first in, first out, but for a provider at its limit.
+
+    `retire` is called with a worker that is due for recycling when it comes back, `pressed` when a caller has
+    taken the last idle worker, or waits; neither may wait, or take a lease.
+    """
+
+    def __init__(
+        self,
+        admission: Admission | None = None,
+        recycle: Recycle | None = None,
+    ) -> None:
+        self._admission = admission or Admission()
+        self._recycle = recycle
+        self._running: Counter[str] = Counter()
+        self.retire: Callable[[Worker], object] = lambda worker: None
+        self.pressed: Callable[[], object] | None = None
         self._lock = threading.RLock()  # reentrant: a finaliser may give a worker up in the middle of anything
         self._quiet = threading.Condition(self._lock)
         self._idle: list[Worker] = []
@@ -101,19 +144,26 @@ class Leases:
         self._refusal: Callable[[], Exception] | None = None
         self._closed = False
 
-    def lease(self, timeout: float | None, scope: CancelScope | None = None) -> Worker:
+    def lease(self, timeout: float | None, scope: CancelScope | None = None, provider: str = "") -> Worker:
         """A ready worker, which the caller then holds until `give_back` or `discard`.
 
         Waits up to `timeout` seconds, for ever with None, and no longer than the scope lasts. Raises
-        LeaseTimeout, JobClosed where the scope is cancelled, and what `refuse` was given.
+        LeaseTimeout, QueueFull, JobClosed where the scope is cancelled, and what `refuse` was given.
         """
         with self._lock:
             if self._refusal is not None:
                 raise self._refusal()
-            if self._idle:
-                return self._hand_out(self._idle.pop())
-            waiter = _Waiter()
+            if self._idle and self._admits(provider):
+                return self._hand_out(self._idle.pop(), provider)
+            if self._admission.queue is not None and len(self._waiters) >= self._admission.queue:
+                raise QueueFull(
+                    f"all workers are busy, and {len(self._waiters)} callers wait already: "
+                    f"start the pool with more workers, or a longer queue"
+                )
+            waiter = _Waiter(provider)
             self._waiters.append(waiter)
+            if self.pressed is not None:
+                self.pressed()
         try:
             in_time = self._wait(waiter, timeout, scope)
         except BaseException:
@@ -160,23 +210,45 @@ class Leases:
                 self._waiters.remove(waiter)
             return waiter.worker
 
-    def _hand_out(self, worker: Worker) -> Worker:
+    def _admits(self, provider: str) -> bool:
+        """Whether one more job may run now, of this provider."""
+        admission = self._admission
+        if admission.jobs is not None and len(self._leased) >= admission.jobs:
+            return False
+        limit = admission.per_provider.get(provider) if admission.per_provider else None
+        return limit is None or self._running[provider] < limit
+
+    def _hand_out(self, worker: Worker, provider: str) -> Worker:
         worker.leased = True
+        worker.provider = provider
         self._leased.add(worker)
+        if self._admission.per_provider:
+            self._running[provider] += 1
+        if self.pressed is not None and not self._idle:
+            self.pressed()
         return worker
 
     def _offer(self, worker: Worker) -> None:
+        """A worker has come free, and with it perhaps room for a provider: serve whoever has waited longest."""
+        self._idle.append(worker)
         if self._waiters:
-            waiter = self._waiters.popleft()
-            waiter.worker = self._hand_out(worker)
-            waiter.ready.release()
-        else:
-            self._idle.append(worker)
+            self._serve_waiters()
+
+    def _serve_waiters(self) -> None:
+        for waiter in list(self._waiters):
+            if not self._idle:
+                return
+            if self._admits(waiter.provider):
+                self._waiters.remove(waiter)
+                waiter.worker = self._hand_out(self._idle.pop(), waiter.provider)
+                waiter.ready.release()
 
     def _take_back(self, worker: Worker) -> None:
         worker.leased = False
         worker.job = None
         self._leased.discard(worker)
+        if self._admission.per_provider:
+            self._running[worker.provider] -= 1
         if self._closed and not self._leased:
             self._quiet.notify_all()
 
@@ -185,6 +257,9 @@ class Leases:
         with self._lock:
             self._refusal = None if not self._closed else self._refusal
             worker.ready = True
+            worker.ready_at = worker.idle_since = time.monotonic()
+            if self._recycle is not None:
+                worker.last_job = self._recycle.last_job()
             if not worker.dead and not worker.doomed:
                 self._offer(worker)
 
@@ -193,10 +268,41 @@ class Leases:
         with self._lock:
             self._take_back(worker)
             dead = worker.dead
-            if not dead and not worker.doomed:
+            due = self._recycle is not None and not dead and not self._closed and self._is_due(worker)
+            if not dead and not worker.doomed and not due:
+                worker.idle_since = time.monotonic()
                 self._offer(worker)
+            elif self._waiters:
+                self._serve_waiters()  # there may be room now for somebody whom others did not admit
         if dead:
             worker.channel.close()
+        elif due:
+            self.retire(worker)
+
+    def _is_due(self, worker: Worker) -> bool:
+        assert self._recycle is not None
+        return self._recycle.is_due(worker.pid, worker.jobs, worker.last_job, worker.ready_at)
+
+    def withdraw_idle(self, longer_than: float) -> Worker | None:
+        """Take out of service the worker that has been idle longest, if that is longer than so many seconds."""
+        with self._lock:
+            if not self._idle or self._waiters:
+                return None
+            worker = min(self._idle, key=lambda idle: idle.idle_since)
+            if time.monotonic() - worker.idle_since < longer_than:
+                return None
+            self._idle.remove(worker)
+            return worker
+
+    def numbers(self) -> tuple[int, int, int]:
+        """How many workers are idle, how many are held, and how many callers wait."""
+        with self._lock:
+            return len(self._idle), len(self._leased), len(self._waiters)
+
+    def load(self) -> tuple[int, int]:
+        """How many jobs run, and how many callers wait."""
+        with self._lock:
+            return len(self._leased), len(self._waiters)
 
     def discard(self, worker: Worker) -> None:
         """The holder is done with a worker that must not go on: it is killed, dead or not yet."""
@@ -204,6 +310,8 @@ class Leases:
             self._take_back(worker)
             dead = worker.dead
             self._signal(worker)
+            if self._waiters:
+                self._serve_waiters()
         if dead:
             worker.channel.close()
 

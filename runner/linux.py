@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -51,6 +52,47 @@ def _children_by_search(parent: int) -> list[int]:
             if int(fields[1]) == parent:
                 found.append(int(name))
     return found
+
+
+def holders(inodes: set[int]) -> list[int]:
+    """The pids of the processes, this one left out, that hold a pipe with one of these inodes open (proc(5))."""
+    links = {f"pipe:[{inode}]" for inode in inodes}
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:
+            descriptors = os.listdir(f"/proc/{name}/fd")
+        except OSError:
+            continue  # it has ended, or is another user's
+        for fd in descriptors:
+            try:
+                if os.readlink(f"/proc/{name}/fd/{fd}") in links:
+                    found.append(int(name))
+                    break
+            except OSError:
+                continue
+    return found
+
+
+def kill_holders(inodes: set[int]) -> int:
+    """SIGKILL the processes that hold one of these pipes open; their number. Each by pidfd, looked at again."""
+    killed = 0
+    for pid in holders(inodes):
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            continue
+        try:
+            # The pidfd names one process; that it is still the one that holds a pipe is certain only now.
+            if pid in holders(inodes):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                killed += 1
+        except ProcessLookupError:
+            pass
+        finally:
+            os.close(pidfd)
+    return killed
 
 
 def open_descriptors() -> set[int]:

@@ -58,12 +58,14 @@ class LogPipe:
         "fd",
         "job_id",
         "label",
+        "pid",
     )
 
     def __init__(self, fd: int, label: str) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
         self.label = label
+        self.pid: int | None = None
         self.job_id = ""
         self._line = b""
         self._allowance = float(BUDGET)
@@ -174,7 +176,8 @@ class LogPipe:
         text = printable(line[:_MAX_LINE].decode(errors="backslashreplace").rstrip("\r"))
         job_id = self.job_id
         self._tail.append((job_id, text))
-        logger.info("%s%s: %s", self.label, f" job {job_id}" if job_id else "", text)
+        extra = {"job_id": job_id, "worker": self.pid}
+        logger.info("%s%s: %s", self.label, f" job {job_id}" if job_id else "", text, extra=extra)
 
     def _null(self) -> int:
         if self._null_fd < 0:

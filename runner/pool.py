@@ -14,19 +14,21 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import msgspec
 
 from runner.errors import ConfigurationError, InvalidRequest, PoolClosed, PoolForked, StartError, closed_by
+from runner.events import Events, PoolStats, Subscriber, WorkerInfo
 from runner.frames import MAX_HEAD
 from runner.job import Job, NeverTaken
-from runner.leases import Leases
+from runner.leases import Admission, Leases
 from runner.limits import Limits, share_cores
 from runner.messages import KINDS, JobContext, Kind, RequestHead, ZygoteConfig
+from runner.recycle import Recycle
 from runner.request import Request, Upload
 from runner.scope import CancelScope, current_scope
-from runner.supervisor import EXIT_LIMIT, Supervisor
+from runner.supervisor import EXIT_LIMIT, Size, Supervisor
 
 logger = logging.getLogger("blastdoor")
 
@@ -46,6 +48,11 @@ class Pool:
     thread counts of numeric libraries set where they are not; a mapping passes just that. `root_path` is the
     path that a WSGI app lies under (SCRIPT_NAME). `limits` are those of the workers and their jobs.
 
+    `workers=(2, 32)` grows with the demand and shrinks when a worker was idle for `shrink_after` seconds; `spares` more
+    are kept warm, so that a death costs the next caller nothing. `queue` bounds how many callers wait, and
+    `queue_timeout` how long; `per_provider` how many jobs of a provider run at once. Where that is exceeded callers
+    get an error, or with `overload="answer"` a 503. `recycle` says when a worker is replaced.
+
     Times are in seconds: a job that its caller leaves has `grace` to end before its worker is killed; `close`
     waits up to `drain` for the jobs under way; a worker that is not ready `start_timeout` after its start is
     killed. In `debug` mode fault responses carry the handler's traceback.
@@ -59,7 +66,14 @@ class Pool:
         handler: str | Callable[..., Any],
         *,
         kind: Kind = "auto",
-        workers: int | None = None,
+        workers: int | tuple[int, int] | None = None,
+        spares: int = 0,
+        shrink_after: float = 10.0,
+        queue: int | None = None,
+        queue_timeout: float | None = None,
+        per_provider: Mapping[str, int] | None = None,
+        overload: Literal["raise", "answer"] = "raise",
+        recycle: Recycle | None = None,
         preload: bool = False,
         env: Mapping[str, str] | None = None,
         root_path: str = "",
@@ -71,8 +85,20 @@ class Pool:
     ) -> None:
         if workers is None:
             workers = os.cpu_count() or 1
-        _check_settings(kind, workers, env, root_path)
-        for name, seconds in (("grace", grace), ("drain", drain), ("start_timeout", start_timeout)):
+        least, most = workers if isinstance(workers, tuple) and len(workers) == 2 else (workers, workers)
+        _check_settings(kind, least, env, root_path)
+        _check_settings(kind, most, env, root_path)
+        _check_admission(least, most, spares, queue, per_provider, overload)
+        if queue_timeout is not None and not queue_timeout >= 0:
+            raise ConfigurationError(
+                f"queue_timeout is a time in seconds, zero or more, or None, not {queue_timeout!r}"
+            )
+        for name, seconds in (
+            ("grace", grace),
+            ("drain", drain),
+            ("start_timeout", start_timeout),
+            ("shrink_after", shrink_after),
+        ):
             if not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
                 raise ConfigurationError(f"{name} is a time in seconds, zero or more, not {seconds!r}")
         self.debug = debug
@@ -81,7 +107,12 @@ class Pool:
             handler=name, pickle=pickle, kind=kind, preload=preload, root_path=root_path, limits=limits or Limits()
         )
         self._settings: dict[str, Any] = {
-            "workers": workers,
+            "size": Size(least=least, most=most, spares=spares, shrink_after=shrink_after),
+            "queue": queue,
+            "queue_timeout": queue_timeout,
+            "per_provider": dict(per_provider or {}),
+            "overload": overload,
+            "recycle": recycle,
             "env": None if env is None else dict(env),
             "grace": grace,
             "drain": drain,
@@ -93,7 +124,11 @@ class Pool:
     def _set_up(self) -> None:
         self._drain: float = self._settings["drain"]
         self._token = uuid.uuid4().hex
-        self._leases = Leases()
+        self._size: Size = self._settings["size"]
+        self._queue_timeout: float | None = self._settings["queue_timeout"]
+        self.overload: str = self._settings["overload"]
+        self._leases = self._make_leases()
+        self._events = Events()
         self._supervisor: Supervisor | None = None
         self._start_lock = threading.Lock()
         self._closed = False
@@ -101,6 +136,14 @@ class Pool:
         self._job_prefix = self._token[:8]
         self._job_numbers = itertools.count(1)
         _pools[self._token] = self
+
+    def _make_leases(self) -> Leases:
+        admission = Admission(
+            jobs=self._size.most if self._size.spares else None,
+            queue=self._settings["queue"],
+            per_provider=self._settings["per_provider"],
+        )
+        return Leases(admission, self._settings["recycle"])
 
     # -- life ----------------------------------------------------------------------------------------
 
@@ -130,11 +173,12 @@ class Pool:
                 env = self._settings["env"]
                 if env is None:
                     env = dict(os.environ)
-                    share_cores(env, self._settings["workers"], self._config.limits)
+                    share_cores(env, self._size.most, self._config.limits)
                 supervisor = Supervisor(
                     self._leases,
+                    self._events,
                     self._config,
-                    self._settings["workers"],
+                    self._size,
                     env,
                     self._settings["grace"],
                     self._settings["start_timeout"],
@@ -147,7 +191,7 @@ class Pool:
         """Clear away a start that has failed: the next one begins anew."""
         with self._start_lock:
             if self._supervisor is failed:
-                self._leases = Leases()
+                self._leases = self._make_leases()
                 self._supervisor = None
         failed.stop(0)
 
@@ -202,6 +246,24 @@ class Pool:
             self._forked = True
             self._supervisor.forget()
 
+    # -- what it is doing ----------------------------------------------------------------------------
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Have `subscriber` called with each event of `runner.events`, where it happens; gives what ends that."""
+        return self._events.subscribe(subscriber)
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers of this moment. It reads /proc for each of them."""
+        supervisor = self._supervisor
+        return [] if supervisor is None or self._forked else supervisor.describe_workers()
+
+    def stats(self) -> PoolStats:
+        """The numbers of this moment: workers by state, callers that wait, and how the jobs so far have ended."""
+        supervisor = self._supervisor
+        starting = 0 if supervisor is None else supervisor.starting
+        idle, busy, waiting = self._leases.numbers()
+        return PoolStats(starting, idle, busy, waiting, self._events.deaths, self._events.outcomes())
+
     # -- use -----------------------------------------------------------------------------------------
 
     def open(
@@ -234,8 +296,18 @@ class Pool:
                 if (cause := scope.cause) is not None:
                     raise closed_by(cause)
                 deadline = _earlier(deadline, scope.deadline)
-            head = _encode_head(request, upload, context, job_id, deadline)
-            return self._run(supervisor, request.method, head, upload, job_id, lease_timeout, read_timeout, scope)
+            context = JobContext(
+                job_id,
+                context.provider,
+                context.source,
+                context.delegated_api_key_id,
+                context.attribution,
+                deadline,
+            )
+            head = _encode_head(request, upload, context)
+            if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
+                lease_timeout = self._queue_timeout
+            return self._run(supervisor, request.method, head, upload, context, lease_timeout, read_timeout, scope)
         except StartError:
             upload.close()
             self._start_over(supervisor)
@@ -250,7 +322,7 @@ class Pool:
         method: str,
         head: bytes,
         upload: Upload,
-        job_id: str,
+        context: JobContext,
         lease_timeout: float | None,
         read_timeout: float | None,
         scope: CancelScope | None,
@@ -258,11 +330,11 @@ class Pool:
         tries = _MAX_TRIES
         limits = supervisor.limits
         while True:
-            worker = supervisor.leases.lease(lease_timeout, scope)
+            worker = supervisor.leases.lease(lease_timeout, scope, context.provider)
             try:
                 if limits.watched and not supervisor.inspecting:
                     supervisor.inspect()
-                return Job(worker, supervisor, method, head, upload, job_id, read_timeout, scope, limits.wall_seconds)
+                return Job(worker, supervisor, method, head, upload, context, read_timeout, scope, limits.wall_seconds)
             except NeverTaken as never:
                 # Nothing written is proof; that nothing was read, a hostile worker can feign: it has few tries.
                 if never.error is not None:
@@ -279,7 +351,7 @@ def _earlier(deadline: float | None, monotonic: float | None) -> float | None:
     return unix if deadline is None else min(deadline, unix)
 
 
-def _encode_head(request: Request, upload: Upload, context: JobContext, job_id: str, deadline: float | None) -> bytes:
+def _encode_head(request: Request, upload: Upload, context: JobContext) -> bytes:
     head = _encode(
         RequestHead(
             request.method,
@@ -288,14 +360,7 @@ def _encode_head(request: Request, upload: Upload, context: JobContext, job_id: 
             request.scheme,
             request.server,
             upload.lazy or bool(upload.inline),
-            JobContext(
-                job_id,
-                context.provider,
-                context.source,
-                context.delegated_api_key_id,
-                context.attribution,
-                deadline,
-            ),
+            context,
         )
     )
     if len(head) > MAX_HEAD:
@@ -324,6 +389,21 @@ def _check_settings(kind: object, workers: object, env: Mapping[str, str] | None
             raise ConfigurationError(f"env has a name that is none, or a NUL: {name!r}")
     if not isinstance(root_path, str) or (root_path and not root_path.startswith("/")):
         raise ConfigurationError(f"root_path is a path that begins with '/', or empty, not {root_path!r}")
+
+
+def _check_admission(
+    least: int, most: int, spares: object, queue: object, per_provider: Mapping[str, int] | None, overload: object
+) -> None:
+    if least > most:
+        raise ConfigurationError(f"workers=({least}, {most}): the first is the least number, the second the most")
+    for name, number in (("spares", spares), ("queue", queue)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
+            raise ConfigurationError(f"{name} is a number, zero or more, not {number!r}")
+    for provider, limit in (per_provider or {}).items():
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise ConfigurationError(f"per_provider[{provider!r}] is a number of jobs, 1 or more, not {limit!r}")
+    if overload not in ("raise", "answer"):
+        raise ConfigurationError(f"overload is 'raise' or 'answer', not {overload!r}")
 
 
 def _portable(handler: object) -> tuple[str, bytes | None]:

@@ -21,6 +21,7 @@ import msgspec
 from runner.brake import RestartBrake
 from runner.channel import Channel, make_pipe
 from runner.errors import StartError, WorkersUnavailable
+from runner.events import Events, WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
 from runner.exchange import ResponseExchange
 from runner.frames import FAULT, READY
 from runner.leases import Leases, Worker
@@ -48,14 +49,32 @@ EXIT_LIMIT: Final = 1.0
 """Seconds that idle workers, and then the zygote, have to exit by themselves when a pool closes."""
 
 
+class Size(msgspec.Struct, frozen=True, kw_only=True):
+    """How many workers there are: from `least` to `most` by demand, and `spares` that are warm beyond that.
+
+    A worker that has been idle for `shrink_after` seconds goes, where there are more than the least.
+    """
+
+    least: int
+    most: int
+    spares: int = 0
+    shrink_after: float = 10.0
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers follows the demand."""
+        return self.most > self.least
+
+
 class Supervisor:
     """Starts workers, hands the ready ones to `leases`, notes their ends, and starts new ones."""
 
     def __init__(
         self,
         leases: Leases,
+        events: Events,
         config: ZygoteConfig,
-        workers: int,
+        size: Size,
         env: Mapping[str, str] | None,
         grace: float,
         start_timeout: float,
@@ -64,8 +83,15 @@ class Supervisor:
         self.inspecting = False
         self._inspector: Inspector | None = None
         self.leases = leases
+        self.events = events
         self._config = config
-        self._wanted = workers
+        self._size = size
+        self._wanted = size.least + size.spares
+        self._retiring: set[Worker] = set()
+        self._growth_is_due = False
+        leases.retire = lambda worker: self._reactor.call(lambda: self._retire(worker))
+        if size.elastic:
+            leases.pressed = self._note_pressure
         self._env = env
         self._start_timeout = start_timeout
         self._brake = RestartBrake()
@@ -124,11 +150,45 @@ class Supervisor:
         """In a forked child: close the inherited descriptors, and leave the processes alone."""
         self.forgotten = True
         self.leases.forget()
+        self.events.forget()
         for worker in self._workers.values():
             worker.forget()
         if self._zygote is not None:
             self._zygote.forget()
         self._reactor.forget()
+
+    @property
+    def starting(self) -> int:
+        """How many workers have been ordered and are not ready."""
+        return sum(not worker.ready for worker in list(self._workers.values()))
+
+    def describe_workers(self) -> list[WorkerInfo]:
+        """The workers of this moment."""
+        import psutil  # loaded where it is used
+
+        found = []
+        for worker in list(self._workers.values()):
+            if worker.pid is None:
+                continue
+            try:
+                process = psutil.Process(worker.pid)
+                with process.oneshot():
+                    rss, times = process.memory_info().rss, process.cpu_times()
+            except psutil.Error:
+                continue  # it has ended meanwhile
+            leased = self.leases.is_leased(worker)
+            found.append(
+                WorkerInfo(
+                    worker.pid,
+                    "busy" if leased else "idle" if worker.ready else "starting",
+                    worker.log.job_id if leased else "",
+                    worker.jobs,
+                    time.monotonic() - worker.ordered_at,
+                    rss,
+                    times.user + times.system,
+                )
+            )
+        return found
 
     def _run(self) -> None:
         self._reactor.run()
@@ -184,9 +244,13 @@ class Supervisor:
         self._reactor.unwatch(zygote.log.fd)
         status = zygote.close()
         self._zygote = None
-        for worker in list(self._workers.values()):
+        workers = list(self._workers.values())
+        inodes = {os.fstat(fd).st_ino for worker in workers for fd in worker.pipe_ends()}
+        for worker in workers:
             self.leases.kill(worker)
             self._bury(worker, -signal.SIGKILL)
+        if inodes:
+            self._sweep(inodes)
         if self._stopping:
             self._reactor.finish()
             return
@@ -198,6 +262,43 @@ class Supervisor:
             why = f"{why}:\n{output}"
         self._start_failed(why)
         self._respawn()
+
+    # -- the number of workers -----------------------------------------------------------------------
+
+    def _retire(self, worker: Worker) -> None:
+        """Replace a worker that nobody holds: its successor is started first, then it is asked to end."""
+        if worker.dead or self._closing:
+            return
+        self._retiring.add(worker)
+        self._respawn()
+        worker.channel.end_requests()
+        self._reactor.after(EXIT_LIMIT, lambda: self.leases.kill(worker))
+
+    def _note_pressure(self) -> None:
+        if not self._growth_is_due:
+            self._growth_is_due = True
+            self._reactor.call(self._grow)
+
+    def _grow(self) -> None:
+        """Have as many workers as jobs that run and callers that wait, and the spares, within bounds."""
+        self._growth_is_due = False
+        running, waiting = self.leases.load()
+        wanted = min(max(running + waiting, self._size.least), self._size.most) + self._size.spares
+        if wanted > self._wanted and not self._closing:
+            self._wanted = wanted
+            self._respawn()
+            self._reactor.after(self._size.shrink_after / 4, self._shrink)
+
+    def _shrink(self) -> None:
+        """Let go of a worker that has been idle for long; look again until as few are left as there should be."""
+        if self._closing:
+            return
+        least = self._size.least + self._size.spares
+        while self._wanted > least and (worker := self.leases.withdraw_idle(self._size.shrink_after)) is not None:
+            self._wanted -= 1
+            self._retire(worker)
+        if self._wanted > least:
+            self._reactor.after(self._size.shrink_after / 4, self._shrink)
 
     # -- limits --------------------------------------------------------------------------------------
 
@@ -219,6 +320,13 @@ class Supervisor:
                 self.leases.kill(excess.worker)
             elif (reference := excess.worker.job) is not None and (job := reference()) is not None:
                 job.close(job.over_limit("timeout", excess.detail))
+
+    def _sweep(self, inodes: set[int]) -> None:
+        """What the workers of a dead zygote have started is nobody's child now: find it by the pipes that it holds."""
+        from runner import linux  # ctypes is loaded where it is used
+
+        if linux.kill_holders(inodes):
+            self._reactor.after(0.05, lambda: self._sweep(inodes))
 
     def _read_log(self, log: LogPipe) -> None:
         if not log.read():
@@ -249,7 +357,7 @@ class Supervisor:
             self._spawn_missing()
 
     def _spawn_missing(self) -> None:
-        missing = self._wanted - len(self._workers)
+        missing = self._wanted - len(self._workers) + len(self._retiring)
         if self._brake.engaged:
             starting = any(not worker.ready for worker in self._workers.values())
             missing = 0 if starting else min(missing, 1)  # one try at a time
@@ -299,6 +407,8 @@ class Supervisor:
 
     def _born(self, worker: Worker, pid: int, pidfd: int) -> None:
         worker.log.label = f"worker {pid}"
+        worker.log.pid = pid
+        self.events.emit(WorkerStarted(pid))
         self.leases.adopt_pidfd(worker, pid, pidfd)
         if self._stopping:
             self.leases.kill(worker)
@@ -334,6 +444,7 @@ class Supervisor:
             return
         self._reactor.after(_SETTLED, lambda: self._check_settled(worker))
         self.leases.add(worker)
+        self.events.emit(WorkerReady(worker.pid, time.monotonic() - worker.ordered_at))
         if not self._started.is_set() and all(worker.ready for worker in self._workers.values()):
             self._started.set()
         self._spawn_missing()
@@ -388,6 +499,10 @@ class Supervisor:
             self._reactor.unwatch(fd)
         worker.log.close()
         self.leases.bury(worker, status)
+        if not self._stopping:
+            self.events.deaths += worker not in self._retiring
+        self.events.emit(WorkerEnded(worker.pid, *describe_exit(status)[1:], worker.jobs))
+        self._retiring.discard(worker)
         self._left.worker_ended(worker)
         if self._stopping:
             self._stop_zygote_if_alone()

@@ -490,3 +490,18 @@ def do_burn(request: HandlerRequest, response: HandlerResponse) -> None:
         response.write(b"first piece")
     while True:
         pass
+
+
+kept: list[bytearray] = []
+
+
+def do_keep(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """Takes `size` bytes, and keeps them."""
+    kept.append(bytearray(b"x") * int(parameter(request, "size")))
+    return b"kept"
+
+
+def do_ignore(request: HandlerRequest, response: HandlerResponse) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        pass

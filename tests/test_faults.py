@@ -52,6 +52,8 @@ def test_a_handler_that_raises(session: requests.Session, log: pytest.LogCapture
     assert "boom" not in response.text
     (record,) = (record for record in log.records if record.name == "blastdoor")
     assert problem["job_id"] in record.message
+    assert record.__dict__["job_id"] == problem["job_id"]
+    assert record.__dict__["worker"] > 0
     assert "ValueError: boom from the handler" in record.message
     assert "in do_raise" in record.message
 

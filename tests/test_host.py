@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import wait_gone
+from runner import Pool, Request
+from tests.processes import kill, wait_gone
 
 ROOT = Path(__file__).parents[1]
 
@@ -294,3 +295,63 @@ def test_a_pool_that_was_not_started_before_the_fork(tmp_path: Path) -> None:
         """,
     )
     assert out.split() == ["hello", "hello"]
+
+
+@pytest.mark.parametrize("what", ["burn", "ignore", "spin"])
+def test_the_host_is_killed_while_workers_spin(tmp_path: Path, what: str) -> None:
+    """W8, I7: also where every worker is in a tight loop, of Python or of C, or ignores SIGTERM."""
+    with start_script(
+        tmp_path,
+        f"""
+        pool = Pool("tests.handlers:app", workers=2).start()
+        jobs = [threading.Thread(target=get, args=(pool, "/{what}"), daemon=True) for _ in range(2)]
+        for job in jobs: job.start()
+        while pool.stats().busy < 2: time.sleep(0.001)
+        print(pool._supervisor._zygote.pid, *[info.pid for info in pool.workers()], flush=True)
+        time.sleep(60)
+        """,
+    ) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 3
+        process.kill()
+        process.wait()
+        wait_gone(pids, 2)
+
+
+def test_the_host_s_own_children_are_its_own(tmp_path: Path) -> None:
+    """I13: a pool neither reaps nor kills processes that the host has started."""
+    out = run(
+        tmp_path,
+        """
+        import logging, subprocess
+        logging.disable()
+        child = subprocess.Popen(["sleep", "1000"])
+        ended = subprocess.Popen(["sh", "-c", "exit 7"])
+        with Pool("tests.handlers:app", workers=2) as pool:
+            for _ in range(5):
+                try: get(pool, "/die")
+                except Exception: pass
+            os.kill(pool._supervisor._zygote.pid, 9)
+            while pool.stats().deaths < 7: time.sleep(0.001)
+        print(child.poll(), ended.wait())
+        child.kill()
+        child.wait()
+        """,
+    )
+    assert out == "None 7\n"
+
+
+@pytest.mark.parametrize("how", ["plain", "session", "double"])
+def test_the_zygote_is_killed_in_mid_flight(how: str) -> None:
+    """W8, W11: what the workers have started is gone as well, though nobody is its parent any more."""
+    with Pool("tests.handlers:app", workers=1) as pool:
+        with pool.open(Request("GET", f"/spawn?how={how}")) as job:
+            pid = int(b"".join(job))
+        assert pool._supervisor is not None
+        zygote = pool._supervisor._zygote
+        assert zygote is not None
+        kill(zygote.pid)
+        wait_gone([pid], 5)
+        with pool.open(Request("GET", "/hello"), lease_timeout=30) as job:
+            assert b"".join(job) == b"hello"

@@ -7,7 +7,7 @@ import math
 from http import HTTPStatus
 from typing import Final
 
-from runner.errors import JobFailed, WorkersUnavailable
+from runner.errors import JobFailed, LeaseTimeout, WorkersUnavailable
 from runner.messages import Header, ResponseHead
 
 STATUS: Final[dict[str, int]] = {
@@ -17,11 +17,12 @@ STATUS: Final[dict[str, int]] = {
     "timeout": 504,
     "protocol": 502,
     "unavailable": 503,
+    "overload": 503,
 }
 """The status of a response that stands for a fault, by the fault's kind."""
 
 
-def problem(error: JobFailed | WorkersUnavailable, *, debug: bool) -> tuple[ResponseHead, bytes]:
+def problem(error: JobFailed | WorkersUnavailable | LeaseTimeout, *, debug: bool) -> tuple[ResponseHead, bytes]:
     """Head and body of the response that tells a caller of a fault before the head.
 
     The handler's own words and its traceback are told in debug mode only. `x-should-retry: false` asks SDKs
@@ -29,7 +30,11 @@ def problem(error: JobFailed | WorkersUnavailable, *, debug: bool) -> tuple[Resp
     """
     headers: list[Header] = [("content-type", "application/problem+json")]
     details: dict[str, object]
-    if isinstance(error, WorkersUnavailable):
+    if isinstance(error, LeaseTimeout):
+        kind = "overload"
+        details = {"detail": "all workers are busy", "fault": kind}
+        headers.append(("retry-after", "1"))
+    elif isinstance(error, WorkersUnavailable):
         kind = "unavailable"
         details = {"detail": str(error) if debug else "no worker can be started at the moment", "fault": kind}
         headers.append(("retry-after", str(math.ceil(error.retry_after))))

@@ -100,7 +100,10 @@ class Transport(BaseAdapter):
         except InvalidRequest as error:
             raise InvalidURL(error, request=request) from error
         except LeaseTimeout as error:
-            raise ConnectTimeout(error, request=request) from error
+            if self._pool.overload == "raise":
+                raise ConnectTimeout(error, request=request) from error
+            head, content = problem(error, debug=self._pool.debug)
+            return self._respond(request, head, RawResponse(head, io.BytesIO(content), outgoing))
         except JobReadTimeout as error:
             raise ReadTimeout(error, request=request) from error
         except JobClosed as error:

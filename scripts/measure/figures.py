@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -16,8 +17,9 @@ import psutil
 import requests
 from requests.adapters import BaseAdapter
 
-from runner import Pool, Request, WorkerDied
+from runner import CancelScope, JobClosed, Pool, Recycle, Request, WorkerDied
 from runner.channel import make_pipe
+from runner.events import Event, WorkerReady
 from transport.requests import Transport
 
 SMALL = b"x" * 256
@@ -189,19 +191,66 @@ def deaths(pool: Pool, rounds: int) -> Iterator[Row]:
     yield "the next request after a crash", f"{show(following)}; an ordinary one: {middle(ordinary):.1f} µs"
 
 
+def cancels(rounds: int) -> Iterator[Row]:
+    """From scope.cancel to the caller freed, and to the last process of its job gone, without a grace time."""
+    for how, name in (("plain", "a handler that spins"), ("double", "having double-forked")):
+        freed, gone = [], []
+        with Pool("scripts.measure.handlers:handler", workers=1, spares=1, preload=True, grace=0) as pool:
+            for _ in range(rounds):
+                with CancelScope() as scope:
+                    job = pool.open(Request("POST", "/hang", body=how))
+                    pids = [int(pid) for pid in job.read().split()]
+                    began: list[float] = []
+                    canceller = threading.Timer(0.02, cancel, (scope, began))
+                    canceller.start()
+                    try:
+                        job.read()
+                    except JobClosed:
+                        now = time.monotonic()
+                    canceller.join()
+                    freed.append((now - began[0]) * 1e3)
+                    while any(is_alive(pid) for pid in pids):
+                        pass
+                    gone.append((time.monotonic() - began[0]) * 1e3)
+        yield f"scope.cancel to the caller freed, {name}", show(freed, "ms")
+        yield "  to the last process gone", show(gone, "ms")
+
+
+def cancel(scope: CancelScope, began: list[float]) -> None:
+    began.append(time.monotonic())
+    scope.cancel()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def starts(rounds: int) -> Iterator[Row]:
-    """From Pool.start() to all workers ready, and the memory of an idle one."""
+    """From Pool.start() to all workers ready, from ordering one more worker to its READY, and an idle one's memory."""
     for preload in (False, True):
-        times, sizes = [], []
+        pools, sizes = [], []
+        workers: list[float] = []
         for _ in range(rounds):
+            pool = Pool("scripts.examples.shop:app", workers=8, preload=preload)
             began = time.perf_counter()
-            with Pool("scripts.examples.shop:app", workers=2, preload=preload):
-                times.append((time.perf_counter() - began) * 1e3)
-                workers = [p for p in psutil.Process().children(recursive=True) if p.ppid() != os.getpid()]
-                sizes += [worker.memory_full_info().pss / MIB for worker in workers]
+            with pool:
+                pools.append((time.perf_counter() - began) * 1e3)
+                sizes += [psutil.Process(info.pid).memory_full_info().pss / MIB for info in pool.workers()]
+        with Pool("scripts.examples.shop:app", workers=1, preload=preload, recycle=Recycle(after_jobs=1)) as pool:
+            events: list[Event] = []
+            pool.subscribe(events.append)
+            while len(workers) < rounds * 10:
+                with pool.open(Request("GET", "/")) as job:
+                    list(job)
+                workers = [event.seconds * 1e3 for event in events if isinstance(event, WorkerReady)]
         name = "preloaded" if preload else "importing it"
-        yield f"pool of 2 with a Flask app, {name}, ready", show(times, "ms")
-        yield f"an idle worker of it, {name} (PSS)", show(sizes, "MiB")
+        yield f"pool of 8 with a Flask app, {name}, ready", show(pools, "ms")
+        yield "  one more worker of it, ready", show(workers, "ms")
+        yield "  an idle worker of it (PSS)", show(sizes, "MiB")
 
 
 def imports(rounds: int) -> Iterator[Row]:
@@ -221,14 +270,14 @@ def main() -> None:
     parser.add_argument("--mebibytes", type=int, default=1024, help="size of the large bodies")
     arguments = parser.parse_args()
     logging.disable()  # the deaths are on purpose
-    with Pool("scripts.measure.handlers:handler", workers=2, preload=True) as pool:
+    with Pool("scripts.measure.handlers:handler", workers=2, spares=1, preload=True) as pool:
         rows = [
             *round_trips(pool, arguments.rounds),
             *tokens(pool),
             *bandwidth(pool, arguments.mebibytes),
             *deaths(pool, max(arguments.rounds // 50, 10)),
         ]
-    rows += [*starts(10), *imports(10)]
+    rows += [*cancels(50), *starts(10), *imports(10)]
     for name, value in rows:
         print(f"{name:57} {value}")
 

@@ -42,7 +42,25 @@ def die(request: HandlerRequest, response: HandlerResponse) -> None:
     os.kill(os.getpid(), 9)
 
 
-HANDLERS = {"echo": echo, "stream": stream, "down": down, "up": up, "die": die}
+def hang(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Gives the pids of its worker and of what it has started, and never ends."""
+    pids = [os.getpid()]
+    if request.body.read() == b"double":
+        read, write = os.pipe()
+        if not os.fork():
+            os.setsid()
+            if pid := os.fork():
+                os.write(write, str(pid).encode())
+                os._exit(0)
+            time.sleep(3600)
+        os.wait()
+        pids.append(int(os.read(read, 20)))
+    response.write(" ".join(map(str, pids)).encode())
+    while True:
+        pass
+
+
+HANDLERS = {"echo": echo, "stream": stream, "down": down, "up": up, "die": die, "hang": hang}
 
 
 def handler(request: HandlerRequest, response: HandlerResponse) -> bytes | None:
