@@ -299,11 +299,6 @@ class Leases:
         with self._lock:
             return len(self._idle), len(self._leased), len(self._waiters)
 
-    def load(self) -> tuple[int, int]:
-        """How many jobs run, and how many callers wait."""
-        with self._lock:
-            return len(self._leased), len(self._waiters)
-
     def discard(self, worker: Worker) -> None:
         """The holder is done with a worker that must not go on: it is killed, dead or not yet."""
         with self._lock:

@@ -282,7 +282,7 @@ class Supervisor:
     def _grow(self) -> None:
         """Have as many workers as jobs that run and callers that wait, and the spares, within bounds."""
         self._growth_is_due = False
-        running, waiting = self.leases.load()
+        _, running, waiting = self.leases.numbers()
         wanted = min(max(running + waiting, self._size.least), self._size.most) + self._size.spares
         if wanted > self._wanted and not self._closing:
             self._wanted = wanted
