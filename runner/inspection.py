@@ -13,8 +13,8 @@ from typing import Literal
 
 import psutil
 
-from runner.leases import Worker
 from runner.limits import Limits, over_wall_time
+from runner.worker_record import Worker
 
 
 @dataclass(frozen=True)

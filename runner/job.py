@@ -21,33 +21,29 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from runner.errors import (
-    BodyIncomplete,
-    HandlerAborted,
-    HandlerRaised,
     JobClosed,
     JobFailed,
     JobTimedOut,
-    MemoryExceeded,
     ReadTimeout,
     WorkerDied,
-    WorkerMisbehaved,
     closed_by,
 )
 from runner.events import JobEnded, JobStarted, Outcome
-from runner.exchange import ResponseExchange, State
+from runner.exchange import ResponseExchange
+from runner.failures import over_limit, response_failure, worker_death
 from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
 from runner.limits import over_wall_time
 from runner.logs import printable
-from runner.messages import Fault, JobContext, ResponseHead, describe_exit
+from runner.messages import JobContext, ResponseHead
 from runner.request import Upload
 from runner.scope import CancelScope, Watcher
 
 if TYPE_CHECKING:
-    from runner.leases import Worker
     from runner.supervisor import Supervisor
+    from runner.worker_record import Worker
 
 logger = logging.getLogger("blastdoor")
 
@@ -323,7 +319,7 @@ class Job:
                 self._push_upload()
             elif not woken:
                 if self._expires is not None and time.monotonic() >= self._expires:
-                    raise self.over_limit("timeout", over_wall_time(self._wall_seconds))
+                    raise over_limit("timeout", over_wall_time(self._wall_seconds), self.job_id)
                 if self._scope is not None and self._scope.cancelled:
                     return []  # its time is up, and this job was closed by it
                 raise ReadTimeout(
@@ -349,62 +345,29 @@ class Job:
         tail = worker.log.tail(self.job_id)
         self._outcome = "not taken" if never_taken else "memory" if worker.verdict else "died"
         self._discard()
-        what, exit_code, signal_name = describe_exit(worker.status)
-        if worker.verdict:
-            self._close_upload()
-            raise self.over_limit("memory", worker.verdict)
-        fault = Fault(
-            kind="died",
-            detail=f"the worker process {what} during the job",
-            job_id=self.job_id,
-            exit_code=exit_code,
-            signal=signal_name,
-        )
+        death = worker_death(worker.status, self.job_id)
         if never_taken:
-            raise NeverTaken(WorkerDied(fault))
+            raise NeverTaken(death)
         self._close_upload()
+        if worker.verdict:
+            raise over_limit("memory", worker.verdict, self.job_id)
         logger.error(
-            "job %s: worker %s %s%s",
+            "job %s: worker %s: %s%s",
             self.job_id,
             worker.pid,
-            what,
+            death.fault.detail,
             f"; its last output:\n{tail}" if tail else "",
             extra=self._extra(),
         )
-        raise WorkerDied(fault)
+        raise death
 
     def _check_end(self) -> None:
         """Raise what a response that did not end well ended with."""
-        exchange = self._exchange
-        if exchange.state is State.ENDED:
-            if exchange.missing:
-                detail = f"the response body is {exchange.missing} bytes short of its Content-Length"
-                raise BodyIncomplete(Fault(kind="incomplete", detail=detail, job_id=self.job_id))
-        elif exchange.state is State.FAULTED:
-            assert exchange.report is not None
-            raise self._failure()
-        elif exchange.state is State.BROKEN:
-            detail = f"the worker broke the protocol of its pipe and was killed: {exchange.violation}"
-            raise WorkerMisbehaved(Fault(kind="protocol", detail=detail, job_id=self.job_id))
-        elif self._closed_by is not None:
+        failure = response_failure(self._exchange, self.job_id)
+        if failure is not None:
+            raise failure
+        if self._exchange.open and self._closed_by is not None:
             raise self._closed()
-
-    def _failure(self) -> JobFailed:
-        report = self._exchange.report
-        assert report is not None
-        if report.kind == "aborted":
-            detail = "the handler cut the response off"
-            return HandlerAborted(Fault(kind="aborted", detail=detail, job_id=self.job_id))
-        if report.kind == "memory":
-            return self.over_limit("memory", "the handler ran out of the memory that its worker may take")
-        fault = Fault(
-            kind="raised",
-            detail=f"the handler raised {report.exception}",
-            job_id=self.job_id,
-            error=f"the handler raised {report.exception}: {report.message}",
-            traceback=report.traceback,
-        )
-        return HandlerRaised(fault)
 
     def _extra(self) -> dict[str, object]:
         """What a log record about this job carries, for structured logs."""
@@ -415,11 +378,6 @@ class Job:
             "source": context.source,
             "worker": self._worker.pid,
         }
-
-    def over_limit(self, kind: Literal["memory", "timeout"], detail: str) -> JobFailed:
-        """The failure of this job for being over a limit."""
-        error = JobTimedOut if kind == "timeout" else MemoryExceeded
-        return error(Fault(kind=kind, detail=detail, job_id=self.job_id))
 
     def _closed(self) -> BaseException:
         """What a read of a job that was ended raises: the fault that ended it, or that it was closed."""

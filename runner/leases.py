@@ -1,4 +1,4 @@
-"""Who holds which worker: the idle ones, the waiting callers in their order, and a worker's record.
+"""Who holds which worker: the idle ones, and the waiting callers in their order.
 
 A caller's own thread takes a worker here and gives it back; a worker that comes free goes straight to
 the caller that has waited longest. The one lock guards a worker's change of hands, its death, and its
@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -20,80 +19,13 @@ import msgspec
 
 from runner.cancellation import SIGNAL as CANCEL_SIGNAL
 from runner.cancellation import STACKS_SIGNAL
-from runner.channel import Channel
 from runner.errors import LeaseTimeout, QueueFull, closed_by
-from runner.logs import LogPipe
 from runner.recycle import Recycle
 from runner.scope import CancelScope
+from runner.worker_record import Worker
 
 if TYPE_CHECKING:
     from runner.job import Job
-
-
-class Worker:
-    """The host's record of one worker process. Guarded by its `Leases`, but for what only its holder uses."""
-
-    __slots__ = (
-        "channel",
-        "dead",
-        "doomed",
-        "exited",
-        "failure",
-        "idle_since",
-        "job",
-        "job_began",
-        "jobs",
-        "last_job",
-        "leased",
-        "log",
-        "number",
-        "ordered_at",
-        "pid",
-        "pidfd",
-        "provider",
-        "ready",
-        "ready_at",
-        "status",
-        "verdict",
-    )
-
-    def __init__(self, number: int, channel: Channel, log: LogPipe) -> None:
-        self.number = number
-        self.channel = channel
-        self.log = log
-        self.pid: int | None = None
-        self.pidfd: int | None = None
-        self.ready = False
-        self.leased = False
-        self.dead = False
-        self.doomed = False
-        self.jobs = 0
-        self.job_began = 0.0
-        self.provider = ""
-        self.ready_at = 0.0
-        self.idle_since = 0.0
-        self.ordered_at = time.monotonic()
-        self.last_job: int | None = None
-        self.verdict = ""
-        self.job: weakref.ref[Job] | None = None
-        self.failure = ""
-        self.status: int | None = None
-        self.exited = threading.Event()
-
-    def forget(self) -> None:
-        """In a forked child: close the inherited descriptors, and leave the process alone."""
-        self.channel.close()
-        self.log.forget()
-        if self.pidfd is not None:
-            os.close(self.pidfd)
-            self.pidfd = None
-
-    def pipe_ends(self) -> list[int]:
-        """The host's ends of its pipes that are open."""
-        return [fd for fd in (self.channel.request_fd, self.channel.response_fd, self.log.fd) if fd >= 0]
-
-    def __repr__(self) -> str:
-        return f"<Worker {self.number} pid={self.pid}>"
 
 
 class _Waiter:

@@ -11,8 +11,9 @@ import selectors
 from typing import Final
 
 from runner.exchange import ResponseExchange
-from runner.leases import Leases, Worker
+from runner.leases import Leases
 from runner.reactor import Reactor
+from runner.worker_record import Worker
 
 logger = logging.getLogger("blastdoor")
 

@@ -23,12 +23,14 @@ from runner.channel import Channel, make_pipe
 from runner.errors import StartError, WorkersUnavailable
 from runner.events import Events, WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
 from runner.exchange import ResponseExchange
+from runner.failures import over_limit
 from runner.frames import FAULT, READY
-from runner.leases import Leases, Worker
+from runner.leases import Leases
 from runner.left_jobs import LeftJobs
 from runner.logs import LogPipe
 from runner.messages import Born, Died, FaultReport, Ready, ZygoteConfig, describe_exit
 from runner.reactor import Reactor
+from runner.worker_record import Worker
 from runner.zygote_process import ZygoteProcess
 
 if TYPE_CHECKING:
@@ -319,7 +321,7 @@ class Supervisor:
                 logger.error("job %s: %s: worker %s is killed", *excess.words())
                 self.leases.kill(excess.worker)
             elif (reference := excess.worker.job) is not None and (job := reference()) is not None:
-                job.close(job.over_limit("timeout", excess.detail))
+                job.close(over_limit("timeout", excess.detail, job.job_id))
 
     def _sweep(self, inodes: set[int]) -> None:
         """What the workers of a dead zygote have started is nobody's child now: find it by the pipes that it holds."""

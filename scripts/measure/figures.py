@@ -232,14 +232,16 @@ def is_alive(pid: int) -> bool:
 def starts(rounds: int) -> Iterator[Row]:
     """From Pool.start() to all workers ready, from ordering one more worker to its READY, and an idle one's memory."""
     for preload in (False, True):
-        pools, sizes = [], []
+        pools, sizes, own = [], [], []
         workers: list[float] = []
         for _ in range(rounds):
             pool = Pool("scripts.examples.shop:app", workers=8, preload=preload)
             began = time.perf_counter()
             with pool:
                 pools.append((time.perf_counter() - began) * 1e3)
-                sizes += [psutil.Process(info.pid).memory_full_info().pss / MIB for info in pool.workers()]
+                memory = [psutil.Process(info.pid).memory_full_info() for info in pool.workers()]
+                sizes += [each.pss / MIB for each in memory]
+                own += [each.uss / MIB for each in memory]
         with Pool("scripts.examples.shop:app", workers=1, preload=preload, recycle=Recycle(after_jobs=1)) as pool:
             events: list[Event] = []
             pool.subscribe(events.append)
@@ -250,7 +252,7 @@ def starts(rounds: int) -> Iterator[Row]:
         name = "preloaded" if preload else "importing it"
         yield f"pool of 8 with a Flask app, {name}, ready", show(pools, "ms")
         yield "  one more worker of it, ready", show(workers, "ms")
-        yield "  an idle worker of it (PSS)", show(sizes, "MiB")
+        yield "  an idle worker of it", f"{middle(sizes):.1f} MiB (PSS), {middle(own):.1f} MiB of them its own"
 
 
 def imports(rounds: int) -> Iterator[Row]:

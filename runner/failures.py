@@ -1,0 +1,59 @@
+"""How a job that ended badly is told: from what is known of its response, its worker or its limits to an error."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from runner.errors import (
+    BodyIncomplete,
+    HandlerAborted,
+    HandlerRaised,
+    JobFailed,
+    JobTimedOut,
+    MemoryExceeded,
+    WorkerDied,
+    WorkerMisbehaved,
+)
+from runner.exchange import ResponseExchange, State
+from runner.messages import Fault, FaultReport, describe_exit
+
+
+def response_failure(exchange: ResponseExchange, job_id: str) -> JobFailed | None:
+    """The failure that a response has ended with, None where it ended well or goes on."""
+    if exchange.state is State.ENDED and exchange.missing:
+        detail = f"the response body is {exchange.missing} bytes short of its Content-Length"
+        return BodyIncomplete(Fault(kind="incomplete", detail=detail, job_id=job_id))
+    if exchange.state is State.FAULTED and exchange.report is not None:
+        return _reported(exchange.report, job_id)
+    if exchange.state is State.BROKEN:
+        detail = f"the worker broke the protocol of its pipe and was killed: {exchange.violation}"
+        return WorkerMisbehaved(Fault(kind="protocol", detail=detail, job_id=job_id))
+    return None
+
+
+def _reported(report: FaultReport, job_id: str) -> JobFailed:
+    if report.kind == "aborted":
+        return HandlerAborted(Fault(kind="aborted", detail="the handler cut the response off", job_id=job_id))
+    if report.kind == "memory":
+        return over_limit("memory", "the handler ran out of the memory that its worker may take", job_id)
+    fault = Fault(
+        kind="raised",
+        detail=f"the handler raised {report.exception}",
+        job_id=job_id,
+        error=f"the handler raised {report.exception}: {report.message}",
+        traceback=report.traceback,
+    )
+    return HandlerRaised(fault)
+
+
+def over_limit(kind: Literal["memory", "timeout"], detail: str, job_id: str) -> JobFailed:
+    """The failure of a job that was over a limit of its pool."""
+    error = JobTimedOut if kind == "timeout" else MemoryExceeded
+    return error(Fault(kind=kind, detail=detail, job_id=job_id))
+
+
+def worker_death(status: int | None, job_id: str) -> WorkerDied:
+    """The failure of a job whose worker ended with this status, as `Died` carries it."""
+    what, exit_code, signal_name = describe_exit(status)
+    detail = f"the worker process {what} during the job"
+    return WorkerDied(Fault(kind="died", detail=detail, job_id=job_id, exit_code=exit_code, signal=signal_name))

@@ -1,0 +1,72 @@
+"""A pool's settings: refused where they make no sense, when the pool is made; and the handler made portable."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from runner.errors import ConfigurationError
+from runner.messages import KINDS
+
+_SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def check_settings(kind: object, workers: object, env: Mapping[str, str] | None, root_path: object) -> None:
+    if kind == "asgi":
+        raise ConfigurationError(
+            "kind='asgi': this version runs native handlers and WSGI apps; "
+            "wrap an ASGI app with an ASGI-to-WSGI adapter such as a2wsgi"
+        )
+    if kind not in KINDS:
+        raise ConfigurationError(f"kind is one of {', '.join(map(repr, KINDS))}, not {kind!r}")
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise ConfigurationError(f"workers is a number of processes, 1 or more, not {workers!r}")
+    if env is not None and not (
+        isinstance(env, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in env.items())
+    ):
+        raise ConfigurationError("env is a mapping of str to str, or None to pass the host's environment on")
+    for name, value in (env or {}).items():
+        if not name or "=" in name or "\0" in name or "\0" in value:
+            raise ConfigurationError(f"env has a name that is none, or a NUL: {name!r}")
+    if not isinstance(root_path, str) or (root_path and not root_path.startswith("/")):
+        raise ConfigurationError(f"root_path is a path that begins with '/', or empty, not {root_path!r}")
+
+
+def check_admission(
+    least: int, most: int, spares: object, queue: object, per_provider: Mapping[str, int] | None, overload: object
+) -> None:
+    if least > most:
+        raise ConfigurationError(f"workers=({least}, {most}): the first is the least number, the second the most")
+    for name, number in (("spares", spares), ("queue", queue)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
+            raise ConfigurationError(f"{name} is a number, zero or more, not {number!r}")
+    for provider, limit in (per_provider or {}).items():
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise ConfigurationError(f"per_provider[{provider!r}] is a number of jobs, 1 or more, not {limit!r}")
+    if overload not in ("raise", "answer"):
+        raise ConfigurationError(f"overload is 'raise' or 'answer', not {overload!r}")
+
+
+def portable(handler: object) -> tuple[str, bytes | None]:
+    """The handler as it is sent to the workers: its import string, or its name and its pickle by value."""
+    if isinstance(handler, str):
+        if _SPEC.fullmatch(handler) is None:
+            raise ConfigurationError(
+                f"handler {handler!r} is not an import string: it has the form 'package.module:attribute'"
+            )
+        return handler, None
+    if not callable(handler):
+        raise ConfigurationError(
+            f"the handler is a {type(handler).__name__}: give an import string such as 'package.module:attribute', "
+            f"or a callable"
+        )
+    import dill
+
+    try:
+        pickle: bytes = dill.dumps(handler, recurse=True)
+    except Exception as error:  # a pickle can fail with anything that a __reduce__ raises
+        raise ConfigurationError(
+            f"the handler can't be sent to the workers by value ({type(error).__name__}: {error}): "
+            f"put it in a module and give its import string, 'package.module:attribute'"
+        ) from error
+    return getattr(handler, "__qualname__", type(handler).__qualname__), pickle
