@@ -173,16 +173,19 @@ class Pool:
                 if env is None:
                     env = dict(os.environ)
                     share_cores(env, self._size.most, self._config.limits)
-                supervisor = Supervisor(
-                    self._leases,
-                    self._events,
-                    self._config,
-                    self._size,
-                    env,
-                    self._settings["grace"],
-                    self._settings["start_timeout"],
-                )
-                supervisor.begin()
+                try:
+                    supervisor = Supervisor(
+                        self._leases,
+                        self._events,
+                        self._config,
+                        self._size,
+                        env,
+                        self._settings["grace"],
+                        self._settings["start_timeout"],
+                    )
+                    supervisor.begin()
+                except (OSError, RuntimeError) as error:
+                    raise StartError(f"the pool can't start its supervisor thread: {error}") from error
                 self._supervisor = supervisor
             return self._supervisor
 

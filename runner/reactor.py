@@ -22,13 +22,17 @@ class Reactor:
     """Calls back in the thread that is in `run`, until `finish`. Only `call` may come from other threads."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callback]] = []
         self._timer_numbers = itertools.count()
         self._calls: deque[Callback] = deque()
         # Reentrant, since `call` may come from a finaliser that runs in the middle of anything.
         self._lock = threading.RLock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._selector = selectors.DefaultSelector()
+        except OSError:
+            os.close(self._wake_fd)
+            raise
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._take_calls)
         self._finished = False
 
@@ -78,6 +82,12 @@ class Reactor:
         # Logging itself may be what raises: a filter or a handler of the application's.
         with contextlib.suppress(Exception):
             logger.exception("the supervisor met an error, and goes on")
+
+    def abandon(self) -> None:
+        """Close the descriptors of a loop whose `run` was never begun."""
+        self._selector.close()
+        os.close(self._wake_fd)
+        self._wake_fd = -1
 
     def finish(self) -> None:
         """End `run` after this callback. Calls that have come in are still made."""

@@ -115,9 +115,16 @@ class Supervisor:
     # -- called from other threads -------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Begin to start the workers. Where one does not start, `leases` refuses callers with a StartError."""
+        """Begin to start the workers. Where one does not start, `leases` refuses callers with a StartError.
+
+        RuntimeError where the system gives no thread.
+        """
         self._reactor.call(self._start_zygote)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._reactor.abandon()
+            raise
 
     def wait_started(self) -> None:
         """Wait until all workers are ready. StartError if one is not; `stop` is then all there is to do."""

@@ -21,6 +21,7 @@ import pytest
 
 from runner import JobClosed, LeaseTimeout, Pool, PoolClosed, ReadTimeout, Request, StartError, WorkerDied
 from tests.processes import is_gone, kill, wait_gone
+from tests.waiting import wait_until
 
 
 def get(pool: Pool, target: str, **limits: Any) -> bytes:
@@ -490,15 +491,35 @@ def test_descriptors_run_out(start: Callable[..., Pool]) -> None:
     """W3, F8: at start it is told; later workers are tried again, without a storm, until there are some."""
     pool = start(workers=4)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), hard))
+    taken = [os.dup(0) for _ in range(8)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+
+    def take_all() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+
     try:
-        for worker in list(pool._leases._idle):
-            kill(worker.pid)
-        with pytest.raises(StartError, match="Too many open files"):
-            Pool("tests.handlers:app", workers=4).start()
+        take_all()
+        whole = len(taken)
+        for spare in range(6):
+            for _ in range(spare):
+                os.close(taken.pop())
+            with pytest.raises(StartError, match="Too many open files"):
+                Pool("tests.handlers:app", workers=4).start()
+            take_all()
+            assert len(taken) == whole, "a start that failed has kept descriptors"
+        while pool.stats().idle or pool.stats().starting:
+            for worker in list(pool._leases._idle):
+                with contextlib.suppress(ProcessLookupError):
+                    kill(worker.pid)
+            take_all()
     finally:
+        for fd in taken:
+            os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert get(pool, "/hello", lease_timeout=30) == b"hello"
+    wait_until(lambda: pool.stats().idle == 4)
+    assert get(pool, "/hello") == b"hello"
     assert pool._supervisor is not None
     assert len(pool._supervisor._reactor._timers) < 50
 

@@ -31,6 +31,7 @@ from runner import (
     WorkerDied,
 )
 from tests.processes import is_gone, kill
+from tests.waiting import wait_until
 from transport import TransportFactory, delegated_api_key_id
 from transport.requests import Transport
 
@@ -40,13 +41,6 @@ URL = "http://app.local"
 def get(pool: Pool, target: str, **limits: Any) -> bytes:
     with pool.open(Request("GET", target), **limits) as job:
         return b"".join(job)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def live(pool: Pool) -> list[int | None]:
