@@ -13,10 +13,10 @@ import os
 import select
 import struct
 import termios
-from collections import deque
 from typing import Final
 
 from runner.frames import TO_HOST, Frame, FrameDecoder
+from runner.outgoing import Outgoing
 
 PIPE_SIZE: Final = 256 * 1024
 _READ_SIZE: Final = 64 * 1024
@@ -56,7 +56,7 @@ class Channel:
         self.response_fd = response_fd
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._decoder = FrameDecoder(TO_HOST)
-        self._outgoing: deque[memoryview] = deque()  # never more than a frame or two
+        self._outgoing = Outgoing()
         self._poll = select.poll()
         self._poll.register(response_fd, select.POLLIN)
         self._poll.register(self._wake_fd, select.POLLIN)
@@ -93,20 +93,7 @@ class Channel:
 
     def flush(self) -> None:
         """Write what is left over, as far as the pipe takes it now. Raises BrokenPipeError like `send`."""
-        outgoing = self._outgoing
-        while outgoing:
-            try:
-                written = os.writev(self.request_fd, outgoing)
-            except BlockingIOError:
-                return
-            self.written += written
-            while written:
-                first = outgoing[0]
-                if written < len(first):
-                    outgoing[0] = first[written:]
-                    break
-                written -= len(first)
-                outgoing.popleft()
+        self.written += self._outgoing.flush(self.request_fd)
 
     def drop_outgoing(self) -> None:
         """Forget what is left over: the worker takes no more."""

@@ -18,7 +18,7 @@ from enum import Enum, auto
 
 import msgspec
 
-from runner.frames import BODY, END, FAULT, HEAD, INVALID, Frame
+from runner.frames import BODY, BUSY, END, FAULT, HEAD, IDLE, INVALID, PRINTED, Frame
 from runner.headers import check_headers, content_length
 from runner.messages import FaultReport, ResponseHead
 
@@ -30,6 +30,7 @@ class State(Enum):
 
     HEAD_EXPECTED = auto()
     BODY_EXPECTED = auto()
+    IDLE_EXPECTED = auto()
     ENDED = auto()
     FAULTED = auto()
     BROKEN = auto()
@@ -38,6 +39,7 @@ class State(Enum):
 NEXT: dict[State, dict[int, State]] = {
     State.HEAD_EXPECTED: {HEAD: State.BODY_EXPECTED, FAULT: State.FAULTED},
     State.BODY_EXPECTED: {BODY: State.BODY_EXPECTED, END: State.ENDED, FAULT: State.FAULTED},
+    State.IDLE_EXPECTED: {IDLE: State.ENDED, FAULT: State.FAULTED},
     State.ENDED: {},
     State.FAULTED: {},
     State.BROKEN: {},
@@ -52,7 +54,8 @@ class ResponseExchange:
     """The response of job number `job` to a request with this method, as far as it has come.
 
     `violation` says what the worker did wrong: in the state BROKEN, or after the end of a response that is
-    whole. `report` is set when the state is FAULTED. `printed` tells that the handler has printed something.
+    whole. `report` is set when the state is FAULTED. `printed` tells that the handler has printed something, `whole`
+    that the response came to its end, whatever became of the background work after it.
     """
 
     __slots__ = (
@@ -66,6 +69,7 @@ class ResponseExchange:
         "report",
         "state",
         "violation",
+        "whole",
     )
 
     def __init__(self, job: int, method: str) -> None:
@@ -79,11 +83,30 @@ class ResponseExchange:
         self.report: FaultReport | None = None
         self.printed = False
         self.violation = ""
+        self.whole = False
+
+    @classmethod
+    def of_background(cls, job: int) -> ResponseExchange:
+        """What is still to come of a job whose response is whole: the end of its background work."""
+        exchange = cls(job, "")
+        exchange.state = State.IDLE_EXPECTED
+        exchange.whole = True
+        return exchange
 
     @property
     def open(self) -> bool:
-        """Whether more may come."""
+        """Whether more of the response may come."""
         return self.state is State.HEAD_EXPECTED or self.state is State.BODY_EXPECTED
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether more frames may come: of the response, or at the end of the background work."""
+        return bool(NEXT[self.state])
+
+    @property
+    def background(self) -> bool:
+        """Whether the response is whole, and the worker is not done with the job."""
+        return self.state is State.IDLE_EXPECTED
 
     @property
     def missing(self) -> int:
@@ -97,7 +120,7 @@ class ResponseExchange:
     def receive(self, frames: Iterable[Frame]) -> None:
         """Take the next frames. Never raises: a violation ends in the state BROKEN."""
         for kind, job, payload in frames:
-            if not self.open:
+            if not NEXT[self.state]:
                 self.violation = "frames after the end of the response"
                 return
             if kind == INVALID:
@@ -112,8 +135,12 @@ class ResponseExchange:
                 return
             if kind == BODY:
                 self._receive_body(payload)
-            elif kind == END:
-                self.printed = bool(payload)
+            elif kind in (END, IDLE):
+                flags = payload[0] if payload else 0
+                self.whole = True
+                self.printed = bool(flags & PRINTED)
+                if kind == END and flags & BUSY:
+                    state = State.IDLE_EXPECTED
             elif kind == HEAD:
                 if not self._receive_head(payload):
                     return
@@ -155,7 +182,7 @@ class ResponseExchange:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             self._break(f"fault report that does not hold up: {error}")
             return False
-        if report.kind == "aborted" and self.head is None:
+        if report.kind == "aborted" and self.head is None and not self.background:
             self._break("a response that was cut off before its head")
             return False
         self.report = report

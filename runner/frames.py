@@ -28,6 +28,13 @@ STOP: Final = 4
 READY: Final = 5
 HEAD: Final = 6
 FAULT: Final = 7
+IDLE: Final = 8
+
+PRINTED: Final = 1
+"""A bit in the payload of END and IDLE: the handler has printed something, and the log pipe is to be read first."""
+
+BUSY: Final = 2
+"""A bit in the payload of END: the response is whole, but the worker goes on with the job's rest, until its IDLE."""
 
 MAX_HEAD: Final = 256 * 1024
 """The cap on an encoded request or response head, in bytes."""
@@ -47,10 +54,11 @@ TO_HOST: Final[Mapping[int, int]] = {
     BODY: MAX_BODY,
     END: 1,
     FAULT: MAX_FAULT,
+    IDLE: 1,
 }
 """What a worker sends: READY once (or FAULT); then for each job a head, body frames, and END or FAULT.
 
-An END with a byte tells that the handler has printed something: the log pipe is to be read first.
+After an END that says BUSY, IDLE or FAULT follows when the job's background work has ended.
 """
 
 Frame = tuple[int, int, bytes]

@@ -35,6 +35,7 @@ from runner.events import JobEnded, JobStarted, Outcome
 from runner.exchange import ResponseExchange
 from runner.failures import over_limit, response_failure, worker_death
 from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
+from runner.left_jobs import Rest
 from runner.limits import over_wall_time
 from runner.logs import printable
 from runner.messages import JobContext, ResponseHead
@@ -419,10 +420,10 @@ class Job:
             self._stop_upload()
         finally:
             self._mark_settled()
-            if self._channel.flushed:
+            if self._channel.flushed and not exchange.background:
                 self._supervisor.leases.give_back(self._worker)
             else:
-                self._supervisor.adopt(self._worker, exchange)
+                self._hand_over()
 
     def _leave(self) -> None:
         """Hand the worker, with a response that nobody waits for any more, to the supervisor."""
@@ -433,11 +434,19 @@ class Job:
         finally:
             self._mark_settled()
             if self._channel.written or not self._channel.flushed:
-                error = self._closed_by
-                timed_out = error.fault.detail if isinstance(error, JobTimedOut) else ""
-                self._supervisor.adopt(self._worker, self._exchange, timed_out)
+                self._hand_over()
             else:
                 self._supervisor.leases.give_back(self._worker)  # it has not heard of this job
+
+    def _hand_over(self) -> None:
+        """Let the supervisor see to the rest of the job."""
+        exchange = self._exchange
+        error = self._closed_by
+        rest = Rest(
+            ResponseExchange.of_background(exchange.job) if exchange.background else exchange,
+            timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
+        )
+        self._supervisor.adopt(self._worker, rest)
 
     def _discard(self) -> None:
         self._mark_settled()

@@ -1,17 +1,25 @@
-"""Workers whose callers have left in the middle of a job: what becomes of them.
+"""Workers whose callers have left them, and what becomes of them; all of it in the supervisor's thread.
 
-Each is read, and its last frame of upload completed, until its response ends; its handler is told meanwhile.
-Within the grace time it goes back to work, after it it is killed. All of this runs in the supervisor's thread.
+Either the caller left in the middle of a job. Then the worker is read, and its last frame of upload completed, until
+its response ends; its handler is told meanwhile. Within the grace time it goes back to work, after it it is killed.
+Or the response is whole and the handler has background work to do. Then the worker goes back to work when that
+has ended, and is killed when the job is over the pool's time limit.
 """
 
 from __future__ import annotations
 
 import logging
 import selectors
+import time
 from typing import Final
+
+import msgspec
 
 from runner.exchange import ResponseExchange
 from runner.leases import Leases
+from runner.limits import over_wall_time
+from runner.logs import printable
+from runner.messages import describe_exit
 from runner.reactor import Reactor
 from runner.worker_record import Worker
 
@@ -21,23 +29,36 @@ STACKS_LIMIT: Final = 0.05
 """Seconds that a worker has to print its stacks where there is no grace time."""
 
 
+class Rest(msgspec.Struct, frozen=True):
+    """What is left of a job: the frames still to come, and the time limit in words that it was over, if it was."""
+
+    exchange: ResponseExchange
+    timed_out: str = ""
+
+
 class LeftJobs:
     """The workers that were left, by their `LeftJob`."""
 
-    def __init__(self, reactor: Reactor, leases: Leases, grace: float) -> None:
+    def __init__(self, reactor: Reactor, leases: Leases, grace: float, wall_seconds: float | None) -> None:
         self._reactor = reactor
         self._leases = leases
         self._grace = grace
+        self._wall_seconds = wall_seconds
         self._jobs: dict[Worker, LeftJob] = {}
 
     def __contains__(self, worker: Worker) -> bool:
         return worker in self._jobs
 
-    def take(self, worker: Worker, exchange: ResponseExchange, timed_out: str) -> None:
-        """Take over a worker; `timed_out` says in words what time limit its job was over, if it was."""
-        job = self._jobs[worker] = LeftJob(worker, exchange, timed_out, self)
-        grace = self._grace or (STACKS_LIMIT if timed_out else 0)
-        if worker.dead or not grace:
+    def take(self, worker: Worker, rest: Rest) -> None:
+        """Take over a worker."""
+        job = self._jobs[worker] = LeftJob(worker, rest, self)
+        exchange = rest.exchange
+        background = exchange.background
+        grace = self._grace or (STACKS_LIMIT if rest.timed_out else 0)
+        if worker.dead:
+            self.worker_ended(worker)
+            return
+        if not grace and not background:
             self.settle(job)
             return
         channel = worker.channel
@@ -47,8 +68,11 @@ class LeftJobs:
         job.look()
         if self._jobs.get(worker) is not job:
             return  # its end was there already
+        if background:
+            self._await_background(job)
+            return
         if exchange.open:
-            if timed_out:
+            if rest.timed_out:
                 self._leases.dump_stacks(worker)
             self._leases.cancel(worker, exchange.job)
         self._reactor.after(grace, lambda: self._give_up(job))
@@ -59,8 +83,13 @@ class LeftJobs:
 
     def worker_ended(self, worker: Worker) -> None:
         """The worker is dead."""
-        if (job := self._jobs.get(worker)) is not None:
-            self.settle(job)
+        if (job := self._jobs.get(worker)) is None:
+            return
+        if job.exchange.background:
+            job_id = worker.log.job_id
+            words = worker.verdict or f"its worker {worker.pid} {describe_exit(worker.status)[0]}"
+            logger.error("job %s: %s during its background work%s", job_id, words, _last_words(worker))
+        self.settle(job)
 
     def settle(self, job: LeftJob, *, healthy: bool = False) -> None:
         """The worker goes back to work, or it is discarded."""
@@ -72,15 +101,34 @@ class LeftJobs:
         self._reactor.unwatch(worker.channel.request_fd)
         worker.log.read()  # so that the next job's lines are not taken for this one's
         if job.timed_out:
-            job_id = worker.log.job_id
-            logger.error("job %s: %s; what it printed last:\n%s", job_id, job.timed_out, worker.log.tail(job_id))
+            logger.error("job %s: %s%s", worker.log.job_id, job.timed_out, _last_words(worker))
+        report = job.exchange.report
+        if report is not None and job.exchange.whole:
+            logger.error("job %s: its background work raised\n%s", worker.log.job_id, printable(report.traceback))
         if healthy:
             self._leases.give_back(worker)
         else:
             self._leases.discard(worker)
 
+    def stream_ended(self, job: LeftJob) -> None:
+        """The worker has closed its pipe, or died."""
+        if job.exchange.background:
+            self._reactor.unwatch(job.worker.channel.response_fd)
+            self._leases.kill(job.worker)  # `worker_ended` tells of it
+        else:
+            self.settle(job)
+
+    def _await_background(self, job: LeftJob) -> None:
+        if self._wall_seconds is not None:
+            left = job.worker.job_began + self._wall_seconds - time.monotonic()
+            self._reactor.after(max(left, 0), lambda: self._over_time(job))
+
     def _give_up(self, job: LeftJob) -> None:
-        if self._jobs.get(job.worker) is job:
+        if self._jobs.get(job.worker) is not job:
+            return
+        if job.exchange.background:  # its response did come to its end
+            self._await_background(job)
+        else:
             logger.warning(
                 "job %s: its caller has left, and its handler did not end within %s s: worker %s is killed",
                 job.worker.log.job_id,
@@ -89,28 +137,36 @@ class LeftJobs:
             )
             self.settle(job)
 
+    def _over_time(self, job: LeftJob) -> None:
+        """Its background work is over the time limit: it is told, and has a moment to say where it stands."""
+        if self._jobs.get(job.worker) is job:
+            assert self._wall_seconds is not None
+            job.timed_out = f"in its background work {over_wall_time(self._wall_seconds)}"
+            self._leases.dump_stacks(job.worker)
+            self._reactor.after(STACKS_LIMIT, lambda: self.settle(job))
+
 
 class LeftJob:
-    """A worker, and the response that nobody waits for."""
+    """A worker, and the frames that nobody waits for."""
 
-    __slots__ = ("_exchange", "_jobs", "timed_out", "worker")
+    __slots__ = ("_jobs", "exchange", "timed_out", "worker")
 
-    def __init__(self, worker: Worker, exchange: ResponseExchange, timed_out: str, jobs: LeftJobs) -> None:
+    def __init__(self, worker: Worker, rest: Rest, jobs: LeftJobs) -> None:
         self.worker = worker
-        self.timed_out = timed_out
-        self._exchange = exchange
+        self.timed_out = rest.timed_out
+        self.exchange = rest.exchange
         self._jobs = jobs
 
     def look(self) -> None:
         """Read and write what can be, and settle where that brings the end."""
-        channel, exchange = self.worker.channel, self._exchange
+        channel, exchange = self.worker.channel, self.exchange
         try:
             channel.flush()
         except BrokenPipeError:
             channel.drop_outgoing()
-        frames = channel.receive() if exchange.open else []
+        frames = channel.receive() if exchange.unfinished else []
         if frames is None:
-            self._jobs.settle(self)
+            self._jobs.stream_ended(self)
             return
         exchange.receive(frames)
         exchange.body.clear()
@@ -118,5 +174,10 @@ class LeftJob:
             self._jobs.settle(self)
         elif channel.flushed:
             self._jobs.flushed(self.worker)
-            if not exchange.open:
+            if not exchange.unfinished:
                 self._jobs.settle(self, healthy=channel.clean)
+
+
+def _last_words(worker: Worker) -> str:
+    tail = worker.log.tail(worker.log.job_id)
+    return f"; what it printed last:\n{tail}" if tail else ""

@@ -17,10 +17,13 @@ from runner.limits import Limits
 Header = tuple[str, str]
 """A header's name and value, both latin-1 text as on the wire of HTTP/1.1 (RFC 9110, section 5)."""
 
-Kind = Literal["auto", "native", "wsgi"]
+HandlerKind = Literal["native", "wsgi", "asgi"]
+"""How a handler is called, once that is known."""
+
+Kind = Literal["auto", HandlerKind]
 """How a handler is called; `auto` finds out by looking at it."""
 
-KINDS: tuple[Kind, ...] = ("auto", "native", "wsgi")
+KINDS: tuple[Kind, ...] = ("auto", "native", "wsgi", "asgi")
 
 PHRASES: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
 PHRASES[418] = "I'm a Teapot"
@@ -67,7 +70,7 @@ class ResponseHead(msgspec.Struct, array_like=True, frozen=True, gc=False):
 class Ready(msgspec.Struct, array_like=True, frozen=True):
     """A worker has loaded its handler and waits for jobs."""
 
-    kind: Literal["native", "wsgi"]
+    kind: HandlerKind
 
 
 class FaultReport(msgspec.Struct, array_like=True, frozen=True):
@@ -103,7 +106,10 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a zygote is told once, on its standard input. The handler is an import string, or a dill pickle."""
+    """What a zygote is told once, on its standard input. The handler is an import string, or a dill pickle.
+
+    `grace` is the pool's grace time in seconds, which the workers have a share of for asking before they insist.
+    """
 
     handler: str
     pickle: bytes | None
@@ -111,6 +117,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     preload: bool
     root_path: str
     limits: Limits
+    grace: float
 
 
 class Spawn(msgspec.Struct, array_like=True, frozen=True, tag=True):

@@ -9,11 +9,37 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+
+class Prints:
+    """Whether the running job has printed something."""
+
+    __slots__ = ("_printed",)
+
+    def __init__(self) -> None:
+        self._printed = False
+
+    def note(self) -> None:
+        """Something was printed."""
+        self._printed = True
+
+    def take(self) -> bool:
+        """Whether something was printed since the last call; it is in the log pipe then."""
+        if not self._printed:
+            return False
+        self._printed = False
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (AttributeError, OSError, ValueError):
+                pass  # a handler has put something of its own there, or closed it
+        return True
 
 
 class _LogFile(io.RawIOBase):

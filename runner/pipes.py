@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import threading
 from collections import deque
 from typing import Final
@@ -16,29 +15,15 @@ from typing import Final
 import msgspec
 
 from runner.cancellation import Cancellation
-from runner.frames import (
-    BODY,
-    END,
-    FAULT,
-    HEAD,
-    INVALID,
-    MAX_BODY,
-    MAX_HEAD,
-    REQUEST,
-    STOP,
-    TO_WORKER,
-    FrameDecoder,
-    encode,
-    pack_header,
-)
-from runner.headers import check_headers, content_length
-from runner.messages import FaultReport, Header, RequestHead, ResponseHead
+from runner.frames import BODY, INVALID, REQUEST, STOP, TO_WORKER, FrameDecoder, pack_header
+from runner.messages import FaultReport, Header, RequestHead
+from runner.output import Prints
+from runner.response_frames import SMALL, body_pieces, end_frame, fault_frame, head_frame, small_body
 
-_READ_SIZE: Final = 64 * 1024
-_SMALL: Final = 32 * 1024
+READ_SIZE: Final = 64 * 1024
+"""How much of the request pipe is read at once, in bytes."""
 
-_encode = msgspec.msgpack.Encoder().encode
-_decode_request = msgspec.msgpack.Decoder(RequestHead).decode
+decode_request = msgspec.msgpack.Decoder(RequestHead).decode
 
 
 class UploadStopped(OSError):
@@ -100,7 +85,7 @@ class OutgoingResponse:
 
     def start(self, status: int, headers: list[Header]) -> None:
         """Send the head. Raises ValueError or TypeError for one that HTTP does not allow."""
-        frame = self._head_frame(status, headers)
+        frame = head_frame(self._number, status, headers)
         with self._shield, self._lock:
             if self.ended or self.started:
                 return
@@ -109,7 +94,7 @@ class OutgoingResponse:
 
     def start_with(self, status: int, headers: list[Header], data: bytes | bytearray | memoryview) -> None:
         """Send the head and the first bytes of the body in one write."""
-        frame = self._head_frame(status, headers)
+        frame = head_frame(self._number, status, headers)
         with self._shield, self._lock:
             self._check_open()
             self.started = True
@@ -124,63 +109,41 @@ class OutgoingResponse:
 
     def finish(self, status: int, headers: list[Header], chunks: list[bytes]) -> None:
         """Send the rest, the head included if it is still to come, and END; one write where it is small."""
-        frame = b"" if self.started else self._head_frame(status, headers)
+        frame = b"" if self.started else head_frame(self._number, status, headers)
         with self._shield, self._lock:
             self._check_open()
             self.started = self.ended = True
-            if sum(map(len, chunks)) > _SMALL:
+            if sum(map(len, chunks)) > SMALL:
                 for chunk in chunks:
                     if chunk:
                         self._write_body(chunk, before=frame)
                         frame = b""
                 chunks = []
-            parts = [frame]
-            for chunk in chunks:
-                if chunk:
-                    parts.append(pack_header(BODY, self._number, len(chunk)))
-                    parts.append(chunk)
-            parts.append(encode(END, self._number, b"\1" if self._pipes.take_printed() else b""))
-            self._pipes.write(b"".join(parts))
+            body = small_body(self._number, chunks)
+            end = end_frame(self._number, printed=self._pipes.prints.take())
+            self._pipes.write(b"".join((frame, *body, end)))
 
     def fail(self, report: FaultReport, implied: tuple[int, list[Header]] | None = None) -> None:
         """End the response with a fault, after a head where one is implied."""
         with self._shield, self._lock:
             if self.ended:
                 return
-            frame = b"" if self.started or implied is None else self._head_frame(*implied)
+            frame = b"" if self.started or implied is None else head_frame(self._number, *implied)
             self.started = self.ended = True
-            report = msgspec.structs.replace(report, printed=self._pipes.take_printed())
-            self._pipes.write(frame + encode(FAULT, self._number, _encode(report)))
+            self._pipes.write(frame + fault_frame(self._number, report, printed=self._pipes.prints.take()))
 
     def _check_open(self) -> None:
         if self.ended:
             raise RuntimeError("the response has ended: nothing can be written to it any more")
 
-    def _head_frame(self, status: int, headers: list[Header]) -> bytes:
-        if not isinstance(status, int) or isinstance(status, bool):
-            raise TypeError(f"the status must be an int such as 200, not {status!r}")
-        if not 200 <= status <= 999:
-            raise ValueError(f"the status must lie between 200 and 999, not {status}")
-        for name, value in headers:
-            if not isinstance(name, str) or not isinstance(value, str):
-                raise TypeError(f"header names and values must be str, not {name!r}: {value!r}")
-        check_headers(headers)
-        content_length(headers)
-        payload = _encode(ResponseHead(int(status), headers))
-        if len(payload) > MAX_HEAD:
-            raise ValueError(f"the response head has {len(payload)} bytes, over the cap of {MAX_HEAD}")
-        return encode(HEAD, self._number, payload)
-
     def _write_body(self, data: bytes | bytearray | memoryview, before: bytes = b"") -> None:
         if isinstance(data, memoryview):
             data = data.cast("B")
         size = len(data)
-        if size <= _SMALL:
+        if size <= SMALL:
             self._pipes.write(b"".join((before, pack_header(BODY, self._number, size), data)))
             return
-        view = memoryview(data)
-        for at in range(0, size, MAX_BODY):
-            piece = view[at : at + MAX_BODY]
+        for piece in body_pieces(data):
             self._pipes.write_vectors(before + pack_header(BODY, self._number, len(piece)), piece)
             before = b""
 
@@ -188,39 +151,23 @@ class OutgoingResponse:
 class Pipes:
     """The worker's ends: blocking reads of frames, blocking writes of bytes."""
 
-    def __init__(self, request_fd: int, response_fd: int, cancellation: Cancellation) -> None:
+    def __init__(self, request_fd: int, response_fd: int, cancellation: Cancellation, prints: Prints) -> None:
         self.shield = cancellation
+        self.prints = prints
         self._request_fd = request_fd
         self._response_fd = response_fd
         self._decoder = FrameDecoder(TO_WORKER)
         self._frames: deque[tuple[int, int, bytes]] = deque()
-        self.printed = False
         poll = select.poll()
         poll.register(request_fd, select.POLLIN)
         # An idle worker sleeps in poll(2), not in read(2): killed in its sleep it takes no request with it.
         self._wait = poll.poll
 
-    def note_printed(self) -> None:
-        """Something was printed."""
-        self.printed = True
-
-    def take_printed(self) -> bool:
-        """Whether something was printed since the last call; it is in the log pipe then."""
-        if not self.printed:
-            return False
-        self.printed = False
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (AttributeError, OSError, ValueError):
-                pass  # a handler has put something of its own there, or closed it
-        return True
-
     def next_frame(self) -> tuple[int, int, bytes]:
         """The next frame from the host. HostGone at the end of the pipe."""
         frames = self._frames
         while not frames:
-            data = os.read(self._request_fd, _READ_SIZE)
+            data = os.read(self._request_fd, READ_SIZE)
             if not data:
                 raise HostGone
             frames.extend(self._decoder.feed(data))
@@ -236,7 +183,7 @@ class Pipes:
         kind, number, payload = self.next_frame()
         if kind != REQUEST:
             raise HostGone
-        return IncomingRequest(self, number, _decode_request(payload))
+        return IncomingRequest(self, number, decode_request(payload))
 
     def write(self, data: bytes) -> None:
         """Write all of it. HostGone where nobody reads any more."""

@@ -28,7 +28,7 @@ from runner.recycle import Recycle
 from runner.request import Request, Upload
 from runner.scope import CancelScope, current_scope
 from runner.settings import check_admission, check_settings, portable
-from runner.supervisor import EXIT_LIMIT, Size, Supervisor
+from runner.supervisor import Size, Supervisor
 
 logger = logging.getLogger("blastdoor")
 
@@ -41,11 +41,12 @@ class Pool:
     """Worker processes that run one handler, each one job at a time.
 
     `handler` is an import string (`"package.module:attribute"`, imported only in the workers) or a callable,
-    which is sent by value. `kind` is how it is called: "native", "wsgi", or "auto" to find out. `workers` is
+    which is sent by value. `kind` is how it is called: "native", "wsgi", "asgi", or "auto" to find out. `workers` is
     how many processes there are (default: one per core). With `preload` the handler is imported once, in
     the process that forks the workers. `env` is the workers' environment: None passes the host's on, with the
     thread counts of numeric libraries set where they are not; a mapping passes just that. `root_path` is the
-    path that a WSGI app lies under (SCRIPT_NAME). `limits` are those of the workers and their jobs.
+    path that a WSGI or ASGI app lies under (SCRIPT_NAME, `root_path`).
+    `limits` are those of the workers and their jobs.
 
     `workers=(2, 32)` grows with the demand and shrinks when a worker was idle for `shrink_after` seconds; `spares` more
     are kept warm, so that a death costs the next caller nothing. `queue` bounds how many callers wait, and
@@ -53,8 +54,9 @@ class Pool:
     get an error, or with `overload="answer"` a 503. `recycle` says when a worker is replaced.
 
     Times are in seconds: a job that its caller leaves has `grace` to end before its worker is killed; `close`
-    waits up to `drain` for the jobs under way; a worker that is not ready `start_timeout` after its start is
-    killed. In `debug` mode fault responses carry the handler's traceback.
+    waits up to `drain` for the jobs under way; a worker that is not ready `start_timeout` after its start, an ASGI
+    app's lifespan start-up included, is killed, and so is one that has not exited `stop_timeout` after it was told
+    to. In `debug` mode fault responses carry the handler's traceback.
 
     A context manager: `with Pool(...) as pool:` starts it and closes it. Without, it starts with its first
     request. Safe to share between threads. Raises ConfigurationError for what can't work.
@@ -80,6 +82,7 @@ class Pool:
         grace: float = 0.25,
         drain: float = 5.0,
         start_timeout: float = 60.0,
+        stop_timeout: float = 5.0,
         debug: bool = False,
     ) -> None:
         if workers is None:
@@ -96,6 +99,7 @@ class Pool:
             ("grace", grace),
             ("drain", drain),
             ("start_timeout", start_timeout),
+            ("stop_timeout", stop_timeout),
             ("shrink_after", shrink_after),
         ):
             if not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
@@ -103,7 +107,13 @@ class Pool:
         self.debug = debug
         name, pickle = portable(handler)
         self._config = ZygoteConfig(
-            handler=name, pickle=pickle, kind=kind, preload=preload, root_path=root_path, limits=limits or Limits()
+            handler=name,
+            pickle=pickle,
+            kind=kind,
+            preload=preload,
+            root_path=root_path,
+            limits=limits or Limits(),
+            grace=grace,
         )
         self._settings: dict[str, Any] = {
             "size": Size(least=least, most=most, spares=spares, shrink_after=shrink_after),
@@ -116,6 +126,7 @@ class Pool:
             "grace": grace,
             "drain": drain,
             "start_timeout": start_timeout,
+            "stop_timeout": stop_timeout,
             "debug": debug,
         }
         self._set_up()
@@ -182,6 +193,7 @@ class Pool:
                         env,
                         self._settings["grace"],
                         self._settings["start_timeout"],
+                        self._settings["stop_timeout"],
                     )
                     supervisor.begin()
                 except (OSError, RuntimeError) as error:
@@ -215,7 +227,7 @@ class Pool:
         finally:
             for job in self._leases.jobs():
                 job.close(PoolClosed("the pool was closed before the job's end"))
-            supervisor.stop(EXIT_LIMIT)
+            supervisor.stop(self._settings["stop_timeout"])
 
     def __enter__(self) -> Self:
         return self.start()

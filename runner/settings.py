@@ -12,11 +12,6 @@ _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def check_settings(kind: object, workers: object, env: Mapping[str, str] | None, root_path: object) -> None:
-    if kind == "asgi":
-        raise ConfigurationError(
-            "kind='asgi': this version runs native handlers and WSGI apps; "
-            "wrap an ASGI app with an ASGI-to-WSGI adapter such as a2wsgi"
-        )
     if kind not in KINDS:
         raise ConfigurationError(f"kind is one of {', '.join(map(repr, KINDS))}, not {kind!r}")
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:

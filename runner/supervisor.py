@@ -22,11 +22,10 @@ from runner.brake import RestartBrake
 from runner.channel import Channel, make_pipe
 from runner.errors import StartError, WorkersUnavailable
 from runner.events import Events, WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
-from runner.exchange import ResponseExchange
 from runner.failures import over_limit
 from runner.frames import FAULT, READY
 from runner.leases import Leases
-from runner.left_jobs import LeftJobs
+from runner.left_jobs import LeftJobs, Rest
 from runner.logs import LogPipe
 from runner.messages import Born, Died, FaultReport, Ready, ZygoteConfig, describe_exit
 from runner.reactor import Reactor
@@ -47,8 +46,8 @@ INSPECTION_INTERVAL: Final = 0.05
 _SETTLED: Final = 2.0
 """Seconds that a worker has to live after READY to count as a start that has succeeded."""
 
-EXIT_LIMIT: Final = 1.0
-"""Seconds that idle workers, and then the zygote, have to exit by themselves when a pool closes."""
+_EXIT_LIMIT: Final = 1.0
+"""Seconds that the zygote has to exit by itself when a pool closes."""
 
 
 class Size(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +79,7 @@ class Supervisor:
         env: Mapping[str, str] | None,
         grace: float,
         start_timeout: float,
+        stop_timeout: float,
     ) -> None:
         self.limits = config.limits
         self.inspecting = False
@@ -96,6 +96,7 @@ class Supervisor:
             leases.pressed = self._note_pressure
         self._env = env
         self._start_timeout = start_timeout
+        self._stop_timeout = stop_timeout
         self._brake = RestartBrake()
         self._workers: dict[int, Worker] = {}
         self._numbers = itertools.count(1)
@@ -109,7 +110,7 @@ class Supervisor:
         self._respawn_is_due = False
         self.forgotten = False
         self._reactor = Reactor()
-        self._left = LeftJobs(self._reactor, leases, grace)
+        self._left = LeftJobs(self._reactor, leases, grace, config.limits.wall_seconds)
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
 
     # -- called from other threads -------------------------------------------------------------------
@@ -132,13 +133,12 @@ class Supervisor:
         if self._start_error:
             raise StartError(self._start_error)
 
-    def adopt(self, worker: Worker, exchange: ResponseExchange, timed_out: str = "") -> None:
-        """Take over a worker whose caller has left it in the middle of its job.
+    def adopt(self, worker: Worker, rest: Rest) -> None:
+        """Take over a worker whose caller has left it: in the middle of its job, or to its background work.
 
-        It goes back to work if its response ends within the grace time, else it is discarded. Where its job was
-        `timed_out` (in words), its stacks are logged.
+        It goes back to work if that ends in time, else it is discarded.
         """
-        if not self._reactor.call(lambda: self._take_left(worker, exchange, timed_out)):
+        if not self._reactor.call(lambda: self._take_left(worker, rest)):
             self.leases.discard(worker)
 
     def inspect(self) -> None:
@@ -281,7 +281,7 @@ class Supervisor:
         self._retiring.add(worker)
         self._respawn()
         worker.channel.end_requests()
-        self._reactor.after(EXIT_LIMIT, lambda: self.leases.kill(worker))
+        self._reactor.after(self._stop_timeout, lambda: self.leases.kill(worker))
 
     def _note_pressure(self) -> None:
         if not self._growth_is_due:
@@ -466,7 +466,8 @@ class Supervisor:
         worker = self._workers.get(number)
         if worker is not None and not worker.ready:
             worker.failure = worker.failure or (
-                f"it was not ready {self._start_timeout} s after its start: look at what its import waits for, "
+                f"it was not ready {self._start_timeout} s after its start: look at what its import, "
+                f"or its lifespan's start-up, waits for, "
                 f"or allow more time (start_timeout)"
             )
             if worker.pid is None and self._zygote is not None:
@@ -525,11 +526,11 @@ class Supervisor:
                 self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
             self._respawn()
 
-    def _take_left(self, worker: Worker, exchange: ResponseExchange, timed_out: str) -> None:
+    def _take_left(self, worker: Worker, rest: Rest) -> None:
         if self._closing:
             self.leases.discard(worker)
         else:
-            self._left.take(worker, exchange, timed_out)
+            self._left.take(worker, rest)
 
     # -- the end of it all ---------------------------------------------------------------------------
 
@@ -542,7 +543,7 @@ class Supervisor:
                 self.leases.kill(worker)
         self._reactor.after(grace, self._kill_all)
         # A zygote that is stuck reports no deaths; when it is killed, its workers end with it.
-        self._reactor.after(grace + EXIT_LIMIT, self._kill_zygote)
+        self._reactor.after(grace + _EXIT_LIMIT, self._kill_zygote)
         self._stop_zygote_if_alone()
 
     def _kill_all(self) -> None:
@@ -556,7 +557,7 @@ class Supervisor:
             self._reactor.finish()
         else:
             self._zygote.end()
-            self._reactor.after(EXIT_LIMIT, self._kill_zygote)
+            self._reactor.after(_EXIT_LIMIT, self._kill_zygote)
 
     def _kill_zygote(self) -> None:
         if self._zygote is not None:

@@ -11,19 +11,20 @@ import faulthandler
 import os
 import signal
 import sys
-import traceback
+from collections.abc import Callable
 from typing import Final, NoReturn
 
 import msgspec
 
 from runner import linux
 from runner.cancellation import STACKS_SIGNAL, Cancellation
-from runner.errors import AbortHandler, JobCancelled
 from runner.frames import FAULT, READY, encode
-from runner.handlers.load import Bridge, load
+from runner.handlers.bridge import AsyncBridge, Bridge
+from runner.handlers.load import load
 from runner.messages import FaultReport, Ready, ZygoteConfig
-from runner.output import LogStream
+from runner.output import LogStream, Prints
 from runner.pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
+from runner.reports import explain, report_on
 
 REQUEST_FD: Final = 3
 RESPONSE_FD: Final = 4
@@ -32,42 +33,56 @@ LAST_FD: Final = CANCEL_FD
 DESCRIPTORS: Final = 4
 """How many descriptors come with a Spawn order: request pipe, response pipe, log pipe, cancel eventfd."""
 
-_MAX_TEXT: Final = 16 * 1024
-_OWN_DIRECTORY: Final = os.path.dirname(__file__) + os.sep
 _DESCRIPTOR_CEILING: Final = 1 << 20
 
 _encode = msgspec.msgpack.Encoder().encode
 
 
 def run(
-    config: ZygoteConfig, handler: Bridge | None, zygote: int, fds: list[int], inherited: frozenset[int]
+    config: ZygoteConfig, handler: Bridge | AsyncBridge | None, zygote: int, fds: list[int], inherited: frozenset[int]
 ) -> NoReturn:
     """The life of a worker. `handler` is given where the zygote has preloaded it."""
     _take_descriptors(fds, inherited)
     cancellation = Cancellation(CANCEL_FD)
-    pipes = Pipes(REQUEST_FD, RESPONSE_FD, cancellation)
-    _shed(zygote, pipes)
-    cancellation.install()
+    prints = Prints()
+    pipes = Pipes(REQUEST_FD, RESPONSE_FD, cancellation, prints)
+    _shed(zygote, prints)
     try:
         config.limits.apply()
         handler = handler or load(config)
+        life = _begin(handler, config, pipes, cancellation)
         pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
     except BaseException as error:  # noqa: BLE001 - a start that failed, whatever it raised, is reported
         pipes.write(encode(FAULT, 0, _encode(FaultReport("raised", traceback=explain(error)))))
         sys.stdout.flush()
         os._exit(1)
+    life()
+    sys.exit(0)
+
+
+def _begin(
+    handler: Bridge | AsyncBridge, config: ZygoteConfig, pipes: Pipes, cancellation: Cancellation
+) -> Callable[[], object]:
+    """Get the handler ready; gives what then serves its jobs until there are no more."""
+    if isinstance(handler, Bridge):
+        cancellation.install()
+        return lambda: serve(pipes, handler, cancellation)
+    from runner.async_worker import AsyncWorker  # asyncio is loaded where it is used
+
+    worker = AsyncWorker(handler, (REQUEST_FD, RESPONSE_FD, CANCEL_FD), pipes.prints, config.grace)
+    worker.start()
+    return worker.serve
+
+
+def serve(pipes: Pipes, handler: Bridge, cancellation: Cancellation) -> None:
+    """Run one job after another, until the host is gone."""
     try:
-        serve(pipes, handler, cancellation)
+        while True:
+            request = pipes.next_request()
+            run_job(handler, request, OutgoingResponse(pipes, request.number), cancellation)
+            request.skip()
     except HostGone:
-        sys.exit(0)
-
-
-def serve(pipes: Pipes, handler: Bridge, cancellation: Cancellation) -> NoReturn:
-    """Run one job after another, until HostGone."""
-    while True:
-        request = pipes.next_request()
-        run_job(handler, request, OutgoingResponse(pipes, request.number), cancellation)
-        request.skip()
+        pass
 
 
 def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingResponse, cancellation: Cancellation) -> None:
@@ -82,38 +97,9 @@ def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingRespons
             cancellation.end()
     except HostGone:
         raise
-    except JobCancelled:
-        response.fail(FaultReport("cancelled", "JobCancelled"))
-    except MemoryError as error:
-        response.fail(FaultReport("memory", *describe(error), explain(error)))
-    except AbortHandler:
-        response.fail(FaultReport("aborted"), implied=(200, []))
     except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt end the job, not the worker
-        response.fail(FaultReport("raised", *describe(error), explain(error)))
-
-
-def describe(error: BaseException) -> tuple[str, str]:
-    """The exception's type and its words, whatever its `__str__` does."""
-    try:
-        words = str(error)[:1000]
-    except BaseException:  # noqa: BLE001 - it is the handler's own code
-        words = "(its message can't be shown)"
-    return type(error).__qualname__[:200], words.encode(errors="replace").decode()
-
-
-def explain(error: BaseException) -> str:
-    """The traceback as text, from the handler's first frame on, capped, whatever the exception's methods do."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OWN_DIRECTORY) and trace.tb_next:
-        trace = trace.tb_next
-    error = error.with_traceback(trace)
-    try:
-        text = "".join(traceback.format_exception(error))
-    except BaseException:  # noqa: BLE001
-        text = "".join(traceback.format_tb(error.__traceback__)) + ": ".join(describe(error))
-    if len(text) > _MAX_TEXT:
-        text = f"{text[: _MAX_TEXT // 2]}\n...\n{text[-_MAX_TEXT // 2 :]}"
-    return text.encode(errors="replace").decode()
+        report = report_on(error)
+        response.fail(report, implied=(200, []) if report.kind == "aborted" else None)
 
 
 def _take_descriptors(fds: list[int], inherited: frozenset[int]) -> None:
@@ -131,7 +117,7 @@ def _take_descriptors(fds: list[int], inherited: frozenset[int]) -> None:
     os.closerange(start, _DESCRIPTOR_CEILING)
 
 
-def _shed(zygote: int, pipes: Pipes) -> None:
+def _shed(zygote: int, prints: Prints) -> None:
     """Leave behind what belonged to the zygote, and be bound to its life."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -142,8 +128,8 @@ def _shed(zygote: int, pipes: Pipes) -> None:
         os._exit(1)  # it ended before the line above took effect
     sys.argv[:] = [""]
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open
-    sys.stdout = LogStream(1, pipes.note_printed)
-    sys.stderr = LogStream(2, pipes.note_printed)
+    sys.stdout = LogStream(1, prints.note)
+    sys.stderr = LogStream(2, prints.note)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
     faulthandler.enable(2)
     faulthandler.register(STACKS_SIGNAL, 2, all_threads=True, chain=False)

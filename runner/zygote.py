@@ -25,8 +25,10 @@ import msgspec
 import multiprocess
 
 from runner import linux, worker
-from runner.handlers.load import Bridge, HandlerError, load
+from runner.handlers.bridge import AsyncBridge, Bridge
+from runner.handlers.load import HandlerError, load
 from runner.messages import Born, Died, Failed, Spawn, ZygoteConfig
+from runner.reports import explain
 from runner.zygote_process import MAX_MESSAGE
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -58,7 +60,7 @@ class Zygote:
     def __init__(self, control: socket.socket, config: ZygoteConfig) -> None:
         self._control = control
         self._config = config
-        self._handler: Bridge | None = None
+        self._handler: Bridge | AsyncBridge | None = None
         self._workers: dict[int, tuple[int, Any]] = {}
         self._kept: frozenset[int] = frozenset()
         self._inherited: frozenset[int] = frozenset()
@@ -79,7 +81,7 @@ class Zygote:
                     f"start the pool with preload=False"
                 )
         except BaseException as error:  # noqa: BLE001 - whatever the import raised is the host's to know
-            self._send(Failed(worker.explain(error)))
+            self._send(Failed(explain(error)))
             return False
         self._inherited = frozenset(linux.open_descriptors() - before)
         self._kept = frozenset(linux.children())

@@ -8,35 +8,25 @@ their annotations decide; where nothing does, the kind has to be given.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any
 
-from runner.messages import ZygoteConfig
-from runner.pipes import IncomingRequest, OutgoingResponse
+from runner.handlers.bridge import AsyncBridge, Bridge
+from runner.messages import HandlerKind, ZygoteConfig
 
 _REQUEST_NAMES = frozenset({"request", "req", "r", "rq"})
 _ENVIRON_NAMES = frozenset({"environ", "env", "environment", "wsgi_environ"})
 _START_NAMES = frozenset({"start_response", "start", "startresponse", "start_resp"})
 
 
-class Bridge(Protocol):
-    """A loaded handler, ready to be called for one job after another."""
-
-    @property
-    def kind(self) -> Literal["native", "wsgi"]:
-        """How the handler is called."""
-
-    def __call__(self, request: IncomingRequest, response: OutgoingResponse) -> None:
-        """Run one job. What it raises is the job's fault."""
-
-
 class HandlerError(Exception):
     """The handler can't be used: it is not there, is not callable, or is of another kind than was said."""
 
 
-def load(config: ZygoteConfig) -> Bridge:
+def load(config: ZygoteConfig) -> Bridge | AsyncBridge:
     """Import or unpickle the handler and give the bridge that calls it."""
     if config.pickle is None:
         target = import_handler(config.handler)
@@ -49,16 +39,11 @@ def load(config: ZygoteConfig) -> Bridge:
     if not callable(target):
         raise HandlerError(f"handler {name} is a {type(target).__name__}, which can't be called")
     found = find_kind(target)
-    if found == "asgi":
-        raise HandlerError(
-            f"handler {name} is an ASGI app, and this version runs native handlers and WSGI apps: "
-            f"give its WSGI form, or wrap it with an ASGI-to-WSGI adapter such as a2wsgi"
-        )
     if kind == "auto":
         if found is None:
             raise HandlerError(
                 f"can't tell how to call handler {name}: its arguments are neither (request, response) nor "
-                f"(environ, start_response); say kind='native' or kind='wsgi'"
+                f"(environ, start_response), nor those of ASGI; say kind='native', 'wsgi' or 'asgi'"
             )
         kind = found
     elif found is not None and found != kind:
@@ -67,9 +52,25 @@ def load(config: ZygoteConfig) -> Bridge:
         from runner.handlers.wsgi import WSGIBridge
 
         return WSGIBridge(target, config.root_path)
+    if kind == "asgi":
+        from runner.handlers.asgi import ASGIBridge
+
+        return ASGIBridge(target, config.root_path)
+    if is_coroutine_function(target):
+        from runner.handlers.async_native import AsyncNativeBridge
+
+        return AsyncNativeBridge(target)
     from runner.handlers.native import NativeBridge
 
     return NativeBridge(target)
+
+
+def is_coroutine_function(target: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine, decorated or an object with `__call__` as it may be."""
+    call = target if inspect.isroutine(target) else getattr(target, "__call__", target)  # noqa: B004
+    while isinstance(call, functools.partial):
+        call = call.func
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(inspect.unwrap(call))
 
 
 def import_handler(spec: str) -> object:
@@ -95,10 +96,8 @@ def import_handler(spec: str) -> object:
     return target
 
 
-def find_kind(target: Callable[..., Any]) -> Literal["native", "wsgi", "asgi"] | None:
+def find_kind(target: Callable[..., Any]) -> HandlerKind | None:
     """The kind that a callable shows, None where it shows none. Raises HandlerError for what fits no kind."""
-    call = target if inspect.isroutine(target) else getattr(target, "__call__", target)  # noqa: B004
-    unwrapped = inspect.unwrap(call)
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):
@@ -108,17 +107,15 @@ def find_kind(target: Callable[..., Any]) -> Literal["native", "wsgi", "asgi"] |
         for parameter in signature.parameters.values()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
-    is_async = inspect.iscoroutinefunction(unwrapped) or inspect.iscoroutinefunction(call)
+    is_async = is_coroutine_function(target)
     if len(positional) == 3 and (is_async or [p.name for p in positional][1:] == ["receive", "send"]):
         return "asgi"
-    if is_async:
-        raise HandlerError("the handler is an async function of other than the three arguments of ASGI")
     try:
         signature.bind(None, None)
     except TypeError:
         raise HandlerError(
             f"the handler takes the arguments {signature}, but a native handler is called with "
-            f"(request, response) and a WSGI app with (environ, start_response)"
+            f"(request, response), a WSGI app with (environ, start_response), an ASGI app with (scope, receive, send)"
         ) from None
     if len(positional) < 2:
         return None

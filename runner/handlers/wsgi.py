@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
 from runner.handlers.body import body_reader
+from runner.handlers.bridge import Bridge
 from runner.messages import Header
 from runner.pipes import IncomingRequest, OutgoingResponse
 
@@ -16,10 +17,10 @@ ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 Application = Callable[[dict[str, Any], Callable[..., Callable[[bytes], None]]], Iterable[bytes]]
 
 
-class WSGIBridge:
+class WSGIBridge(Bridge):
     """Calls a WSGI app. `root_path` is the SCRIPT_NAME of requests that lie under it."""
 
-    kind: Literal["wsgi"] = "wsgi"
+    kind = "wsgi"
 
     def __init__(self, app: Application, root_path: str) -> None:
         self._app = app

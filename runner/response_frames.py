@@ -1,0 +1,70 @@
+"""The frames of a response as bytes, checked, with no I/O: what both kinds of worker loop send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+
+from runner.frames import BODY, BUSY, END, FAULT, HEAD, IDLE, MAX_BODY, MAX_HEAD, PRINTED, encode, pack_header
+from runner.headers import check_headers, content_length
+from runner.messages import FaultReport, Header, ResponseHead
+
+SMALL: Final = 32 * 1024
+"""Body bytes up to this size are joined with what goes out beside them, so that it is one write."""
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def head_frame(job: int, status: int, headers: list[Header]) -> bytes:
+    """The head. Raises ValueError or TypeError for one that HTTP does not allow."""
+    if not isinstance(status, int) or isinstance(status, bool):
+        raise TypeError(f"the status must be an int such as 200, not {status!r}")
+    if not 200 <= status <= 999:
+        raise ValueError(f"the status must lie between 200 and 999, not {status}")
+    for name, value in headers:
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"header names and values must be str, not {name!r}: {value!r}")
+    check_headers(headers)
+    content_length(headers)
+    payload = _encode(ResponseHead(int(status), headers))
+    if len(payload) > MAX_HEAD:
+        raise ValueError(f"the response head has {len(payload)} bytes, over the cap of {MAX_HEAD}")
+    return encode(HEAD, job, payload)
+
+
+def body_pieces(data: bytes | bytearray | memoryview) -> Iterable[memoryview]:
+    """Body bytes cut into the payloads of frames."""
+    view = memoryview(data)
+    for at in range(0, len(view), MAX_BODY):
+        yield view[at : at + MAX_BODY]
+
+
+def small_body(job: int, chunks: Iterable[bytes | bytearray | memoryview]) -> list[bytes | bytearray | memoryview]:
+    """The body frames of small chunks, as buffers to be joined."""
+    parts: list[bytes | bytearray | memoryview] = []
+    for chunk in chunks:
+        if chunk:
+            parts.append(pack_header(BODY, job, len(chunk)))
+            parts.append(chunk)
+    return parts
+
+
+def end_frame(job: int, *, printed: bool, busy: bool = False) -> bytes:
+    """The end of a response; `busy` where the worker goes on with the job's background work."""
+    return _flagged(END, job, PRINTED * printed | BUSY * busy)
+
+
+def idle_frame(job: int, *, printed: bool) -> bytes:
+    """The end of a job's background work."""
+    return _flagged(IDLE, job, PRINTED * printed)
+
+
+def fault_frame(job: int, report: FaultReport, *, printed: bool) -> bytes:
+    """The bad end of a response, or of background work."""
+    return encode(FAULT, job, _encode(msgspec.structs.replace(report, printed=printed)))
+
+
+def _flagged(kind: int, job: int, flags: int) -> bytes:
+    return encode(kind, job, bytes((flags,)) if flags else b"")
