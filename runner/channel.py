@@ -39,6 +39,8 @@ class Channel:
     __slots__ = (
         "_cancel_fd",
         "_decoder",
+        "_epoll",
+        "_epoll_wants_write",
         "_outgoing",
         "_poll",
         "_wake_fd",
@@ -61,6 +63,8 @@ class Channel:
         self._poll.register(response_fd, select.POLLIN)
         self._poll.register(self._wake_fd, select.POLLIN)
         self._wants_write = False
+        self._epoll: select.epoll | None = None
+        self._epoll_wants_write = False
         self.written = 0
 
     @property
@@ -125,6 +129,29 @@ class Channel:
                 writable = True
         return readable, writable, woken
 
+    def event_fd(self, *, write: bool = False) -> int:
+        """A descriptor that is readable when `wait` would return at once: for event loops, which wait in their own way.
+
+        OSError where there is no descriptor to be had.
+        """
+        epoll = self._epoll
+        if epoll is None:
+            epoll = self._epoll = select.epoll()
+            epoll.register(self.response_fd, select.EPOLLIN)
+            epoll.register(self._wake_fd, select.EPOLLIN)
+        if write is not self._epoll_wants_write:
+            self._epoll_wants_write = write
+            if write:
+                epoll.register(self.request_fd, select.EPOLLOUT)
+            else:
+                epoll.unregister(self.request_fd)
+        return epoll.fileno()
+
+    def stop_listening(self) -> None:
+        """The response pipe has ended: from now on only a wake-up makes `event_fd` readable."""
+        if self._epoll is not None:
+            self._epoll.unregister(self.response_fd)
+
     def receive(self) -> list[Frame] | None:
         """The frames that are there now, possibly none; None at the end of the worker's stream."""
         try:
@@ -157,6 +184,9 @@ class Channel:
         if self._wants_write:
             self._wants_write = False
             self._poll.unregister(self.request_fd)
+        if self._epoll is not None and self._epoll_wants_write:
+            self._epoll_wants_write = False
+            self._epoll.unregister(self.request_fd)
         fd, self.request_fd = self.request_fd, -1
         if fd >= 0:
             os.close(fd)
@@ -165,6 +195,9 @@ class Channel:
         """Close all descriptors. Call it once nobody waits or writes any more."""
         self.end_requests()
         self._poll = select.poll()
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None
         for fd in (self.response_fd, self._wake_fd, self._cancel_fd):
             if fd >= 0:
                 os.close(fd)

@@ -2,7 +2,7 @@
 
 Three families: what the caller did wrong (`ConfigurationError`, `InvalidRequest`, `PoolClosed`,
 `PoolForked`), what the pool could not do (`StartError`, `WorkersUnavailable`, `LeaseTimeout`,
-`ReadTimeout`, `JobClosed`), and how a job ended badly (`JobFailed`, one leaf per kind of fault).
+`ReadTimeout`, `WriteTimeout`, `JobClosed`), and how a job ended badly (`JobFailed`, one leaf per kind of fault).
 `AbortHandler` is what a handler raises,
 `JobCancelled` what is raised in one.
 """
@@ -74,6 +74,10 @@ class QueueFull(LeaseTimeout):
 
 class ReadTimeout(BlastdoorError, TimeoutError):
     """The job made no progress for `read_timeout` seconds; its worker is taken off it."""
+
+
+class WriteTimeout(BlastdoorError, TimeoutError):
+    """The job took nothing of its request body for `write_timeout` seconds; its worker is taken off it."""
 
 
 class JobClosed(BlastdoorError):

@@ -1,145 +1,39 @@
-"""One round trip seen from the host: send the request, wait for the head, give the body piece by piece.
-
-The caller's thread does all of it. Whoever waits for the response serves the upload meanwhile, as the
-worker takes it; a response that comes first goes first, and one that ends early stops the upload.
-
-A job holds its worker until it settles, exactly once, in one of three ways:
-
-- the response ended: the worker is given back;
-- the job was left early: the worker goes to the supervisor, which awaits its end within the grace time;
-- the worker broke or died: it is discarded.
-
-The thread that is inside `_use` settles the job; `close` from another thread only wakes it.
-"""
+"""A round trip for threads: the caller's own thread waits for the pipes and does all of it."""
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
-import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
-from runner.errors import (
-    JobClosed,
-    JobFailed,
-    JobTimedOut,
-    ReadTimeout,
-    WorkerDied,
-    closed_by,
-)
-from runner.events import JobEnded, JobStarted, Outcome
-from runner.exchange import ResponseExchange
-from runner.failures import over_limit, response_failure, worker_death
-from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
-from runner.left_jobs import Rest
-from runner.limits import over_wall_time
-from runner.logs import printable
-from runner.messages import JobContext, ResponseHead
-from runner.request import Upload
-from runner.scope import CancelScope, Watcher
+from runner.frames import Frame
+from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
+    from runner.call import Call
     from runner.supervisor import Supervisor
     from runner.worker_record import Worker
 
-logger = logging.getLogger("blastdoor")
 
-_EXIT_LIMIT: Final = 5.0
-_NUMBERS: Final = 0xFFFFFFFF
-
-
-class NeverTaken(Exception):
-    """The worker was gone before it took a byte of the request: another worker may have it.
-
-    `error` is what to raise where no other worker is tried; None where nothing was written at all.
-    """
-
-    def __init__(self, error: WorkerDied | None) -> None:
-        super().__init__()
-        self.error = error
-
-
-class Job:
+class Job(RoundTrip):
     """A request in a worker, and its response.
 
     `Pool.open` makes it and returns once the head is there. Iterate for the body: each piece as it comes.
     A context manager; leaving it early, `close`, or dropping the job ends it.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_began",
-        "_channel",
-        "_closed_by",
-        "_context",
-        "_exchange",
-        "_expires",
-        "_lock",
-        "_number",
-        "_outcome",
-        "_read_timeout",
-        "_scope",
-        "_settled",
-        "_supervisor",
-        "_upload",
-        "_uploading",
-        "_using",
-        "_wall_seconds",
-        "_worker",
-        "head",
-        "job_id",
-    )
-
-    head: ResponseHead
+    __slots__ = ()
 
     def __init__(
         self,
         worker: Worker,
         supervisor: Supervisor,
-        method: str,
-        head: bytes,
-        upload: Upload,
-        context: JobContext,
-        read_timeout: float | None,
-        scope: CancelScope | None,
-        wall_seconds: float | None,
+        call: Call,
     ) -> None:
-        self.job_id = job_id = context.job_id
-        self._context = context
-        self._began = time.monotonic()
-        self._outcome: Outcome = "left"
-        self._scope = scope
-        self._worker = worker
-        self._channel = worker.channel
-        self._supervisor = supervisor
-        self._upload = upload
-        self._uploading = False
-        self._read_timeout = read_timeout
-        self._lock = threading.Lock()
-        self._using = False
-        self._settled = False
-        self._closed_by: BaseException | None = None
-        worker.jobs += 1
-        worker.job_began = time.monotonic() if wall_seconds is not None else 0.0
-        worker.job = weakref.ref(self)
-        worker.log.job_id = job_id
-        self._number = worker.jobs & _NUMBERS
-        self._expires: float | None = None
-        if wall_seconds is not None:
-            self._expires = time.monotonic() + wall_seconds
-            self._wall_seconds = wall_seconds
-        self._exchange = ResponseExchange(self._number, method)
-        self._channel.written = 0
-        if supervisor.events.subscribers:
-            supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid))
+        super().__init__(worker, supervisor, call)
         try:
-            if scope is not None:
-                scope.watch(id(self), _closer(self))
-            self._use(lambda: self._send_request(head))
+            self._watch_scope()
+            self._use(lambda: self._send_request(call.head))
             while self._exchange.head is None:
                 self._use(self._advance)
                 if self._exchange.head is None:
@@ -161,329 +55,43 @@ class Job:
     ) -> None:
         self.close(error)
 
-    def __del__(self) -> None:
-        if not getattr(self, "_settled", True) and not self._supervisor.forgotten:
-            try:
-                warnings.warn(
-                    f"job {self.job_id} was dropped before its end: read it to the end, or close it",
-                    ResourceWarning,
-                    stacklevel=2,
-                    source=self,
-                )
-            finally:
-                self.close()
-
-    @property
-    def settled(self) -> bool:
-        """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
-        return self._settled
-
     def read(self) -> bytes:
         """The next piece of the body as it comes, b"" at its end.
 
-        Raises a JobFailed where the body ends badly, ReadTimeout, and JobClosed once the job was closed.
+        Raises a JobFailed where the body ends badly, ReadTimeout, WriteTimeout, and JobClosed once the job was closed.
         """
-        exchange = self._exchange
-        while True:
-            if self._closed_by is not None:
-                raise self._closed()
-            if exchange.body:
-                return exchange.body.popleft()
-            if not exchange.open:
-                self._check_end()
-                return b""
+        while (piece := self._next_piece()) is None:
             self._use(self._advance)
-
-    def close(self, cause: BaseException | None = None) -> None:
-        """End the job; from any thread. A thread that is blocked in `read` is freed at once, with JobClosed.
-
-        Nothing happens where the response has ended. Otherwise the handler has the pool's grace time to end,
-        and then its worker is killed; nobody waits for that here.
-        """
-        if self._supervisor.forgotten:
-            return  # this is a forked child: the job is the parent's
-        with self._lock:
-            if self._settled or self._closed_by is not None:
-                return
-            self._closed_by = cause or JobClosed("close() was called")
-            if self._using:
-                self._channel.wake()
-                return
-        self._leave()
-
-    # -- sending -------------------------------------------------------------------------------------
-
-    def _send_request(self, head: bytes) -> None:
-        upload = self._upload
-        number = self._number
-        inline = upload.inline
-        frames = pack_header(REQUEST, number, len(head)) + head
-        if inline:
-            frames = b"".join((frames, pack_header(BODY, number, len(inline)), inline, pack_header(END, number, 0)))
-        channel = self._channel
-        try:
-            channel.send(frames)
-        except BrokenPipeError:
-            self._outcome = "not taken"
-            self._discard()
-            raise NeverTaken(None) from None
-        self._uploading = upload.lazy or not channel.flushed
-
-    def _push_upload(self) -> None:
-        """Send on: what is left over, then one more piece of the source."""
-        channel = self._channel
-        upload = self._upload
-        try:
-            channel.flush()
-            if channel.flushed and upload.lazy:
-                piece = upload.pull()
-                if piece:
-                    channel.send(pack_header(BODY, self._number, len(piece)), piece)
-                else:
-                    channel.send(encode(END, self._number))
-        except BrokenPipeError:
-            # The worker takes no more: its answer, or its death, tells the rest.
-            channel.drop_outgoing()
-            self._close_upload()
-        self._uploading = upload.lazy or not channel.flushed
-
-    def _close_upload(self) -> None:
-        try:
-            self._upload.close()
-        except Exception:
-            logger.exception("job %s: closing the request body failed", self.job_id)
-
-    def _stop_upload(self) -> None:
-        """End an upload that has not come to its end: complete the frame that is under way, then STOP."""
-        if self._uploading:
-            self._uploading = False
-            lazy = self._upload.lazy
-            self._close_upload()
-            if lazy:
-                try:
-                    self._channel.send(encode(STOP, self._number))
-                except BrokenPipeError:
-                    self._channel.drop_outgoing()
-
-    # -- receiving -----------------------------------------------------------------------------------
+        return piece
 
     def _use(self, step: Callable[[], None]) -> None:
         """Take a step on the channel, as the one thread that uses it; a close that comes meanwhile follows it."""
-        with self._lock:
-            if self._settled or self._closed_by is not None:
-                raise self._closed()
-            self._using = True
+        self._take_channel()
         try:
             step()
         except BaseException as error:
-            self._closed_by = self._closed_by or error
-            if not self._settled:
-                self._leave()
+            self._break_off(error)
             raise
         finally:
-            with self._lock:
-                self._using = False
-                leave = self._closed_by is not None and not self._settled
-            if leave:
-                self._leave()
-        if leave:
+            left = self._release_channel()
+        if left:
             raise self._closed()
 
     def _advance(self) -> None:
         """Wait for the next frames of the response and take them; the upload goes on meanwhile."""
         frames = self._wait_for_frames()
         if frames is None:
+            self._supervisor.leases.kill(self._worker)  # one that lives on without its pipe is of no use
+            self._worker.exited.wait(EXIT_LIMIT)
             self._mourn()
         else:
-            self._exchange.receive(frames)
-        if not self._exchange.open:
-            self._settle()
+            self._receive(frames)
 
     def _wait_for_frames(self) -> list[Frame] | None:
         """The next frames, none where the job is closed meanwhile; None at the end of the worker's stream."""
-        channel = self._channel
         while True:
             dead = self._worker.dead
-            timeout = 0 if dead else self._read_timeout
-            if self._scope is not None:
-                timeout = _sooner(timeout, self._scope.deadline)
-            if self._expires is not None:
-                timeout = _sooner(timeout, self._expires)
-            readable, writable, woken = channel.wait(timeout, write=self._uploading)
-            if readable:
-                frames = channel.receive()
-                if frames is None or frames:
-                    return frames
-            elif dead:
-                return None  # what the handler has started may hold the pipe open: there is no other end
-            elif writable:
-                self._push_upload()
-            elif not woken:
-                if self._expires is not None and time.monotonic() >= self._expires:
-                    raise over_limit("timeout", over_wall_time(self._wall_seconds), self.job_id)
-                if self._scope is not None and self._scope.cancelled:
-                    return []  # its time is up, and this job was closed by it
-                raise ReadTimeout(
-                    f"job {self.job_id} made no progress for {self._read_timeout} s and was ended: "
-                    f"allow more time, or look at what its handler waits for"
-                )
-            if woken and self._closed_by is not None:
-                return []
-
-    def _mourn(self) -> None:
-        """The worker's stream ended inside the job: find out why, and raise it."""
-        worker = self._worker
-        supervisor = self._supervisor
-        supervisor.leases.kill(worker)  # one that lives on without its pipe is of no use
-        worker.exited.wait(_EXIT_LIMIT)
-        never_taken = (
-            self._exchange.head is None
-            and not self._upload.pulled
-            and not self._upload.closed
-            and worker.dead
-            and self._channel.unread() >= self._channel.written
-        )
-        tail = worker.log.tail(self.job_id)
-        self._outcome = "not taken" if never_taken else "memory" if worker.verdict else "died"
-        self._discard()
-        death = worker_death(worker.status, self.job_id)
-        if never_taken:
-            raise NeverTaken(death)
-        self._close_upload()
-        if worker.verdict:
-            raise over_limit("memory", worker.verdict, self.job_id)
-        logger.error(
-            "job %s: worker %s: %s%s",
-            self.job_id,
-            worker.pid,
-            death.fault.detail,
-            f"; its last output:\n{tail}" if tail else "",
-            extra=self._extra(),
-        )
-        raise death
-
-    def _check_end(self) -> None:
-        """Raise what a response that did not end well ended with."""
-        failure = response_failure(self._exchange, self.job_id)
-        if failure is not None:
-            raise failure
-        if self._exchange.open and self._closed_by is not None:
-            raise self._closed()
-
-    def _extra(self) -> dict[str, object]:
-        """What a log record about this job carries, for structured logs."""
-        context = self._context
-        return {
-            "job_id": context.job_id,
-            "provider": context.provider,
-            "source": context.source,
-            "worker": self._worker.pid,
-        }
-
-    def _closed(self) -> BaseException:
-        """What a read of a job that was ended raises: the fault that ended it, or that it was closed."""
-        if isinstance(self._closed_by, JobFailed):
-            return self._closed_by
-        return closed_by(self._closed_by or JobClosed("it is over"), f"job {self.job_id}")
-
-    # -- settling ------------------------------------------------------------------------------------
-
-    def _settle(self) -> None:
-        """The response has ended, well or not: let the worker go on to its next job, if it is fit to."""
-        exchange = self._exchange
-        channel = self._channel
-        if exchange.violation or not channel.clean:
-            logger.error(
-                "job %s: worker %s broke the protocol and is killed: %s",
-                self.job_id,
-                self._worker.pid,
-                exchange.violation or "half a frame after the end of the response",
-                extra=self._extra(),
-            )
-            self._close_upload()
-            self._outcome = "protocol"
-            self._discard()
-            return
-        self._outcome = "ok"
-        if exchange.missing:
-            self._outcome = "incomplete"
-        elif exchange.report is not None and exchange.report.kind != "cancelled":
-            self._outcome = exchange.report.kind
-        if exchange.printed:
-            self._worker.log.read()  # so that the next job's lines are not taken for this one's
-        report = exchange.report
-        if report is not None and report.kind in ("raised", "memory"):
-            logger.error(
-                "job %s: the handler raised\n%s", self.job_id, printable(report.traceback), extra=self._extra()
-            )
-        try:
-            self._stop_upload()
-        finally:
-            self._mark_settled()
-            if self._channel.flushed and not exchange.background:
-                self._supervisor.leases.give_back(self._worker)
-            else:
-                self._hand_over()
-
-    def _leave(self) -> None:
-        """Hand the worker, with a response that nobody waits for any more, to the supervisor."""
-        if isinstance(self._closed_by, JobFailed):
-            self._outcome = self._closed_by.fault.kind
-        try:
-            self._stop_upload()
-        finally:
-            self._mark_settled()
-            if self._channel.written or not self._channel.flushed:
-                self._hand_over()
-            else:
-                self._supervisor.leases.give_back(self._worker)  # it has not heard of this job
-
-    def _hand_over(self) -> None:
-        """Let the supervisor see to the rest of the job."""
-        exchange = self._exchange
-        error = self._closed_by
-        rest = Rest(
-            ResponseExchange.of_background(exchange.job) if exchange.background else exchange,
-            timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
-        )
-        self._supervisor.adopt(self._worker, rest)
-
-    def _discard(self) -> None:
-        self._mark_settled()
-        self._supervisor.leases.discard(self._worker)
-
-    def _mark_settled(self) -> None:
-        # Under the lock, before the worker is let go: `close` wakes a channel only while it is held.
-        with self._lock:
-            self._settled = True
-        if self._scope is not None:
-            self._scope.unwatch(id(self))
-        events = self._supervisor.events
-        events.count(self._outcome)
-        if events.subscribers:
-            head, context = self._exchange.head, self._context
-            seconds = time.monotonic() - self._began
-            status = None if head is None else head.status
-            ended = JobEnded(
-                self.job_id, context.provider, context.source, self._worker.pid, status, self._outcome, seconds
-            )
-            events.emit(ended)
-
-
-def _sooner(timeout: float | None, moment: float | None) -> float | None:
-    """The shorter of a wait in seconds and what is left until a moment on the monotonic clock."""
-    if moment is None:
-        return timeout
-    left = max(moment - time.monotonic(), 0)
-    return left if timeout is None else min(timeout, left)
-
-
-def _closer(job: Job) -> Watcher:
-    """Closes the job when its scope is cancelled, without keeping it alive."""
-    reference = weakref.ref(job)
-
-    def close(cause: BaseException) -> None:
-        if (found := reference()) is not None:
-            found.close(cause)
-
-    return close
+            ready = self._channel.wait(self._patience(), write=self._wants_write)
+            frames = self._look(ready, dead)
+            if frames is not NOTHING or self._closed_by is not None:
+                return frames

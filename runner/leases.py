@@ -22,21 +22,11 @@ from runner.cancellation import STACKS_SIGNAL
 from runner.errors import LeaseTimeout, QueueFull, closed_by
 from runner.recycle import Recycle
 from runner.scope import CancelScope
+from runner.waiters import TaskWaiter, ThreadWaiter, Waiter
 from runner.worker_record import Worker
 
 if TYPE_CHECKING:
-    from runner.job import Job
-
-
-class _Waiter:
-    __slots__ = ("error", "provider", "ready", "worker")
-
-    def __init__(self, provider: str) -> None:
-        self.provider = provider
-        self.ready = threading.Lock()
-        self.ready.acquire()
-        self.worker: Worker | None = None
-        self.error: Exception | None = None
+    from runner.round_trip import RoundTrip
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +61,7 @@ class Leases:
         self._lock = threading.RLock()  # reentrant: a finaliser may give a worker up in the middle of anything
         self._quiet = threading.Condition(self._lock)
         self._idle: list[Worker] = []
-        self._waiters: deque[_Waiter] = deque()
+        self._waiters: deque[Waiter] = deque()
         self._leased: set[Worker] = set()
         self._refusal: Callable[[], Exception] | None = None
         self._closed = False
@@ -83,64 +73,90 @@ class Leases:
         LeaseTimeout, QueueFull, JobClosed where the scope is cancelled, and what `refuse` was given.
         """
         with self._lock:
-            if self._refusal is not None:
-                raise self._refusal()
-            if self._idle and self._admits(provider):
-                return self._hand_out(self._idle.pop(), provider)
-            if self._admission.queue is not None and len(self._waiters) >= self._admission.queue:
-                raise QueueFull(
-                    f"all workers are busy, and {len(self._waiters)} callers wait already: "
-                    f"start the pool with more workers, or a longer queue"
-                )
-            waiter = _Waiter(provider)
-            self._waiters.append(waiter)
-            if self.pressed is not None:
-                self.pressed()
+            if (worker := self._take_idle(provider)) is not None:
+                return worker
+            waiter = ThreadWaiter(provider)
+            self._enqueue(waiter)
         try:
-            in_time = self._wait(waiter, timeout, scope)
+            self._watch(waiter, scope)
+            waiter.wait(_until(timeout, scope))
         except BaseException:
-            if (worker := self._withdraw(waiter)) is not None:
-                self.give_back(worker)
+            self._withdraw(waiter)
             raise
-        if not in_time and self._withdraw(waiter) is None and waiter.error is None:
-            raise LeaseTimeout(
-                f"no worker became free within {timeout} s: "
-                f"start the pool with more workers, or wait longer (lease_timeout; the client's connect timeout)"
+        finally:
+            if scope is not None:
+                scope.unwatch(waiter)
+        return self._found(waiter, timeout, scope)
+
+    async def lease_async(self, timeout: float | None, scope: CancelScope | None = None, provider: str = "") -> Worker:
+        """As `lease`, for a task of an event loop."""
+        with self._lock:
+            if (worker := self._take_idle(provider)) is not None:
+                return worker
+            waiter = TaskWaiter(provider)
+            self._enqueue(waiter)
+        try:
+            self._watch(waiter, scope)
+            await waiter.wait(_until(timeout, scope))
+        except BaseException:
+            self._withdraw(waiter)
+            raise
+        finally:
+            if scope is not None:
+                scope.unwatch(waiter)
+        return self._found(waiter, timeout, scope)
+
+    def _take_idle(self, provider: str) -> Worker | None:
+        if self._refusal is not None:
+            raise self._refusal()
+        if self._idle and self._admits(provider):
+            return self._hand_out(self._idle.pop(), provider)
+        if self._admission.queue is not None and len(self._waiters) >= self._admission.queue:
+            raise QueueFull(
+                f"all workers are busy, and {len(self._waiters)} callers wait already: "
+                f"start the pool with more workers, or a longer queue"
             )
+        return None
+
+    def _enqueue(self, waiter: Waiter) -> None:
+        self._waiters.append(waiter)
+        if self.pressed is not None:
+            self.pressed()
+
+    def _watch(self, waiter: Waiter, scope: CancelScope | None) -> None:
+        if scope is not None:
+            scope.watch(waiter, lambda cause: self._fail(waiter, closed_by(cause)))
+
+    def _found(self, waiter: Waiter, timeout: float | None, scope: CancelScope | None) -> Worker:
+        """What a waiter found, once it waits no more."""
+        if scope is not None and not waiter.done and (cause := scope.cause) is not None:
+            self._fail(waiter, closed_by(cause))  # it is the scope's time that is up
+        with self._lock:
+            if not waiter.done:
+                self._waiters.remove(waiter)
+                raise LeaseTimeout(
+                    f"no worker became free within {timeout} s: start the pool with more workers, "
+                    f"or wait longer (lease_timeout; the client's connect or pool timeout)"
+                )
         if waiter.worker is None:
             assert waiter.error is not None
             raise waiter.error
         return waiter.worker
 
-    def _wait(self, waiter: _Waiter, timeout: float | None, scope: CancelScope | None) -> bool:
-        """Wait until the waiter has a worker or an error; False when the time is up."""
-        if scope is None:
-            return waiter.ready.acquire(timeout=-1 if timeout is None else max(timeout, 0))
-        scope.watch(waiter, lambda cause: self._fail(waiter, closed_by(cause)))
-        try:
-            ends = [] if timeout is None else [timeout]
-            if scope.deadline is not None:
-                ends.append(scope.deadline - time.monotonic())
-            in_time = waiter.ready.acquire(timeout=max(min(ends), 0) if ends else -1)
-            if not in_time and scope.cancelled:  # its own time is up
-                in_time = waiter.ready.acquire(timeout=0)
-            return in_time
-        finally:
-            scope.unwatch(waiter)
-
-    def _fail(self, waiter: _Waiter, error: Exception) -> None:
+    def _fail(self, waiter: Waiter, error: Exception) -> None:
         with self._lock:
-            if waiter.worker is None and waiter.error is None:
+            if not waiter.done:
                 self._waiters.remove(waiter)
                 waiter.error = error
-                waiter.ready.release()
+                waiter.wake()
 
-    def _withdraw(self, waiter: _Waiter) -> Worker | None:
-        """Stop waiting; the worker, where one was handed over at the same moment."""
+    def _withdraw(self, waiter: Waiter) -> None:
+        """Stop waiting, and give back the worker that was handed over at the same moment."""
         with self._lock:
-            if waiter.worker is None and waiter.error is None:
+            if not waiter.done:
                 self._waiters.remove(waiter)
-            return waiter.worker
+        if waiter.worker is not None:
+            self.give_back(waiter.worker)
 
     def _admits(self, provider: str) -> bool:
         """Whether one more job may run now, of this provider."""
@@ -173,7 +189,7 @@ class Leases:
             if self._admits(waiter.provider):
                 self._waiters.remove(waiter)
                 waiter.worker = self._hand_out(self._idle.pop(), waiter.provider)
-                waiter.ready.release()
+                waiter.wake()
 
     def _take_back(self, worker: Worker) -> None:
         worker.leased = False
@@ -314,7 +330,7 @@ class Leases:
         while self._waiters:
             waiter = self._waiters.popleft()
             waiter.error = refusal()
-            waiter.ready.release()
+            waiter.wake()
 
     def wait_quiet(self, timeout: float) -> bool:
         """After `close`: wait until nobody holds a worker, up to `timeout` seconds; whether that is so."""
@@ -331,7 +347,7 @@ class Leases:
         with self._lock:
             self._signal_with(worker, STACKS_SIGNAL)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[RoundTrip]:
         """The jobs that hold a worker now."""
         with self._lock:
             references = [worker.job for worker in self._leased]
@@ -341,3 +357,12 @@ class Leases:
         """Whether somebody holds the worker now."""
         with self._lock:
             return worker.leased
+
+
+def _until(timeout: float | None, scope: CancelScope | None) -> float | None:
+    """How long to wait at most, in seconds."""
+    deadline = None if scope is None else scope.deadline
+    if deadline is None:
+        return timeout
+    left = max(deadline - time.monotonic(), 0)
+    return left if timeout is None else min(timeout, left)

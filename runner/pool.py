@@ -5,35 +5,35 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import math
 import os
 import threading
-import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 
-from runner.errors import ConfigurationError, InvalidRequest, PoolClosed, PoolForked, StartError, closed_by
+from runner.call import Call
+from runner.errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from runner.events import Events, PoolStats, Subscriber, WorkerInfo
-from runner.frames import MAX_HEAD
-from runner.job import Job, NeverTaken
+from runner.job import Job
 from runner.leases import Admission, Leases
 from runner.limits import Limits, share_cores
-from runner.messages import JobContext, Kind, RequestHead, ZygoteConfig
+from runner.messages import JobContext, Kind, ZygoteConfig
 from runner.recycle import Recycle
-from runner.request import Request, Upload
-from runner.scope import CancelScope, current_scope
+from runner.request import Body, Request, Upload
 from runner.settings import check_admission, check_settings, portable
 from runner.supervisor import Size, Supervisor
 
+if TYPE_CHECKING:
+    from runner.async_job import AsyncJob
+
 logger = logging.getLogger("blastdoor")
 
-_MAX_TRIES: Final = 3
-_encode = msgspec.msgpack.Encoder().encode
 _NO_CONTEXT: Final = JobContext()
 
 
@@ -58,8 +58,8 @@ class Pool:
     app's lifespan start-up included, is killed, and so is one that has not exited `stop_timeout` after it was told
     to. In `debug` mode fault responses carry the handler's traceback.
 
-    A context manager: `with Pool(...) as pool:` starts it and closes it. Without, it starts with its first
-    request. Safe to share between threads. Raises ConfigurationError for what can't work.
+    A context manager, also an async one: `with Pool(...) as pool:` starts it and closes it. Without, it starts with its
+    first request. Safe to share between threads and tasks. Raises ConfigurationError for what can't work.
     """
 
     def __init__(
@@ -237,6 +237,19 @@ class Pool:
     ) -> None:
         self.close()
 
+    async def __aenter__(self) -> Self:
+        await _in_thread(self.start)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self, drain: float | None = None) -> None:
+        """As `close`, without blocking the event loop."""
+        await _in_thread(lambda: self.close(drain))
+
     def __del__(self) -> None:
         if getattr(self, "_supervisor", None) is not None and not self._forked:
             try:
@@ -287,41 +300,25 @@ class Pool:
         context: JobContext = _NO_CONTEXT,
         lease_timeout: float | None = None,
         read_timeout: float | None = None,
+        write_timeout: float | None = None,
     ) -> Job:
         """Run a request in a worker; gives its job once the response's head is there.
 
         `context` is passed on to the handler, with a job id of the pool's own. Waits up to `lease_timeout`
-        seconds for a free worker, and up to `read_timeout` seconds for each sign of progress; None waits for
+        seconds for a free worker, up to `read_timeout` for each sign of progress of the response, and up to
+        `write_timeout` (None: as `read_timeout`) for the worker to take more of the request's body; None waits for
         ever. Where a CancelScope is open, the job ends with it.
 
-        Raises LeaseTimeout, ReadTimeout, JobClosed where the scope was cancelled, WorkersUnavailable, a JobFailed
-        where the job ends badly before its head, InvalidRequest for a head over the size cap, PoolClosed,
+        Raises LeaseTimeout, ReadTimeout, WriteTimeout, JobClosed where the scope was cancelled, WorkersUnavailable, a
+        JobFailed where the job ends badly before its head, InvalidRequest for a head over the size cap, PoolClosed,
         PoolForked and StartError.
         """
         supervisor = self._supervisor
         if supervisor is None or self._forked:
             supervisor = self._begin()
         upload = Upload(request.body)
-        job_id = f"{self._job_prefix}-{next(self._job_numbers)}"
         try:
-            scope = current_scope()
-            deadline = context.deadline
-            if scope is not None:
-                if (cause := scope.cause) is not None:
-                    raise closed_by(cause)
-                deadline = _earlier(deadline, scope.deadline)
-            context = JobContext(
-                job_id,
-                context.provider,
-                context.source,
-                context.delegated_api_key_id,
-                context.attribution,
-                deadline,
-            )
-            head = _encode_head(request, upload, context)
-            if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
-                lease_timeout = self._queue_timeout
-            return self._run(supervisor, request.method, head, upload, context, lease_timeout, read_timeout, scope)
+            return self._call(request, upload, context, lease_timeout, read_timeout, write_timeout).run(supervisor)
         except StartError:
             upload.close()
             self._start_over(supervisor)
@@ -330,58 +327,68 @@ class Pool:
             upload.close()
             raise
 
-    def _run(
+    async def aopen(
         self,
-        supervisor: Supervisor,
-        method: str,
-        head: bytes,
+        request: Request,
+        *,
+        context: JobContext = _NO_CONTEXT,
+        lease_timeout: float | None = None,
+        read_timeout: float | None = None,
+        write_timeout: float | None = None,
+    ) -> AsyncJob:
+        """The async twin of `open`, for tasks of asyncio and trio: the event loop is never blocked.
+
+        The request's body may be an async iterable. One that is not is read in the event loop's thread.
+        """
+        supervisor = self._supervisor
+        if supervisor is None or self._forked:
+            supervisor = self._begin()
+        upload = _async_upload(request.body)
+        try:
+            call = self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
+            return await call.run_async(supervisor)
+        except StartError:
+            upload.close()
+            await _in_thread(lambda: self._start_over(supervisor))
+            raise
+        except BaseException:
+            upload.close()
+            raise
+
+    def _call(
+        self,
+        request: Request,
         upload: Upload,
         context: JobContext,
         lease_timeout: float | None,
         read_timeout: float | None,
-        scope: CancelScope | None,
-    ) -> Job:
-        tries = _MAX_TRIES
-        limits = supervisor.limits
-        while True:
-            worker = supervisor.leases.lease(lease_timeout, scope, context.provider)
-            try:
-                if limits.watched and not supervisor.inspecting:
-                    supervisor.inspect()
-                return Job(worker, supervisor, method, head, upload, context, read_timeout, scope, limits.wall_seconds)
-            except NeverTaken as never:
-                # Nothing written is proof; that nothing was read, a hostile worker can feign: it has few tries.
-                if never.error is not None:
-                    tries -= 1
-                    if not tries:
-                        raise never.error from None
+        write_timeout: float | None,
+    ) -> Call:
+        if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
+            lease_timeout = self._queue_timeout
+        timeouts = _endless(read_timeout), _endless(read_timeout if write_timeout is None else write_timeout)
+        job_id = f"{self._job_prefix}-{next(self._job_numbers)}"
+        return Call(request, upload, context, job_id, _endless(lease_timeout), timeouts)
 
 
-def _earlier(deadline: float | None, monotonic: float | None) -> float | None:
-    """The earlier of a Unix time and a time on the monotonic clock, as Unix time."""
-    if monotonic is None:
-        return deadline
-    unix = time.time() + monotonic - time.monotonic()
-    return unix if deadline is None else min(deadline, unix)
+def _endless(timeout: float | None) -> float | None:
+    return None if timeout == math.inf else timeout
 
 
-def _encode_head(request: Request, upload: Upload, context: JobContext) -> bytes:
-    head = _encode(
-        RequestHead(
-            request.method,
-            request.target,
-            request.headers if type(request.headers) is list else list(request.headers),
-            request.scheme,
-            request.server,
-            upload.lazy or bool(upload.inline),
-            context,
-        )
-    )
-    if len(head) > MAX_HEAD:
-        raise InvalidRequest(
-            f"the request head has {len(head)} bytes, over the cap of {MAX_HEAD}: send less in target and headers"
-        )
-    return head
+def _async_upload(body: Body) -> Upload:
+    from runner.async_upload import AsyncUpload
+
+    if isinstance(body, AsyncIterable) and not isinstance(body, Iterable) and not hasattr(body, "read"):
+        return AsyncUpload(body)
+    return Upload(body)
+
+
+async def _in_thread(work: Callable[[], object]) -> None:
+    """Do what blocks without blocking the event loop; not to be interrupted."""
+    import anyio
+
+    with anyio.CancelScope(shield=True):
+        await anyio.to_thread.run_sync(work)
 
 
 _pools: weakref.WeakValueDictionary[str, Pool] = weakref.WeakValueDictionary()

@@ -7,7 +7,7 @@ worker is leased.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,8 +22,8 @@ class SupportsRead(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-Body = bytes | bytearray | memoryview | str | SupportsRead | Iterable[bytes] | None
-"""A request's body: nothing, bytes, text (sent as UTF-8), a file-like object, or an iterable of bytes."""
+Body = bytes | bytearray | memoryview | str | SupportsRead | Iterable[bytes] | AsyncIterable[bytes] | None
+"""A request's body: nothing, bytes, text (sent as UTF-8), a file-like object, or an iterable of bytes, async or not."""
 
 PIECE = 64 * 1024
 """The most that is pulled from a body at once, in bytes; also the largest body frame that the host sends."""
@@ -85,7 +85,7 @@ class Upload:
         if body is None:
             return
         if isinstance(body, (bytes, bytearray, memoryview, str)):
-            data = _as_bytes(body)
+            data = as_bytes(body)
             if len(data) <= INLINE:
                 self.inline = data
             else:
@@ -93,11 +93,13 @@ class Upload:
                 self._next = bytes
         elif hasattr(body, "read"):
             read: Callable[[int], object] = body.read
-            self._next = lambda: _as_bytes(read(PIECE))
+            self._next = lambda: as_bytes(read(PIECE))
         elif isinstance(body, Iterable):
             source: Iterator[object] = iter(body)
             self._next = lambda: _next_piece(source)
             self._close = getattr(source, "close", None)
+        elif isinstance(body, AsyncIterable):
+            raise InvalidRequest("an async body can only be sent by Pool.aopen, or an async client: await that")
         else:
             raise InvalidRequest(
                 f"a body of type {type(body).__name__} can't be sent: "
@@ -113,6 +115,11 @@ class Upload:
     def lazy(self) -> bool:
         """Whether there may be more to pull."""
         return self._next is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether `pull` has something to give now; what is not asynchronous is waited for inside it."""
+        return True
 
     def pull(self) -> bytes | memoryview:
         """The next piece of a lazy body, at most PIECE bytes; empty at its end. Raises what the source raises."""
@@ -141,7 +148,8 @@ class Upload:
             close()
 
 
-def _as_bytes(piece: object) -> bytes:
+def as_bytes(piece: object) -> bytes:
+    """A piece of a body as bytes. InvalidRequest for what is none."""
     if isinstance(piece, bytes):
         return piece
     if isinstance(piece, (bytearray, memoryview)):
@@ -153,7 +161,7 @@ def _as_bytes(piece: object) -> bytes:
 
 def _next_piece(source: Iterator[object]) -> bytes:
     for piece in source:
-        data = _as_bytes(piece)
+        data = as_bytes(piece)
         if data:
             return data
     return b""

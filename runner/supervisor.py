@@ -141,10 +141,11 @@ class Supervisor:
         if not self._reactor.call(lambda: self._take_left(worker, rest)):
             self.leases.discard(worker)
 
-    def inspect(self) -> None:
-        """Begin to look after the jobs under way; it ends by itself when there are none."""
-        self.inspecting = True
-        self._reactor.call(self._inspect)
+    def look_after_jobs(self) -> None:
+        """Begin to watch the jobs under way, where the limits ask for it; it ends by itself when there are none."""
+        if self.limits.watched and not self.inspecting:
+            self.inspecting = True
+            self._reactor.call(self._inspect)
 
     def stop(self, grace: float) -> None:
         """End all workers, the held ones too, and then the zygote and this thread. `leases` is closed by now.

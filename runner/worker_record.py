@@ -12,7 +12,7 @@ from runner.channel import Channel
 from runner.logs import LogPipe
 
 if TYPE_CHECKING:
-    from runner.job import Job
+    from runner.round_trip import RoundTrip
 
 
 class Worker:
@@ -60,7 +60,7 @@ class Worker:
         self.ordered_at = time.monotonic()
         self.last_job: int | None = None
         self.verdict = ""
-        self.job: weakref.ref[Job] | None = None
+        self.job: weakref.ref[RoundTrip] | None = None
         self.failure = ""
         self.status: int | None = None
         self.exited = threading.Event()

@@ -1,0 +1,113 @@
+"""One call of a pool: the request made ready to be sent, and the tries to have a worker take it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from runner.errors import InvalidRequest, closed_by
+from runner.frames import MAX_HEAD
+from runner.job import Job
+from runner.messages import JobContext, RequestHead
+from runner.request import Request, Upload
+from runner.round_trip import NeverTaken, Timeouts
+from runner.scope import CancelScope, current_scope
+
+if TYPE_CHECKING:
+    from runner.async_job import AsyncJob
+    from runner.supervisor import Supervisor
+
+_MAX_TRIES: Final = 3
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Call:
+    """A request with all that belongs to it. Raises InvalidRequest, and JobClosed where the scope is cancelled."""
+
+    __slots__ = ("context", "head", "lease_timeout", "method", "scope", "timeouts", "upload")
+
+    def __init__(
+        self,
+        request: Request,
+        upload: Upload,
+        context: JobContext,
+        job_id: str,
+        lease_timeout: float | None,
+        timeouts: Timeouts,
+    ) -> None:
+        self.method = request.method
+        self.upload = upload
+        self.lease_timeout = lease_timeout
+        self.timeouts = timeouts
+        deadline = context.deadline
+        self.scope: CancelScope | None = current_scope()
+        if self.scope is not None:
+            if (cause := self.scope.cause) is not None:
+                raise closed_by(cause)
+            deadline = _earlier(deadline, self.scope.deadline)
+        self.context = JobContext(
+            job_id, context.provider, context.source, context.delegated_api_key_id, context.attribution, deadline
+        )
+        self.head = _encode_head(request, upload, self.context)
+
+    def run(self, supervisor: Supervisor) -> Job:
+        """Lease a worker and have it do the job; gives the job once the response's head is there."""
+        tries = _MAX_TRIES
+        while True:
+            worker = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider)
+            try:
+                supervisor.look_after_jobs()
+                return Job(worker, supervisor, self)
+            except NeverTaken as never:
+                tries = _next_try(never, tries)
+
+    async def run_async(self, supervisor: Supervisor) -> AsyncJob:
+        """As `run`, for a task of an event loop."""
+        from runner.async_job import AsyncJob  # anyio is loaded where it is used
+
+        tries = _MAX_TRIES
+        while True:
+            worker = await supervisor.leases.lease_async(self.lease_timeout, self.scope, self.context.provider)
+            try:
+                supervisor.look_after_jobs()
+                return await AsyncJob.open(worker, supervisor, self)
+            except NeverTaken as never:
+                tries = _next_try(never, tries)
+
+
+def _next_try(never: NeverTaken, tries: int) -> int:
+    """How many tries are left. Nothing written is proof; that nothing was read, a hostile worker can feign."""
+    if never.error is None:
+        return tries
+    if tries == 1:
+        raise never.error from None
+    return tries - 1
+
+
+def _earlier(deadline: float | None, monotonic: float | None) -> float | None:
+    """The earlier of a Unix time and a time on the monotonic clock, as Unix time."""
+    if monotonic is None:
+        return deadline
+    unix = time.time() + monotonic - time.monotonic()
+    return unix if deadline is None else min(deadline, unix)
+
+
+def _encode_head(request: Request, upload: Upload, context: JobContext) -> bytes:
+    head = _encode(
+        RequestHead(
+            request.method,
+            request.target,
+            request.headers if type(request.headers) is list else list(request.headers),
+            request.scheme,
+            request.server,
+            upload.lazy or bool(upload.inline),
+            context,
+        )
+    )
+    if len(head) > MAX_HEAD:
+        raise InvalidRequest(
+            f"the request head has {len(head)} bytes, over the cap of {MAX_HEAD}: send less in target and headers"
+        )
+    return head

@@ -1,0 +1,480 @@
+"""One round trip seen from the host: what is sent, what came back, and how the worker is let go. It never waits.
+
+`Job` and `AsyncJob` drive it: they wait for the pipes, and call it when there is something to do. Whoever waits for
+the response serves the upload meanwhile, as the worker takes it; a response that comes first goes first, and
+one that ends early stops the upload.
+
+A job holds its worker until it settles, exactly once, in one of three ways:
+
+- the response ended: the worker is given back;
+- the job was left early, or has background work to do: the worker goes to the supervisor;
+- the worker broke or died: it is discarded.
+
+The thread or task that is between `_take_channel` and `_release_channel` settles the job; `close` from elsewhere
+only wakes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Final
+
+from runner.errors import (
+    JobClosed,
+    JobFailed,
+    JobTimedOut,
+    ReadTimeout,
+    WorkerDied,
+    WriteTimeout,
+    closed_by,
+)
+from runner.events import JobEnded, JobStarted, Outcome
+from runner.exchange import ResponseExchange
+from runner.failures import over_limit, response_failure, worker_death
+from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
+from runner.left_jobs import Rest
+from runner.limits import over_wall_time
+from runner.logs import printable
+from runner.messages import ResponseHead
+from runner.scope import Watcher
+
+if TYPE_CHECKING:
+    from runner.call import Call
+    from runner.supervisor import Supervisor
+    from runner.worker_record import Worker
+
+logger = logging.getLogger("blastdoor")
+
+EXIT_LIMIT: Final = 5.0
+"""Seconds to wait for the death of a worker whose stream has ended, and that was killed."""
+
+NOTHING: Final[list[Frame]] = []
+"""Instead of frames: there are none yet."""
+
+_NUMBERS: Final = 0xFFFFFFFF
+
+Timeouts = tuple[float | None, float | None]
+"""Seconds to wait for progress of the response, and of the request's body; None for ever."""
+
+
+class NeverTaken(Exception):
+    """The worker was gone before it took a byte of the request: another worker may have it.
+
+    `error` is what to raise where no other worker is tried; None where nothing was written at all.
+    """
+
+    def __init__(self, error: WorkerDied | None) -> None:
+        super().__init__()
+        self.error = error
+
+
+class RoundTrip:
+    """A request in a worker, and its response."""
+
+    __slots__ = (
+        "__weakref__",
+        "_began",
+        "_channel",
+        "_closed_by",
+        "_context",
+        "_exchange",
+        "_expires",
+        "_lock",
+        "_number",
+        "_outcome",
+        "_read_timeout",
+        "_scope",
+        "_settled",
+        "_supervisor",
+        "_upload",
+        "_uploading",
+        "_using",
+        "_wall_seconds",
+        "_worker",
+        "_write_timeout",
+        "head",
+        "job_id",
+    )
+
+    head: ResponseHead
+
+    def __init__(
+        self,
+        worker: Worker,
+        supervisor: Supervisor,
+        call: Call,
+    ) -> None:
+        context = call.context
+        wall_seconds = supervisor.limits.wall_seconds
+        self.job_id = job_id = context.job_id
+        self._context = context
+        self._began = time.monotonic()
+        self._outcome: Outcome = "left"
+        self._scope = call.scope
+        self._worker = worker
+        self._channel = worker.channel
+        self._supervisor = supervisor
+        self._upload = call.upload
+        self._uploading = False
+        self._read_timeout, self._write_timeout = call.timeouts
+        self._lock = threading.Lock()
+        self._using = False
+        self._settled = False
+        self._closed_by: BaseException | None = None
+        worker.jobs += 1
+        worker.job_began = time.monotonic() if wall_seconds is not None else 0.0
+        worker.job = weakref.ref(self)
+        worker.log.job_id = job_id
+        self._number = worker.jobs & _NUMBERS
+        self._expires = None if wall_seconds is None else time.monotonic() + wall_seconds
+        self._wall_seconds = wall_seconds or 0.0
+        self._exchange = ResponseExchange(self._number, call.method)
+        self._channel.written = 0
+        if supervisor.events.subscribers:
+            supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid))
+
+    def __del__(self) -> None:
+        if not getattr(self, "_settled", True) and not self._supervisor.forgotten:
+            try:
+                warnings.warn(
+                    f"job {self.job_id} was dropped before its end: read it to the end, or close it",
+                    ResourceWarning,
+                    stacklevel=2,
+                    source=self,
+                )
+            finally:
+                self.close()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
+        return self._settled
+
+    def _watch_scope(self) -> None:
+        if self._scope is not None:
+            self._scope.watch(id(self), _closer(self))
+
+    def _next_piece(self) -> bytes | None:
+        """A piece of the body that is there, b"" at its end; None where it has to be waited for."""
+        if self._closed_by is not None:
+            raise self._closed()
+        exchange = self._exchange
+        if exchange.body:
+            return exchange.body.popleft()
+        if exchange.open:
+            return None
+        self._check_end()
+        return b""
+
+    def close(self, cause: BaseException | None = None) -> None:
+        """End the job; from any thread. A thread that is blocked in `read` is freed at once, with JobClosed.
+
+        Nothing happens where the response has ended. Otherwise the handler has the pool's grace time to end,
+        and then its worker is killed; nobody waits for that here.
+        """
+        if self._supervisor.forgotten:
+            return  # this is a forked child: the job is the parent's
+        with self._lock:
+            if self._settled or self._closed_by is not None:
+                return
+            self._closed_by = cause or JobClosed("close() was called")
+            if self._using:
+                self._channel.wake()
+                return
+        self._leave()
+
+    # -- sending -------------------------------------------------------------------------------------
+
+    def _send_request(self, head: bytes) -> None:
+        upload = self._upload
+        number = self._number
+        inline = upload.inline
+        frames = pack_header(REQUEST, number, len(head)) + head
+        if inline:
+            frames = b"".join((frames, pack_header(BODY, number, len(inline)), inline, pack_header(END, number, 0)))
+        channel = self._channel
+        try:
+            channel.send(frames)
+        except BrokenPipeError:
+            self._outcome = "not taken"
+            self._discard()
+            raise NeverTaken(None) from None
+        self._uploading = upload.lazy or not channel.flushed
+
+    def _push_upload(self) -> None:
+        """Send on: what is left over, then one more piece of the source."""
+        channel = self._channel
+        upload = self._upload
+        try:
+            channel.flush()
+            if channel.flushed and upload.lazy:
+                piece = upload.pull()
+                if piece:
+                    channel.send(pack_header(BODY, self._number, len(piece)), piece)
+                else:
+                    channel.send(encode(END, self._number))
+        except BrokenPipeError:
+            # The worker takes no more: its answer, or its death, tells the rest.
+            channel.drop_outgoing()
+            self._close_upload()
+        self._uploading = upload.lazy or not channel.flushed
+
+    def _close_upload(self) -> None:
+        try:
+            self._upload.close()
+        except Exception:
+            logger.exception("job %s: closing the request body failed", self.job_id)
+
+    def _stop_upload(self) -> None:
+        """End an upload that has not come to its end: complete the frame that is under way, then STOP."""
+        if self._uploading:
+            self._uploading = False
+            lazy = self._upload.lazy
+            self._close_upload()
+            if lazy:
+                try:
+                    self._channel.send(encode(STOP, self._number))
+                except BrokenPipeError:
+                    self._channel.drop_outgoing()
+
+    # -- receiving -----------------------------------------------------------------------------------
+
+    def _take_channel(self) -> None:
+        """Become the one that uses the channel. Raises what the job was closed with."""
+        with self._lock:
+            if self._settled or self._closed_by is not None:
+                raise self._closed()
+            if self._using:
+                raise RuntimeError(f"job {self.job_id} is being read already: one thread or task reads at a time")
+            self._using = True
+
+    def _break_off(self, error: BaseException) -> None:
+        """What was done on the channel has raised: the job is over."""
+        self._closed_by = self._closed_by or error
+        if not self._settled:
+            self._leave()
+
+    def _release_channel(self) -> bool:
+        """Use the channel no more; whether a close came meanwhile, which has been seen to."""
+        with self._lock:
+            self._using = False
+            leave = self._closed_by is not None and not self._settled
+        if leave:
+            self._leave()
+        return leave
+
+    @property
+    def _wants_write(self) -> bool:
+        """Whether there is something to send, once the worker takes more."""
+        return self._uploading and (self._upload.ready or not self._channel.flushed)
+
+    def _patience(self) -> float | None:
+        """How long to wait for the channel now, in seconds."""
+        if self._worker.dead:
+            return 0
+        timeout = self._write_timeout if self._wants_write else None if self._uploading else self._read_timeout
+        if self._scope is not None:
+            timeout = _sooner(timeout, self._scope.deadline)
+        if self._expires is not None:
+            timeout = _sooner(timeout, self._expires)
+        return timeout
+
+    def _look(self, ready: tuple[bool, bool, bool], dead: bool) -> list[Frame] | None:
+        """Do what the channel is ready for: (readable, writable, woken), none of them where the time is up.
+
+        Gives the next frames, None at the end of the worker's stream, and NOTHING where there is more to wait for.
+        """
+        readable, writable, woken = ready
+        if readable:
+            frames = self._channel.receive()
+            if frames is None or frames:
+                return frames
+        elif dead:
+            return None  # what the handler has started may hold the pipe open: there is no other end
+        elif writable:
+            self._push_upload()
+        elif not woken:
+            self._time_is_up()
+        return NOTHING
+
+    def _time_is_up(self) -> None:
+        if self._expires is not None and time.monotonic() >= self._expires:
+            raise over_limit("timeout", over_wall_time(self._wall_seconds), self.job_id)
+        if self._scope is not None and self._scope.cancelled:
+            return  # its time is up, and this job was closed by it
+        if self._wants_write:
+            if self._write_timeout is not None:
+                raise WriteTimeout(
+                    f"job {self.job_id} took nothing of its request body for {self._write_timeout} s and was ended: "
+                    f"allow more time, or look at why its handler does not read"
+                )
+        elif self._read_timeout is not None and not self._uploading:
+            raise ReadTimeout(
+                f"job {self.job_id} made no progress for {self._read_timeout} s and was ended: "
+                f"allow more time, or look at what its handler waits for"
+            )
+
+    def _receive(self, frames: list[Frame]) -> None:
+        """Take the next frames of the response."""
+        self._exchange.receive(frames)
+        if not self._exchange.open:
+            self._settle()
+
+    def _mourn(self) -> None:
+        """The worker's stream ended inside the job, and it is dead, or will not die: raise why."""
+        worker = self._worker
+        never_taken = (
+            self._exchange.head is None
+            and not self._upload.pulled
+            and not self._upload.closed
+            and worker.dead
+            and self._channel.unread() >= self._channel.written
+        )
+        tail = worker.log.tail(self.job_id)
+        self._outcome = "not taken" if never_taken else "memory" if worker.verdict else "died"
+        self._discard()
+        death = worker_death(worker.status, self.job_id)
+        if never_taken:
+            raise NeverTaken(death)
+        self._close_upload()
+        if worker.verdict:
+            raise over_limit("memory", worker.verdict, self.job_id)
+        logger.error(
+            "job %s: worker %s: %s%s",
+            self.job_id,
+            worker.pid,
+            death.fault.detail,
+            f"; its last output:\n{tail}" if tail else "",
+            extra=self._extra(),
+        )
+        raise death
+
+    def _check_end(self) -> None:
+        """Raise what a response that did not end well ended with."""
+        failure = response_failure(self._exchange, self.job_id)
+        if failure is not None:
+            raise failure
+        if self._exchange.open and self._closed_by is not None:
+            raise self._closed()
+
+    def _extra(self) -> dict[str, object]:
+        """What a log record about this job carries, for structured logs."""
+        context = self._context
+        return {
+            "job_id": context.job_id,
+            "provider": context.provider,
+            "source": context.source,
+            "worker": self._worker.pid,
+        }
+
+    def _closed(self) -> BaseException:
+        """What a read of a job that was ended raises: the fault that ended it, or that it was closed."""
+        if isinstance(self._closed_by, JobFailed):
+            return self._closed_by
+        return closed_by(self._closed_by or JobClosed("it is over"), f"job {self.job_id}")
+
+    # -- settling ------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """The response has ended, well or not: let the worker go on to its next job, if it is fit to."""
+        exchange = self._exchange
+        channel = self._channel
+        if exchange.violation or not channel.clean:
+            logger.error(
+                "job %s: worker %s broke the protocol and is killed: %s",
+                self.job_id,
+                self._worker.pid,
+                exchange.violation or "half a frame after the end of the response",
+                extra=self._extra(),
+            )
+            self._close_upload()
+            self._outcome = "protocol"
+            self._discard()
+            return
+        self._outcome = "ok"
+        if exchange.missing:
+            self._outcome = "incomplete"
+        elif exchange.report is not None and exchange.report.kind != "cancelled":
+            self._outcome = exchange.report.kind
+        if exchange.printed:
+            self._worker.log.read()  # so that the next job's lines are not taken for this one's
+        report = exchange.report
+        if report is not None and report.kind in ("raised", "memory"):
+            logger.error(
+                "job %s: the handler raised\n%s", self.job_id, printable(report.traceback), extra=self._extra()
+            )
+        try:
+            self._stop_upload()
+        finally:
+            self._mark_settled()
+            if self._channel.flushed and not exchange.background:
+                self._supervisor.leases.give_back(self._worker)
+            else:
+                self._hand_over()
+
+    def _leave(self) -> None:
+        """Hand the worker, with a response that nobody waits for any more, to the supervisor."""
+        if isinstance(self._closed_by, JobFailed):
+            self._outcome = self._closed_by.fault.kind
+        try:
+            self._stop_upload()
+        finally:
+            self._mark_settled()
+            if self._channel.written or not self._channel.flushed:
+                self._hand_over()
+            else:
+                self._supervisor.leases.give_back(self._worker)  # it has not heard of this job
+
+    def _hand_over(self) -> None:
+        """Let the supervisor see to the rest of the job."""
+        exchange = self._exchange
+        error = self._closed_by
+        rest = Rest(
+            ResponseExchange.of_background(exchange.job) if exchange.background else exchange,
+            timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
+        )
+        self._supervisor.adopt(self._worker, rest)
+
+    def _discard(self) -> None:
+        self._mark_settled()
+        self._supervisor.leases.discard(self._worker)
+
+    def _mark_settled(self) -> None:
+        # Under the lock, before the worker is let go: `close` wakes a channel only while it is held.
+        with self._lock:
+            self._settled = True
+        if self._scope is not None:
+            self._scope.unwatch(id(self))
+        events = self._supervisor.events
+        events.count(self._outcome)
+        if events.subscribers:
+            head, context = self._exchange.head, self._context
+            seconds = time.monotonic() - self._began
+            status = None if head is None else head.status
+            ended = JobEnded(
+                self.job_id, context.provider, context.source, self._worker.pid, status, self._outcome, seconds
+            )
+            events.emit(ended)
+
+
+def _sooner(timeout: float | None, moment: float | None) -> float | None:
+    """The shorter of a wait in seconds and what is left until a moment on the monotonic clock."""
+    if moment is None:
+        return timeout
+    left = max(moment - time.monotonic(), 0)
+    return left if timeout is None else min(timeout, left)
+
+
+def _closer(job: RoundTrip) -> Watcher:
+    """Closes the job when its scope is cancelled, without keeping it alive."""
+    reference = weakref.ref(job)
+
+    def close(cause: BaseException) -> None:
+        if (found := reference()) is not None:
+            found.close(cause)
+
+    return close
