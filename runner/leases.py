@@ -242,6 +242,11 @@ class Leases:
             self._idle.remove(worker)
             return worker
 
+    @property
+    def manned(self) -> bool:
+        """Whether there is any worker, idle or held."""
+        return bool(self._idle or self._leased)
+
     def numbers(self) -> tuple[int, int, int]:
         """How many workers are idle, how many are held, and how many callers wait."""
         with self._lock:

@@ -279,6 +279,11 @@ class Pool:
         """Have `subscriber` called with each event of `runner.events`, where it happens; gives what ends that."""
         return self._events.subscribe(subscriber)
 
+    @property
+    def ready(self) -> bool:
+        """Whether a worker is there that has loaded the handler, busy or not."""
+        return self._leases.manned
+
     def workers(self) -> list[WorkerInfo]:
         """The workers of this moment. It reads /proc for each of them."""
         supervisor = self._supervisor
