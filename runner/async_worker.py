@@ -8,20 +8,23 @@ heard by the loop: the job's number comes over the eventfd. The handler is asked
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Coroutine
 from typing import Any, Final
 
 from runner.async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
-from runner.cancellation import SIGNAL
+from runner.cancellation import SIGNAL, STACKS_SIGNAL
 from runner.errors import AbortHandler
 from runner.handlers.bridge import AsyncBridge
 from runner.messages import FaultReport, Header
 from runner.output import Prints
 from runner.pipes import HostGone
 from runner.reports import report_on
+from runner.task_stacks import print_stacks
 
 _ASKING_SHARE: Final = 0.2
 """The share of the grace time that an app has to end by itself, before its task is cancelled."""
@@ -47,6 +50,8 @@ class AsyncWorker:
     def start(self) -> None:
         """Get the handler ready; raises what it raises."""
         signal.signal(SIGNAL, signal.SIG_IGN)  # the eventfd says it all
+        signal.signal(STACKS_SIGNAL, lambda number, frame: print_stacks(self._loop, sys.stderr))
+        faulthandler.register(STACKS_SIGNAL, 2, all_threads=True, chain=True)
         self._run(self._handler.start())
 
     def serve(self) -> None:

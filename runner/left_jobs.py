@@ -19,7 +19,7 @@ from runner.exchange import ResponseExchange
 from runner.leases import Leases
 from runner.limits import over_wall_time
 from runner.logs import printable
-from runner.messages import describe_exit
+from runner.messages import FaultReport, describe_exit
 from runner.reactor import Reactor
 from runner.worker_record import Worker
 
@@ -104,7 +104,7 @@ class LeftJobs:
             logger.error("job %s: %s%s", worker.log.job_id, job.timed_out, _last_words(worker))
         report = job.exchange.report
         if report is not None and job.exchange.whole:
-            logger.error("job %s: its background work raised\n%s", worker.log.job_id, printable(report.traceback))
+            log_background_failure(worker.log.job_id, report)
         if healthy:
             self._leases.give_back(worker)
         else:
@@ -176,6 +176,11 @@ class LeftJob:
             self._jobs.flushed(self.worker)
             if not exchange.unfinished:
                 self._jobs.settle(self, healthy=channel.clean)
+
+
+def log_background_failure(job_id: str, report: FaultReport) -> None:
+    """Tell of what a handler raised after the end of its response: nobody else hears of it."""
+    logger.error("job %s: its background work raised\n%s", job_id, printable(report.traceback))
 
 
 def _last_words(worker: Worker) -> str:

@@ -36,7 +36,7 @@ from runner.events import JobEnded, JobStarted, Outcome
 from runner.exchange import ResponseExchange
 from runner.failures import over_limit, response_failure, worker_death
 from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
-from runner.left_jobs import Rest
+from runner.left_jobs import Rest, log_background_failure
 from runner.limits import over_wall_time
 from runner.logs import printable
 from runner.messages import ResponseHead
@@ -395,14 +395,17 @@ class RoundTrip:
             self._outcome = "protocol"
             self._discard()
             return
+        report = exchange.report
+        if report is not None and exchange.whole:
+            log_background_failure(self.job_id, report)
+            report = None
         self._outcome = "ok"
         if exchange.missing:
             self._outcome = "incomplete"
-        elif exchange.report is not None and exchange.report.kind != "cancelled":
-            self._outcome = exchange.report.kind
+        elif report is not None and report.kind != "cancelled":
+            self._outcome = report.kind
         if exchange.printed:
             self._worker.log.read()  # so that the next job's lines are not taken for this one's
-        report = exchange.report
         if report is not None and report.kind in ("raised", "memory"):
             logger.error(
                 "job %s: the handler raised\n%s", self.job_id, printable(report.traceback), extra=self._extra()

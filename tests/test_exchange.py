@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.exchange import NEXT, ResponseExchange, State
-from runner.frames import BODY, END, FAULT, HEAD, INVALID, READY, Frame
+from runner.failures import response_failure
+from runner.frames import BODY, BUSY, END, FAULT, HEAD, IDLE, INVALID, PRINTED, READY, Frame
 from runner.messages import FaultReport, ResponseHead
 
 encode = msgspec.msgpack.encode
@@ -25,6 +26,7 @@ def body(data: bytes, job: int = 1) -> Frame:
 
 
 END_FRAME: Frame = (END, 1, b"")
+BUSY_FRAME: Frame = (END, 1, bytes((BUSY,)))
 REPORT: Frame = (FAULT, 1, encode(FaultReport("raised", "ValueError", "boom", "trace")))
 
 
@@ -49,11 +51,19 @@ def test_every_frame_in_every_state() -> None:
     reach = {
         State.HEAD_EXPECTED: [],
         State.BODY_EXPECTED: [head()],
+        State.IDLE_EXPECTED: [head(), BUSY_FRAME],
         State.ENDED: [head(), END_FRAME],
         State.FAULTED: [REPORT],
         State.BROKEN: [(READY, 1, b"")],
     }
-    frames = {HEAD: head(), BODY: body(b"x"), END: END_FRAME, FAULT: REPORT, READY: (READY, 1, b"")}
+    frames = {
+        HEAD: head(),
+        BODY: body(b"x"),
+        END: END_FRAME,
+        FAULT: REPORT,
+        IDLE: (IDLE, 1, b""),
+        READY: (READY, 1, b""),
+    }
     for state, (kind, frame) in itertools.product(State, frames.items()):
         exchange = after(*reach[state])
         assert exchange.state is state
@@ -63,7 +73,29 @@ def test_every_frame_in_every_state() -> None:
             assert not exchange.violation
         else:
             assert exchange.violation
-            assert exchange.state is (State.BROKEN if state in (State.HEAD_EXPECTED, State.BODY_EXPECTED) else state)
+            assert exchange.state is (State.BROKEN if NEXT[state] else state)
+
+
+def test_background_work() -> None:
+    """H3: the response is whole at an END that says BUSY; IDLE, or a fault of the work alone, ends the rest."""
+    exchange = after(head(), body(b"a"), BUSY_FRAME)
+    assert (exchange.open, exchange.background, exchange.whole, exchange.unfinished) == (False, True, True, True)
+    assert response_failure(exchange, "job") is None
+    rest = ResponseExchange.of_background(1)
+    rest.receive([(IDLE, 1, bytes((PRINTED,)))])
+    assert (rest.unfinished, rest.printed, rest.violation) == (False, True, "")
+    exchange.receive([REPORT])
+    assert exchange.report is not None
+    assert response_failure(exchange, "job") is None
+    exchange.receive([body(b"more")])
+    assert exchange.violation
+
+
+def test_background_work_of_another_job() -> None:
+    """F6: an IDLE where none is due, or of another job, is a violation."""
+    assert after(head(), (IDLE, 1, b"")).state is State.BROKEN
+    assert after(head(), BUSY_FRAME, (IDLE, 2, b"")).state is State.BROKEN
+    assert after(head(), BUSY_FRAME, END_FRAME).state is State.BROKEN
 
 
 def test_a_frame_of_another_job() -> None:
