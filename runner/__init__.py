@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from runner.async_job import AsyncJob as AsyncJob
     from runner.errors import AbortHandler as AbortHandler
     from runner.errors import BlastdoorError as BlastdoorError
     from runner.errors import BodyIncomplete as BodyIncomplete
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from runner.errors import WorkerDied as WorkerDied
     from runner.errors import WorkerMisbehaved as WorkerMisbehaved
     from runner.errors import WorkersUnavailable as WorkersUnavailable
+    from runner.errors import WriteTimeout as WriteTimeout
+    from runner.handlers.async_native import AsyncHandlerRequest as AsyncHandlerRequest
+    from runner.handlers.async_native import AsyncHandlerResponse as AsyncHandlerResponse
     from runner.handlers.native import HandlerRequest as HandlerRequest
     from runner.handlers.native import HandlerResponse as HandlerResponse
     from runner.headers import Headers as Headers
@@ -49,8 +53,10 @@ _HOMES = {
     "errors": (
         "AbortHandler BlastdoorError BodyIncomplete ConfigurationError DeadlineExceeded HandlerAborted HandlerRaised "
         "InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout MemoryExceeded PoolClosed "
-        "PoolForked QueueFull ReadTimeout StartError WorkerDied WorkerMisbehaved WorkersUnavailable"
+        "PoolForked QueueFull ReadTimeout StartError WorkerDied WorkerMisbehaved WorkersUnavailable WriteTimeout"
     ),
+    "async_job": "AsyncJob",
+    "handlers.async_native": "AsyncHandlerRequest AsyncHandlerResponse",
     "handlers.native": "HandlerRequest HandlerResponse",
     "headers": "Headers",
     "job": "Job",

@@ -211,7 +211,7 @@ class RoundTrip:
         upload = self._upload
         try:
             channel.flush()
-            if channel.flushed and upload.lazy:
+            if channel.flushed and upload.lazy and upload.ready:
                 piece = upload.pull()
                 if piece:
                     channel.send(pack_header(BODY, self._number, len(piece)), piece)
