@@ -48,6 +48,7 @@ NEXT: dict[State, dict[int, State]] = {
 _decode_head = msgspec.msgpack.Decoder(ResponseHead).decode
 _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
 _HOP_HEADERS = frozenset({"transfer-encoding"})
+_NOT_AT_204 = _HOP_HEADERS | {"content-length"}
 
 
 class ResponseExchange:
@@ -156,10 +157,11 @@ class ResponseExchange:
         except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:
             self._break(f"response head that does not hold up: {error}")
             return False
-        # The pipe has its own framing: RFC 9112, 7 makes Transfer-Encoding a matter of each hop.
-        if any(name.lower() in _HOP_HEADERS for name, _ in head.headers):
-            kept = [pair for pair in head.headers if pair[0].lower() not in _HOP_HEADERS]
-            head = ResponseHead(head.status, kept)
+        # The pipe has its own framing: RFC 9112, 7 makes Transfer-Encoding a matter of each hop. RFC 9110, 8.6 allows
+        # a 204 no Content-Length.
+        dropped = _NOT_AT_204 if head.status == 204 else _HOP_HEADERS
+        if any(name.lower() in dropped for name, _ in head.headers):
+            head = ResponseHead(head.status, [pair for pair in head.headers if pair[0].lower() not in dropped])
         self.head = head
         return True
 

@@ -14,6 +14,8 @@ from runner.messages import FaultReport, Header, ResponseHead
 SMALL: Final = 32 * 1024
 """Body bytes up to this size are joined with what goes out beside them, so that it is one write."""
 
+_BLANKS: Final = (" ", "\t")
+
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -26,6 +28,9 @@ def head_frame(job: int, status: int, headers: list[Header]) -> bytes:
     for name, value in headers:
         if not isinstance(name, str) or not isinstance(value, str):
             raise TypeError(f"header names and values must be str, not {name!r}: {value!r}")
+    # RFC 9110, 5.5: blanks around a value are no part of it; Django's cookies have them.
+    if any(value[:1] in _BLANKS or value[-1:] in _BLANKS for _, value in headers):
+        headers = [(name, value.strip(" \t")) for name, value in headers]
     check_headers(headers)
     content_length(headers)
     payload = _encode(ResponseHead(int(status), headers))
