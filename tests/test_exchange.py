@@ -76,6 +76,15 @@ def test_every_frame_in_every_state() -> None:
             assert exchange.state is (State.BROKEN if NEXT[state] else state)
 
 
+def test_headers_of_the_hop_are_dropped() -> None:
+    """H5: Transfer-Encoding always, and the Content-Length of a 204 (RFC 9110, 8.6)."""
+    headers = [("Content-Length", "0"), ("transfer-Encoding", "chunked"), ("x", "1")]
+    for status, kept in ((204, headers[2:]), (200, [headers[0], headers[2]])):
+        exchange = after(head(status, headers))
+        assert exchange.head is not None
+        assert exchange.head.headers == kept
+
+
 def test_background_work() -> None:
     """H3: the response is whole at an END that says BUSY; IDLE, or a fault of the work alone, ends the rest."""
     exchange = after(head(), body(b"a"), BUSY_FRAME)

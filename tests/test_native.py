@@ -186,3 +186,10 @@ def test_one_write_each_way(start: Callable[..., Pool]) -> None:
     own_reads = 2  # the handler itself reads /proc/self/io
     assert second["writes"] - first["writes"] == 1
     assert second["reads"] - first["reads"] == 1 + own_reads
+
+
+def test_blanks_around_a_header_s_value(pool: Pool) -> None:
+    """H1: they are no part of the value (RFC 9110, 5.5), and no client sees them."""
+    body = json.dumps([["x-a", " 1\t"], ["x-b", "\t 2 "], ["x-c", " "]]).encode()
+    with pool.open(Request("POST", "/headers", body=body)) as job:
+        assert job.head.headers == [("x-a", "1"), ("x-b", "2"), ("x-c", "")]
