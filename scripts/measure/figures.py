@@ -279,6 +279,9 @@ def main() -> None:
             *bandwidth(pool, arguments.mebibytes),
             *deaths(pool, max(arguments.rounds // 50, 10)),
         ]
+    from scripts.measure import asynchronous
+
+    rows += [*asynchronous.round_trips(arguments.rounds), *asynchronous.slow_streams(200)]
     rows += [*cancels(50), *starts(10), *imports(10)]
     for name, value in rows:
         print(f"{name:57} {value}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import time
+from typing import Any
 
 from runner import HandlerRequest, HandlerResponse
 
@@ -58,6 +61,21 @@ def hang(request: HandlerRequest, response: HandlerResponse) -> None:
     response.write(" ".join(map(str, pids)).encode())
     while True:
         pass
+
+
+async def asgi(scope: Any, receive: Any, send: Any) -> None:
+    """An ASGI app: echoes a small body, or streams as many tokens as the query says, 50 ms apart."""
+    assert scope["type"] == "http"
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    if scope["path"] == "/echo":
+        await send({"type": "http.response.body", "body": (await receive())["body"]})
+        return
+    await asyncio.sleep(random.random())  # no two streams in step
+    for _ in range(int(scope["query_string"])):
+        data = f"data: {time.monotonic()}\n\n".encode()
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+        await asyncio.sleep(0.05)
+    await send({"type": "http.response.body", "body": b""})
 
 
 HANDLERS = {"echo": echo, "stream": stream, "down": down, "up": up, "die": die, "hang": hang}
