@@ -1,6 +1,7 @@
 """Ways for ordinary HTTP client code to reach the handlers of a pool as if they were a remote server.
 
-`transport.requests` has the `requests` adapter.
+`transport.requests` has the `requests` adapter, `transport.httpx2` and `transport.httpx` have transports for those
+clients, in threads and in tasks.
 """
 
 from runner.errors import BlastdoorError
