@@ -14,6 +14,7 @@ from typing import Literal
 import psutil
 
 from runner.limits import Limits, over_wall_time
+from runner.round_trip import RoundTrip
 from runner.worker_record import Worker
 
 
@@ -22,12 +23,13 @@ class Excess:
     """A worker's job is over a limit: which one, and in words."""
 
     worker: Worker
+    job: RoundTrip
     kind: Literal["memory", "timeout"]
     detail: str
 
     def words(self) -> tuple[str, str, int | None]:
         """Job id, what it is over, and the worker's pid, for the log."""
-        return self.worker.log.job_id, self.detail, self.worker.pid
+        return self.job.job_id, self.detail, self.worker.pid
 
 
 class Inspector:
@@ -35,7 +37,7 @@ class Inspector:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._began: dict[int, tuple[int, float]] = {}
+        self._began: dict[int, tuple[str, float]] = {}
 
     def look(self, workers: Iterable[Worker]) -> list[Excess]:
         """The jobs of these workers, all of which are leased, that are over a limit now."""
@@ -44,31 +46,34 @@ class Inspector:
         present = {worker.number for worker in workers}
         self._began = {number: began for number, began in self._began.items() if number in present}
         for worker in workers:
-            if worker.pid is None or worker.dead:
+            # The job is looked up first: all that is found out after that is held against it, and no other.
+            job = None if worker.job is None else worker.job()
+            if job is None or worker.pid is None or worker.dead:
                 continue
             try:
-                excess = self._look_at(worker, psutil.Process(worker.pid))
+                excess = self._look_at(worker, job, psutil.Process(worker.pid))
             except psutil.Error:
                 continue  # it has ended meanwhile, which is told elsewhere
             if excess is not None:
                 found.append(excess)
         return found
 
-    def _look_at(self, worker: Worker, process: psutil.Process) -> Excess | None:
+    def _look_at(self, worker: Worker, job: RoundTrip, process: psutil.Process) -> Excess | None:
         limits = self._limits
-        if limits.wall_seconds is not None and time.monotonic() > worker.job_began + limits.wall_seconds:
-            return Excess(worker, "timeout", over_wall_time(limits.wall_seconds))
+        if limits.wall_seconds is not None and time.monotonic() > job.began + limits.wall_seconds:
+            return Excess(worker, job, "timeout", over_wall_time(limits.wall_seconds))
         if limits.cpu_seconds is not None:
             used = sum(process.cpu_times()[:4])
-            job, before = self._began.get(worker.number, (0, 0.0))
-            if job != worker.jobs:
-                self._began[worker.number] = (worker.jobs, used)
+            job_id, before = self._began.get(worker.number, ("", 0.0))
+            if job_id != job.job_id:
+                self._began[worker.number] = (job.job_id, used)
             elif used - before > limits.cpu_seconds:
-                return Excess(worker, "timeout", f"the job used more than {limits.cpu_seconds} s of processor time")
+                detail = f"the job used more than {limits.cpu_seconds} s of processor time"
+                return Excess(worker, job, "timeout", detail)
         limit = limits.memory_bytes
         if limit is not None and (taken := _memory(process, limit)) > limit:
             detail = f"the job took {taken >> 20} MiB of memory, over its limit of {limit >> 20} MiB"
-            return Excess(worker, "memory", detail)
+            return Excess(worker, job, "memory", detail)
         return None
 
 

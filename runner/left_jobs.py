@@ -30,10 +30,14 @@ STACKS_LIMIT: Final = 0.05
 
 
 class Rest(msgspec.Struct, frozen=True):
-    """What is left of a job: the frames still to come, and the time limit in words that it was over, if it was."""
+    """What is left of a job: the frames still to come, and the time limit in words that it was over, if it was.
+
+    `expires` is when it is over the pool's time limit, on the clock of `time.monotonic`.
+    """
 
     exchange: ResponseExchange
-    timed_out: str = ""
+    timed_out: str
+    expires: float | None
 
 
 class LeftJobs:
@@ -119,9 +123,8 @@ class LeftJobs:
             self.settle(job)
 
     def _await_background(self, job: LeftJob) -> None:
-        if self._wall_seconds is not None:
-            left = job.worker.job_began + self._wall_seconds - time.monotonic()
-            self._reactor.after(max(left, 0), lambda: self._over_time(job))
+        if job.expires is not None:
+            self._reactor.after(max(job.expires - time.monotonic(), 0), lambda: self._over_time(job))
 
     def _give_up(self, job: LeftJob) -> None:
         if self._jobs.get(job.worker) is not job:
@@ -149,12 +152,13 @@ class LeftJobs:
 class LeftJob:
     """A worker, and the frames that nobody waits for."""
 
-    __slots__ = ("_jobs", "exchange", "timed_out", "worker")
+    __slots__ = ("_jobs", "exchange", "expires", "timed_out", "worker")
 
     def __init__(self, worker: Worker, rest: Rest, jobs: LeftJobs) -> None:
         self.worker = worker
         self.timed_out = rest.timed_out
         self.exchange = rest.exchange
+        self.expires = rest.expires
         self._jobs = jobs
 
     def look(self) -> None:

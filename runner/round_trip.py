@@ -77,7 +77,6 @@ class RoundTrip:
 
     __slots__ = (
         "__weakref__",
-        "_began",
         "_channel",
         "_closed_by",
         "_context",
@@ -96,6 +95,7 @@ class RoundTrip:
         "_wall_seconds",
         "_worker",
         "_write_timeout",
+        "began",
         "head",
         "job_id",
     )
@@ -112,7 +112,7 @@ class RoundTrip:
         wall_seconds = supervisor.limits.wall_seconds
         self.job_id = job_id = context.job_id
         self._context = context
-        self._began = time.monotonic()
+        self.began = time.monotonic()
         self._outcome: Outcome = "left"
         self._scope = call.scope
         self._worker = worker
@@ -126,11 +126,10 @@ class RoundTrip:
         self._settled = False
         self._closed_by: BaseException | None = None
         worker.jobs += 1
-        worker.job_began = time.monotonic() if wall_seconds is not None else 0.0
         worker.job = weakref.ref(self)
         worker.log.job_id = job_id
         self._number = worker.jobs & _NUMBERS
-        self._expires = None if wall_seconds is None else time.monotonic() + wall_seconds
+        self._expires = None if wall_seconds is None else self.began + wall_seconds
         self._wall_seconds = wall_seconds or 0.0
         self._exchange = ResponseExchange(self._number, call.method)
         self._channel.written = 0
@@ -439,6 +438,7 @@ class RoundTrip:
         rest = Rest(
             ResponseExchange.of_background(exchange.job) if exchange.background else exchange,
             timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
+            expires=self._expires,
         )
         self._supervisor.adopt(self._worker, rest)
 
@@ -456,7 +456,7 @@ class RoundTrip:
         events.count(self._outcome)
         if events.subscribers:
             head, context = self._exchange.head, self._context
-            seconds = time.monotonic() - self._began
+            seconds = time.monotonic() - self.began
             status = None if head is None else head.status
             ended = JobEnded(
                 self.job_id, context.provider, context.source, self._worker.pid, status, self._outcome, seconds

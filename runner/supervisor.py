@@ -324,12 +324,12 @@ class Supervisor:
         self.inspecting = True
         self._reactor.after(INSPECTION_INTERVAL, self._inspect)
         for excess in self._inspector.look(worker for worker in leased if worker not in self._left):
-            if excess.kind == "memory":
+            if excess.kind == "timeout":
+                excess.job.close(over_limit("timeout", excess.detail, excess.job.job_id))
+            elif not excess.job.settled:
                 excess.worker.verdict = excess.detail
                 logger.error("job %s: %s: worker %s is killed", *excess.words())
                 self.leases.kill(excess.worker)
-            elif (reference := excess.worker.job) is not None and (job := reference()) is not None:
-                job.close(over_limit("timeout", excess.detail, job.job_id))
 
     def _sweep(self, inodes: set[int]) -> None:
         """What the workers of a dead zygote have started is nobody's child now: find it by the pipes that it holds."""

@@ -26,7 +26,6 @@ class Worker:
         "failure",
         "idle_since",
         "job",
-        "job_began",
         "jobs",
         "last_job",
         "leased",
@@ -53,7 +52,6 @@ class Worker:
         self.dead = False
         self.doomed = False
         self.jobs = 0
-        self.job_began = 0.0
         self.provider = ""
         self.ready_at = 0.0
         self.idle_since = 0.0

@@ -74,6 +74,7 @@ def test_paths_move_under_the_mount(target: str, served: str) -> None:
         "/%25252e%25252e%25252fx",
         "//../x",
         "/./../x",
+        "/x\\y/../..%2fz",
         "/%" + "25" * 20 + "2e/x",
     ],
 )

@@ -60,6 +60,7 @@ class Route:
         if _PLAIN_PATH.fullmatch(path) is None:
             _refuse_escape(path)
             path = _clean(path)
+            _refuse_escape(path)  # what was a separator to the first look, a backslash, was none to the cleaning
         return f"{self.mount}{path}{mark}{query}"
 
     def restore_locations(self, headers: list[Header], scheme: str, authority: str) -> list[Header]:
