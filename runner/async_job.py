@@ -15,6 +15,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from runner.async_upload import AsyncUpload
+from runner.errors import WorkersUnavailable
 from runner.frames import Frame
 from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
@@ -46,6 +47,7 @@ class AsyncJob(RoundTrip):
             call.upload.wake = _waker(job)
         try:
             job._watch_scope()
+            job._open_event_fd()
             await job._use(lambda: job._send_head(call.head))
             while job._exchange.head is None:
                 await job._use(job._advance)
@@ -94,6 +96,12 @@ class AsyncJob(RoundTrip):
             left = self._release_channel()
         if left:
             raise self._closed()
+
+    def _open_event_fd(self) -> None:
+        try:
+            self._channel.event_fd()
+        except OSError as error:
+            raise WorkersUnavailable(f"no descriptor is left to wait for a worker with: {error}", 1.0) from error
 
     async def _send_head(self, head: bytes) -> None:
         self._send_request(head)

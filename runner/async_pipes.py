@@ -17,14 +17,22 @@ from runner.messages import FaultReport, Header, RequestHead
 from runner.outgoing import Outgoing
 from runner.output import Prints
 from runner.pipes import READ_SIZE, HostGone, UploadStopped, decode_request
-from runner.response_frames import SMALL, body_pieces, end_frame, fault_frame, head_frame, idle_frame, small_body
+from runner.response_frames import (
+    SMALL,
+    Data,
+    body_pieces,
+    end_frame,
+    fault_frame,
+    flat,
+    head_frame,
+    idle_frame,
+    small_body,
+)
 
 PATIENCE: Final = 8
 """Rounds of the loop that an app has to return after its last body bytes, before its caller is let go without it."""
 
 _BREATH: Final = 32
-
-Data = bytes | bytearray | memoryview
 
 
 class CallerGone(OSError):
@@ -65,12 +73,11 @@ class AsyncPipes:
 
     async def await_frame(self, unless: asyncio.Future[None] | None) -> bool:
         """Wait for a frame; False where `unless` is done first, which has to be followed by `wake`."""
-        while not self._frames:
-            if unless is not None and unless.done():
-                return False
-            if not self._fill():
-                await self._readable()
-        return True
+        while unless is None or not unless.done():
+            if self._frames or self._fill():
+                return True
+            await self._readable()
+        return False
 
     def take_end(self) -> bool:
         """Take the next frame if it is there and ends the request's body; whether that was so."""
@@ -99,14 +106,16 @@ class AsyncPipes:
         return True
 
     async def _readable(self) -> None:
-        self._reader = self.loop.create_future()
+        # Whoever waits now takes the place of one that has been woken and is yet to run.
+        reader = self._reader = self.loop.create_future()
         if not self._watching:
             self._watching = True
             self.loop.add_reader(self._request_fd, self._note_readable)
         try:
-            await self._reader
+            await reader
         finally:
-            self._reader = None
+            if self._reader is reader:
+                self._reader = None
 
     def _note_readable(self) -> None:
         if self._reader is None or self._reader.done():
@@ -200,11 +209,12 @@ class AsyncRequest:
 
     async def skip(self) -> None:
         """Read past what the handler has left of the body."""
-        while not self._ended:
-            try:
-                self._take(await self._pipes.next_frame())
-            except UploadStopped:
-                return
+        async with self._lock:  # a task that the handler has left behind may be about to find that it is over
+            while not self._ended:
+                try:
+                    self._take(await self._pipes.next_frame())
+                except UploadStopped:
+                    return
 
     def _take(self, frame: Frame) -> bytes:
         kind, _, payload = frame
@@ -217,18 +227,18 @@ class AsyncRequest:
 class AsyncResponse:
     """One job's response on its way to the pipe. The first head wins; nothing goes out after the end.
 
-    The last bytes wait for the handler to return, a few rounds of the loop at most, so that in the common case
-    they and the job's end are one write. A handler that goes on after that has its caller let go: the response
-    ends as BUSY, and `close` tells when the worker is free.
+    The end waits for the handler to return, a few rounds of the loop at most. A handler that goes on after that has
+    its caller let go: the response ends as BUSY, and `close` tells when the worker is free.
     """
 
-    __slots__ = ("_busy", "_held", "_number", "_pipes", "_request", "_rounds", "ended", "started")
+    __slots__ = ("_busy", "_lock", "_number", "_pipes", "_request", "_rounds", "_whole", "ended", "started")
 
     def __init__(self, pipes: AsyncPipes, request: AsyncRequest) -> None:
         self._pipes = pipes
         self._request = request
         self._number = request.number
-        self._held: list[Data] | None = None
+        self._lock = asyncio.Lock()  # a handler's tasks may write at once: one piece of data after the other
+        self._whole = False
         self._busy = False
         self._rounds = 0
         self.started = False
@@ -237,39 +247,47 @@ class AsyncResponse:
     async def start(self, status: int, headers: list[Header]) -> None:
         """Send the head. Raises ValueError or TypeError for one that HTTP does not allow, OSError like `write`."""
         frame = head_frame(self._number, status, headers)
-        if self.started or self.ended:
-            return
-        self._check_open()
-        self.started = True
-        self._pipes.put(frame)
-        await self._pipes.drain()
+        async with self._lock:
+            if self.started or self.ended:
+                return
+            self._check_open()
+            self.started = True
+            self._pipes.put(frame)
+            await self._pipes.drain()
 
     async def start_with(self, status: int, headers: list[Header], data: Data) -> None:
         """Send the head and the first bytes of the body in one write."""
         frame = head_frame(self._number, status, headers)
-        self._check_open()
-        self.started = True
-        await self._write_body(data, frame)
+        data = flat(data)
+        async with self._lock:
+            self._check_open()
+            if self.started:
+                frame = b""
+            self.started = True
+            await self._write_body(data, frame)
 
     async def write(self, data: Data) -> None:
         """Send body bytes. OSError once the caller has left, RuntimeError once the response has ended."""
-        self._check_open()
-        if data:
-            await self._write_body(data, b"")
+        data = flat(data)
+        async with self._lock:
+            self._check_open()
+            if data:
+                await self._write_body(data, b"")
 
     async def finish(self, status: int, headers: list[Header], data: Data) -> None:
         """Send the rest, the head included if it is still to come, and soon the end."""
         frame = b"" if self.started else head_frame(self._number, status, headers)
-        self._check_open()
-        self.started = True
-        data = _flat(data)
-        if len(data) > SMALL:
-            await self._write_body(data, frame)
+        data = flat(data)
+        async with self._lock:
             self._check_open()
-            frame = data = b""
-        self.ended = True
+            if self.started:
+                frame = b""
+            self.started = True
+            if data or frame:
+                await self._write_body(data, frame)
+                self._check_open()
+            self.ended = self._whole = True
         self._request.conclude()
-        self._held = [frame, *small_body(self._number, [data])]
         self._pipes.loop.call_soon(self._wait_on)
 
     def close(self, report: FaultReport | None = None, implied: tuple[int, list[Header]] | None = None) -> None:
@@ -281,7 +299,7 @@ class AsyncResponse:
             self.started = self.ended = True
             pipes.put(frame + fault_frame(number, report, printed=pipes.prints.take()))
             return
-        if self._held is not None:
+        if self._whole:
             self._let_go(busy=report is not None)
         if report is not None:
             pipes.put(fault_frame(number, report, printed=pipes.prints.take()))
@@ -289,7 +307,7 @@ class AsyncResponse:
             pipes.put(idle_frame(number, printed=pipes.prints.take()))
 
     def _wait_on(self) -> None:
-        if self._held is None:
+        if not self._whole:
             return
         self._rounds += 1
         if self._rounds > PATIENCE:
@@ -298,11 +316,9 @@ class AsyncResponse:
             self._pipes.loop.call_soon(self._wait_on)
 
     def _let_go(self, *, busy: bool) -> None:
-        assert self._held is not None
-        held, self._held = self._held, None
+        self._whole = False
         self._busy = busy
-        end = end_frame(self._number, printed=self._pipes.prints.take(), busy=busy)
-        self._pipes.put(b"".join((*held, end)))
+        self._pipes.put(end_frame(self._number, printed=self._pipes.prints.take(), busy=busy))
 
     def _check_open(self) -> None:
         if self.ended:
@@ -311,17 +327,14 @@ class AsyncResponse:
             raise CallerGone("the caller has left: nobody reads the response any more")
 
     async def _write_body(self, data: Data, before: bytes) -> None:
-        data = _flat(data)
         if len(data) <= SMALL:
             self._pipes.put(b"".join((before, *small_body(self._number, [data]))))
             await self._pipes.drain()
             return
         for piece in body_pieces(data):
+            if not before:
+                self._check_open()  # the job may have ended while the piece before went out
             self._pipes.put(before + pack_header(BODY, self._number, len(piece)))
             self._pipes.put(piece)
             before = b""
             await self._pipes.drain()
-
-
-def _flat(data: Data) -> Data:
-    return data.cast("B") if isinstance(data, memoryview) else data

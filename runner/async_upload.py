@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterable, Callable
+import inspect
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import anyio
 from anyio.lowlevel import current_token
 
 from runner.errors import JobClosed
-from runner.request import PIECE, Upload, as_bytes
+from runner.request import PIECE, Body, Upload, as_bytes
+
+logger = logging.getLogger("blastdoor")
 
 
 class AsyncUpload(Upload):
@@ -65,9 +69,11 @@ class AsyncUpload(Upload):
     def close(self) -> None:
         """End the source; from any thread. It is over soon after."""
         if not self._closed and self._task is not None:
-            call = getattr(self._loop, "run_sync_soon", None) or self._loop.call_soon_threadsafe
             try:
-                call(self._scope.cancel)
+                if isinstance(self._task, asyncio.Task):
+                    self._loop.call_soon_threadsafe(self._task.cancel)  # once, as asyncio has it
+                else:
+                    self._loop.run_sync_soon(self._scope.cancel)
             except RuntimeError:
                 pass  # the loop has ended, and the task with it
         super().close()
@@ -81,9 +87,10 @@ class AsyncUpload(Upload):
 
     async def _fill(self) -> None:
         with self._scope:
-            source = aiter(self._source)
+            source: AsyncIterator[object] | None = None
             cancelled = anyio.get_cancelled_exc_class()
             try:
+                source = aiter(self._source)
                 async for piece in source:
                     if data := as_bytes(piece):
                         await self._give(data)
@@ -95,13 +102,36 @@ class AsyncUpload(Upload):
                 self._error = error
             finally:
                 self.wake()
-                close = getattr(source, "aclose", None)
-                if close is not None:
-                    with anyio.CancelScope(shield=True):
-                        await close()
+                await _close(source)
 
     async def _give(self, piece: bytes) -> None:
         self._taken = anyio.Event()
         self._slot = piece
         self.wake()
         await self._taken.wait()
+
+
+async def _close(source: AsyncIterator[object] | None) -> None:
+    """Run the source's clean-up. What it raises is nobody's to catch any more, and is logged."""
+    close = getattr(source, "aclose", None)
+    if close is not None:
+        try:
+            with anyio.CancelScope(shield=True):
+                await close()
+        except Exception:
+            logger.exception("closing a request body failed")
+
+
+def upload_of(body: Body) -> Upload:
+    """The upload of a body, async or not; what can be both is taken as what is not."""
+    read = getattr(body, "read", None)
+    if inspect.iscoroutinefunction(read):
+        return AsyncUpload(body if isinstance(body, AsyncIterable) else _pieces(read))
+    if isinstance(body, AsyncIterable) and not isinstance(body, Iterable) and read is None:
+        return AsyncUpload(body)
+    return Upload(body)
+
+
+async def _pieces(read: Callable[[int], Awaitable[bytes]]) -> AsyncIterator[bytes]:
+    while piece := await read(PIECE):
+        yield piece

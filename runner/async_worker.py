@@ -23,7 +23,7 @@ from runner.handlers.bridge import AsyncBridge
 from runner.messages import FaultReport, Header
 from runner.output import Prints
 from runner.pipes import HostGone
-from runner.reports import report_on
+from runner.reports import describe, report_on
 from runner.task_stacks import print_stacks
 
 _ASKING_SHARE: Final = 0.2
@@ -101,7 +101,7 @@ class AsyncWorker:
             await self._handler(request, response)
         except BaseException as error:  # noqa: BLE001 - it ends the job, not the worker
             if request.cancelled:
-                return FaultReport("cancelled", type(error).__qualname__)
+                return FaultReport("cancelled", *describe(error))
             return report_on(_unwrapped(error))
         if request.cancelled and not response.ended:
             return FaultReport("cancelled")

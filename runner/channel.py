@@ -191,6 +191,16 @@ class Channel:
         if fd >= 0:
             os.close(fd)
 
+    def forget(self) -> None:
+        """In a forked child: close the inherited descriptors.
+
+        The epoll goes first: it is one and the same as the parent's, and what is unregistered here is so there.
+        """
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None
+        self.close()
+
     def close(self) -> None:
         """Close all descriptors. Call it once nobody waits or writes any more."""
         self.end_requests()

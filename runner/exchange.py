@@ -139,7 +139,7 @@ class ResponseExchange:
             elif kind in (END, IDLE):
                 flags = payload[0] if payload else 0
                 self.whole = True
-                self.printed = bool(flags & PRINTED)
+                self.printed |= bool(flags & PRINTED)
                 if kind == END and flags & BUSY:
                     state = State.IDLE_EXPECTED
             elif kind == HEAD:
@@ -188,7 +188,7 @@ class ResponseExchange:
             self._break("a response that was cut off before its head")
             return False
         self.report = report
-        self.printed = report.printed
+        self.printed |= report.printed
         return True
 
     def _break(self, why: str) -> None:

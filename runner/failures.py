@@ -20,10 +20,12 @@ from runner.messages import Fault, FaultReport, describe_exit
 
 def response_failure(exchange: ResponseExchange, job_id: str) -> JobFailed | None:
     """The failure that a response has ended with, None where it ended well or goes on."""
-    if exchange.state in (State.ENDED, State.IDLE_EXPECTED) and exchange.missing:
+    if exchange.whole and exchange.missing:
         detail = f"the response body is {exchange.missing} bytes short of its Content-Length"
         return BodyIncomplete(Fault(kind="incomplete", detail=detail, job_id=job_id))
-    if exchange.state is State.FAULTED and exchange.report is not None and not exchange.whole:
+    if exchange.whole:
+        return None
+    if exchange.state is State.FAULTED and exchange.report is not None:
         return _reported(exchange.report, job_id)
     if exchange.state is State.BROKEN:
         detail = f"the worker broke the protocol of its pipe and was killed: {exchange.violation}"

@@ -9,13 +9,28 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import psutil
 
+from runner import linux
 from runner.limits import Limits, over_wall_time
-from runner.round_trip import RoundTrip
 from runner.worker_record import Worker
+
+
+class Subject(Protocol):
+    """A job that is looked after: of a caller, or of nobody any more."""
+
+    @property
+    def job_id(self) -> str: ...
+
+    @property
+    def began(self) -> float: ...
+
+    @property
+    def settled(self) -> bool: ...
+
+    def over_time(self, detail: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -23,7 +38,7 @@ class Excess:
     """A worker's job is over a limit: which one, and in words."""
 
     worker: Worker
-    job: RoundTrip
+    job: Subject
     kind: Literal["memory", "timeout"]
     detail: str
 
@@ -39,16 +54,14 @@ class Inspector:
         self._limits = limits
         self._began: dict[int, tuple[str, float]] = {}
 
-    def look(self, workers: Iterable[Worker]) -> list[Excess]:
-        """The jobs of these workers, all of which are leased, that are over a limit now."""
+    def look(self, jobs: Iterable[tuple[Worker, Subject]]) -> list[Excess]:
+        """Which of these jobs is over a limit now."""
         found = []
-        workers = list(workers)
-        present = {worker.number for worker in workers}
+        jobs = list(jobs)
+        present = {worker.number for worker, _ in jobs}
         self._began = {number: began for number, began in self._began.items() if number in present}
-        for worker in workers:
-            # The job is looked up first: all that is found out after that is held against it, and no other.
-            job = None if worker.job is None else worker.job()
-            if job is None or worker.pid is None or worker.dead:
+        for worker, job in jobs:
+            if worker.pid is None or worker.dead:
                 continue
             try:
                 excess = self._look_at(worker, job, psutil.Process(worker.pid))
@@ -58,7 +71,7 @@ class Inspector:
                 found.append(excess)
         return found
 
-    def _look_at(self, worker: Worker, job: RoundTrip, process: psutil.Process) -> Excess | None:
+    def _look_at(self, worker: Worker, job: Subject, process: psutil.Process) -> Excess | None:
         limits = self._limits
         if limits.wall_seconds is not None and time.monotonic() > job.began + limits.wall_seconds:
             return Excess(worker, job, "timeout", over_wall_time(limits.wall_seconds))
@@ -79,8 +92,27 @@ class Inspector:
 
 def _memory(process: psutil.Process, limit: int) -> int:
     """What a worker and all below it take, in bytes; shared pages are shared out where that decides (PSS)."""
-    family = [process, *process.children(recursive=True)]
-    taken = sum(member.memory_info().rss for member in family)
+    family = [process]
+    for pid in linux.descendants(process.pid):
+        try:
+            family.append(psutil.Process(pid))
+        except psutil.NoSuchProcess:
+            continue
+    taken = sum(_rss(member) for member in family)
     if taken > limit:
-        taken = sum(member.memory_full_info().pss for member in family)
-    return int(taken)
+        taken = sum(_pss(member) for member in family)
+    return taken
+
+
+def _rss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.NoSuchProcess:
+        return 0

@@ -188,8 +188,11 @@ class Leases:
                 return
             if self._admits(waiter.provider):
                 self._waiters.remove(waiter)
-                waiter.worker = self._hand_out(self._idle.pop(), waiter.provider)
-                waiter.wake()
+                worker = waiter.worker = self._hand_out(self._idle.pop(), waiter.provider)
+                if not waiter.wake():
+                    waiter.worker, waiter.error = None, LeaseTimeout("the event loop of this caller has ended")
+                    self._take_back(worker)
+                    self._idle.append(worker)
 
     def _take_back(self, worker: Worker) -> None:
         worker.leased = False

@@ -9,6 +9,7 @@ has ended, and is killed when the job is over the pool's time limit.
 from __future__ import annotations
 
 import logging
+import math
 import selectors
 import time
 from typing import Final
@@ -53,6 +54,15 @@ class LeftJobs:
     def __contains__(self, worker: Worker) -> bool:
         return worker in self._jobs
 
+    def holds(self, job: LeftJob) -> bool:
+        """Whether this is the job of its worker still."""
+        return self._jobs.get(job.worker) is job
+
+    def in_background(self, worker: Worker) -> LeftJob | None:
+        """The worker's job, where it is at its background work."""
+        job = self._jobs.get(worker)
+        return job if job is not None and job.exchange.background else None
+
     def take(self, worker: Worker, rest: Rest) -> None:
         """Take over a worker."""
         job = self._jobs[worker] = LeftJob(worker, rest, self)
@@ -70,7 +80,7 @@ class LeftJobs:
         if not channel.flushed:
             self._reactor.watch(channel.request_fd, job.look, selectors.EVENT_WRITE)
         job.look()
-        if self._jobs.get(worker) is not job:
+        if not self.holds(job):
             return  # its end was there already
         if background:
             self._await_background(job)
@@ -98,7 +108,7 @@ class LeftJobs:
     def settle(self, job: LeftJob, *, healthy: bool = False) -> None:
         """The worker goes back to work, or it is discarded."""
         worker = job.worker
-        if self._jobs.get(worker) is not job:
+        if not self.holds(job):
             return  # settled before; a timer may come late, when the worker was left once more
         del self._jobs[worker]
         self._reactor.unwatch(worker.channel.response_fd)
@@ -124,10 +134,12 @@ class LeftJobs:
 
     def _await_background(self, job: LeftJob) -> None:
         if job.expires is not None:
-            self._reactor.after(max(job.expires - time.monotonic(), 0), lambda: self._over_time(job))
+            assert self._wall_seconds is not None
+            words = over_wall_time(self._wall_seconds)
+            self._reactor.after(max(job.expires - time.monotonic(), 0), lambda: self.over_time(job, words))
 
     def _give_up(self, job: LeftJob) -> None:
-        if self._jobs.get(job.worker) is not job:
+        if not self.holds(job):
             return
         if job.exchange.background:  # its response did come to its end
             self._await_background(job)
@@ -140,11 +152,10 @@ class LeftJobs:
             )
             self.settle(job)
 
-    def _over_time(self, job: LeftJob) -> None:
-        """Its background work is over the time limit: it is told, and has a moment to say where it stands."""
-        if self._jobs.get(job.worker) is job:
-            assert self._wall_seconds is not None
-            job.timed_out = f"in its background work {over_wall_time(self._wall_seconds)}"
+    def over_time(self, job: LeftJob, words: str) -> None:
+        """Its background work is over a time limit: it has a moment to say where it stands."""
+        if self.holds(job) and not job.timed_out:
+            job.timed_out = f"in its background work {words}"
             self._leases.dump_stacks(job.worker)
             self._reactor.after(STACKS_LIMIT, lambda: self.settle(job))
 
@@ -152,14 +163,26 @@ class LeftJobs:
 class LeftJob:
     """A worker, and the frames that nobody waits for."""
 
-    __slots__ = ("_jobs", "exchange", "expires", "timed_out", "worker")
+    __slots__ = ("_jobs", "exchange", "expires", "job_id", "timed_out", "worker")
+
+    began = math.inf  # its wall time is not for the inspection to look at: a timer runs
 
     def __init__(self, worker: Worker, rest: Rest, jobs: LeftJobs) -> None:
         self.worker = worker
         self.timed_out = rest.timed_out
         self.exchange = rest.exchange
         self.expires = rest.expires
+        self.job_id = worker.log.job_id
         self._jobs = jobs
+
+    @property
+    def settled(self) -> bool:
+        """Whether its worker is held no more."""
+        return not self._jobs.holds(self)
+
+    def over_time(self, detail: str) -> None:
+        """End its background work, which is over a time limit of the pool, with these words."""
+        self._jobs.over_time(self, detail)
 
     def look(self) -> None:
         """Read and write what can be, and settle where that brings the end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -38,6 +39,26 @@ def children() -> list[int]:
             return [int(child) for child in listing.read().split()]
     except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
         return _children_by_search(pid)
+
+
+def descendants(pid: int) -> list[int]:
+    """The pids of all that a process has started, and what that has started: the children of each thread (proc(5))."""
+    if not os.path.exists(f"/proc/self/task/{threading.get_native_id()}/children"):
+        import psutil  # a kernel without CONFIG_PROC_CHILDREN: all of /proc has to be looked through
+
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    found: list[int] = []
+    parents = [pid]
+    while parents:
+        parent = parents.pop()
+        try:
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{thread}/children", encoding="ascii") as listing:
+                    parents += (born := [int(child) for child in listing.read().split()])
+                    found += born
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended meanwhile
+    return found
 
 
 def _children_by_search(parent: int) -> list[int]:

@@ -18,7 +18,7 @@ from runner.cancellation import Cancellation
 from runner.frames import BODY, INVALID, REQUEST, STOP, TO_WORKER, FrameDecoder, pack_header
 from runner.messages import FaultReport, Header, RequestHead
 from runner.output import Prints
-from runner.response_frames import SMALL, body_pieces, end_frame, fault_frame, head_frame, small_body
+from runner.response_frames import SMALL, Data, body_pieces, end_frame, fault_frame, flat, head_frame, small_body
 
 READ_SIZE: Final = 64 * 1024
 """How much of the request pipe is read at once, in bytes."""
@@ -92,16 +92,18 @@ class OutgoingResponse:
             self.started = True
             self._pipes.write(frame)
 
-    def start_with(self, status: int, headers: list[Header], data: bytes | bytearray | memoryview) -> None:
+    def start_with(self, status: int, headers: list[Header], data: Data) -> None:
         """Send the head and the first bytes of the body in one write."""
         frame = head_frame(self._number, status, headers)
+        data = flat(data)
         with self._shield, self._lock:
             self._check_open()
             self.started = True
             self._write_body(data, before=frame)
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: Data) -> None:
         """Send body bytes. RuntimeError once the job has ended: a thread has outlived it."""
+        data = flat(data)
         with self._shield, self._lock:
             self._check_open()
             if data:
@@ -136,9 +138,7 @@ class OutgoingResponse:
         if self.ended:
             raise RuntimeError("the response has ended: nothing can be written to it any more")
 
-    def _write_body(self, data: bytes | bytearray | memoryview, before: bytes = b"") -> None:
-        if isinstance(data, memoryview):
-            data = data.cast("B")
+    def _write_body(self, data: Data, before: bytes = b"") -> None:
         size = len(data)
         if size <= SMALL:
             self._pipes.write(b"".join((before, pack_header(BODY, self._number, size), data)))

@@ -11,7 +11,7 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
@@ -25,7 +25,7 @@ from runner.leases import Admission, Leases
 from runner.limits import Limits, share_cores
 from runner.messages import JobContext, Kind, ZygoteConfig
 from runner.recycle import Recycle
-from runner.request import Body, Request, Upload
+from runner.request import Request, Upload
 from runner.settings import check_admission, check_settings, portable
 from runner.supervisor import Size, Supervisor
 
@@ -238,7 +238,13 @@ class Pool:
         self.close()
 
     async def __aenter__(self) -> Self:
-        await _in_thread(self.start)
+        from runner.waiters import in_thread
+
+        try:
+            await in_thread(self.start)
+        except BaseException:
+            await in_thread(lambda: self.close(drain=0))
+            raise
         return self
 
     async def __aexit__(
@@ -247,8 +253,10 @@ class Pool:
         await self.aclose()
 
     async def aclose(self, drain: float | None = None) -> None:
-        """As `close`, without blocking the event loop."""
-        await _in_thread(lambda: self.close(drain))
+        """As `close`, without blocking the event loop, and not to be interrupted."""
+        from runner.waiters import in_thread
+
+        await in_thread(lambda: self.close(drain))
 
     def __del__(self) -> None:
         if getattr(self, "_supervisor", None) is not None and not self._forked:
@@ -348,13 +356,16 @@ class Pool:
         supervisor = self._supervisor
         if supervisor is None or self._forked:
             supervisor = self._begin()
-        upload = _async_upload(request.body)
+        from runner.async_upload import upload_of  # anyio is loaded where it is used
+        from runner.waiters import in_thread
+
+        upload = upload_of(request.body)
         try:
             call = self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
             return await call.run_async(supervisor)
         except StartError:
             upload.close()
-            await _in_thread(lambda: self._start_over(supervisor))
+            await in_thread(lambda: self._start_over(supervisor))
             raise
         except BaseException:
             upload.close()
@@ -378,22 +389,6 @@ class Pool:
 
 def _endless(timeout: float | None) -> float | None:
     return None if timeout == math.inf else timeout
-
-
-def _async_upload(body: Body) -> Upload:
-    from runner.async_upload import AsyncUpload
-
-    if isinstance(body, AsyncIterable) and not isinstance(body, Iterable) and not hasattr(body, "read"):
-        return AsyncUpload(body)
-    return Upload(body)
-
-
-async def _in_thread(work: Callable[[], object]) -> None:
-    """Do what blocks without blocking the event loop; not to be interrupted."""
-    import anyio
-
-    with anyio.CancelScope(shield=True):
-        await anyio.to_thread.run_sync(work)
 
 
 _pools: weakref.WeakValueDictionary[str, Pool] = weakref.WeakValueDictionary()

@@ -28,7 +28,8 @@ def describe(error: BaseException) -> tuple[str, str]:
         words = str(error)[:1000]
     except BaseException:  # noqa: BLE001 - it is the handler's own code
         words = "(its message can't be shown)"
-    return type(error).__qualname__[:200], words.encode(errors="replace").decode()
+    name = type(error).__qualname__[:200].encode(errors="replace").decode()
+    return name, words.encode(errors="replace").decode()
 
 
 def explain(error: BaseException) -> str:

@@ -54,7 +54,7 @@ class Request:
     def __post_init__(self) -> None:
         if not is_token(self.method):
             raise InvalidRequest(f"method {self.method!r} is not a token (RFC 9110, 9.1)")
-        if _TARGET.fullmatch(self.target) is None:
+        if _TARGET.fullmatch(self.target) is None or (self.target == "*" and self.method != "OPTIONS"):
             raise InvalidRequest(
                 f"target {self.target[:200]!r} is not a path with an optional query: it must begin with '/', "
                 f"hold no fragment, and have blanks, controls and non-ASCII characters percent-encoded"

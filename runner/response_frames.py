@@ -11,6 +11,9 @@ from runner.frames import BODY, BUSY, END, FAULT, HEAD, IDLE, MAX_BODY, MAX_HEAD
 from runner.headers import check_headers, content_length
 from runner.messages import FaultReport, Header, ResponseHead
 
+Data = bytes | bytearray | memoryview
+"""What a handler may give as a piece of a body."""
+
 SMALL: Final = 32 * 1024
 """Body bytes up to this size are joined with what goes out beside them, so that it is one write."""
 
@@ -39,16 +42,21 @@ def head_frame(job: int, status: int, headers: list[Header]) -> bytes:
     return encode(HEAD, job, payload)
 
 
-def body_pieces(data: bytes | bytearray | memoryview) -> Iterable[memoryview]:
+def flat(data: Data) -> Data:
+    """The data byte by byte, whatever the shape of its memory. TypeError for what is not contiguous, or no buffer."""
+    return data if isinstance(data, (bytes, bytearray)) else memoryview(data).cast("B")
+
+
+def body_pieces(data: Data) -> Iterable[memoryview]:
     """Body bytes cut into the payloads of frames."""
     view = memoryview(data)
     for at in range(0, len(view), MAX_BODY):
         yield view[at : at + MAX_BODY]
 
 
-def small_body(job: int, chunks: Iterable[bytes | bytearray | memoryview]) -> list[bytes | bytearray | memoryview]:
+def small_body(job: int, chunks: Iterable[Data]) -> list[Data]:
     """The body frames of small chunks, as buffers to be joined."""
-    parts: list[bytes | bytearray | memoryview] = []
+    parts: list[Data] = []
     for chunk in chunks:
         if chunk:
             parts.append(pack_header(BODY, job, len(chunk)))

@@ -186,6 +186,10 @@ class RoundTrip:
                 return
         self._leave()
 
+    def over_time(self, detail: str) -> None:
+        """End the job, which is over a time limit of the pool, with these words."""
+        self.close(over_limit("timeout", detail, self.job_id))
+
     # -- sending -------------------------------------------------------------------------------------
 
     def _send_request(self, head: bytes) -> None:

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -22,7 +22,6 @@ from runner.brake import RestartBrake
 from runner.channel import Channel, make_pipe
 from runner.errors import StartError, WorkersUnavailable
 from runner.events import Events, WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
-from runner.failures import over_limit
 from runner.frames import FAULT, READY
 from runner.leases import Leases
 from runner.left_jobs import LeftJobs, Rest
@@ -33,7 +32,7 @@ from runner.worker_record import Worker
 from runner.zygote_process import ZygoteProcess
 
 if TYPE_CHECKING:
-    from runner.inspection import Inspector
+    from runner.inspection import Inspector, Subject
 
 logger = logging.getLogger("blastdoor")
 
@@ -323,13 +322,23 @@ class Supervisor:
             return  # the next job begins it anew
         self.inspecting = True
         self._reactor.after(INSPECTION_INTERVAL, self._inspect)
-        for excess in self._inspector.look(worker for worker in leased if worker not in self._left):
+        for excess in self._inspector.look(self._jobs_of(leased)):
             if excess.kind == "timeout":
-                excess.job.close(over_limit("timeout", excess.detail, excess.job.job_id))
+                excess.job.over_time(excess.detail)
             elif not excess.job.settled:
                 excess.worker.verdict = excess.detail
                 logger.error("job %s: %s: worker %s is killed", *excess.words())
                 self.leases.kill(excess.worker)
+
+    def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, Subject]]:
+        """The jobs that are to be held to the limits. A caller's is held fast before anything is found out about it."""
+        for worker in workers:
+            if worker in self._left:
+                left = self._left.in_background(worker)
+                if left is not None:
+                    yield worker, left
+            elif (reference := worker.job) is not None and (job := reference()) is not None:
+                yield worker, job
 
     def _sweep(self, inodes: set[int]) -> None:
         """What the workers of a dead zygote have started is nobody's child now: find it by the pipes that it holds."""

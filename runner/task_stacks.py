@@ -8,11 +8,14 @@ from typing import Any, TextIO
 
 
 def print_stacks(loop: asyncio.AbstractEventLoop, file: TextIO) -> None:
-    """Print what each task waits for, from the coroutine that it runs down to the innermost."""
-    for task in asyncio.all_tasks(loop):
-        frames = [frame for frame in _awaited(task.get_coro()) if frame is not None]
-        stack = traceback.StackSummary.extract((frame, frame.f_lineno) for frame in frames)
-        print(f"Task {task.get_name()} waits (innermost call last):", *stack.format(), sep="\n", file=file)
+    """Print what each task waits for, from the coroutine that it runs down to the innermost. Never raises."""
+    try:
+        for task in asyncio.all_tasks(loop):
+            frames = [frame for frame in _awaited(task.get_coro()) if frame is not None]
+            stack = traceback.StackSummary.extract((frame, frame.f_lineno) for frame in frames)
+            print(f"Task {task.get_name()} waits (innermost call last):", *stack.format(), sep="\n", file=file)
+    except Exception:  # noqa: BLE001 - called by a signal in the middle of anything, with the app's own stderr
+        return
 
 
 def _awaited(coroutine: Any) -> list[Any]:

@@ -25,8 +25,8 @@ class Waiter:
         """Whether something was found."""
         return self.worker is not None or self.error is not None
 
-    def wake(self) -> None:
-        """Something was found. Called once, from any thread."""
+    def wake(self) -> bool:
+        """Something was found; whether there is anybody to take it. Called once, from any thread."""
         raise NotImplementedError
 
 
@@ -40,8 +40,9 @@ class ThreadWaiter(Waiter):
         self._ready = threading.Lock()
         self._ready.acquire()
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         self._ready.release()
+        return True
 
     def wait(self, timeout: float | None) -> None:
         """Wait up to `timeout` seconds."""
@@ -64,11 +65,17 @@ class TaskWaiter(Waiter):
             loop.run_sync_soon if hasattr(loop, "run_sync_soon") else loop.call_soon_threadsafe
         )
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
         try:
             self._call(self._event.set)
         except RuntimeError:
-            pass  # its loop has ended; the task's own clean-up gives the worker back
+            return False  # its loop has ended, and nobody knows when the task will be collected
+        return True
+
+    @property
+    def woken(self) -> bool:
+        """Whether the wake-up has reached the loop."""
+        return self._event.is_set()
 
     async def wait(self, timeout: float | None) -> None:
         """Wait up to `timeout` seconds."""
@@ -79,3 +86,34 @@ class TaskWaiter(Waiter):
         else:
             with anyio.move_on_after(max(timeout, 0)):
                 await self._event.wait()
+
+
+async def in_thread(work: Callable[[], object]) -> None:
+    """Do what blocks without blocking the event loop. A cancel, of whatever kind, is raised when the work is done."""
+    import anyio
+
+    waiter = TaskWaiter("")
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - it is raised in the task
+            errors.append(error)
+        finally:
+            waiter.wake()
+
+    thread = threading.Thread(target=run, name="blastdoor-work", daemon=True)
+    thread.start()
+    cancelled: BaseException | None = None
+    with anyio.CancelScope(shield=True):
+        while not waiter.woken:
+            try:
+                await waiter.wait(None)
+            except anyio.get_cancelled_exc_class() as error:  # asyncio's own cancel knows no shield
+                cancelled = error
+    thread.join()
+    if cancelled is not None:
+        raise cancelled
+    if errors:
+        raise errors[0]

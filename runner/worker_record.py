@@ -65,7 +65,7 @@ class Worker:
 
     def forget(self) -> None:
         """In a forked child: close the inherited descriptors, and leave the process alone."""
-        self.channel.close()
+        self.channel.forget()
         self.log.forget()
         if self.pidfd is not None:
             os.close(self.pidfd)

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -448,3 +450,31 @@ async def threads(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "http":
         name = await asyncio.to_thread(lambda: threading.current_thread().name)
         await answer(send, name.encode())
+
+
+async def do_short(scope: Scope, receive: Receive, send: Send) -> None:
+    """Announces ten bytes, ends after five, and raises, or not."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"10")]})
+    await send({"type": "http.response.body", "body": b"12345"})
+    if scope["query_string"]:
+        raise ValueError("boom after the end")
+
+
+async def do_block_at_the_end(scope: Scope, receive: Receive, send: Send) -> None:
+    """Blocks its loop right after its last byte, until it is let go."""
+    await answer(send, b"all of it")
+    while not Path(parameter(scope, "go")).exists():
+        time.sleep(0.005)
+
+
+async def do_greedy(scope: Scope, receive: Receive, send: Send) -> None:
+    """After its response takes more than it may: of the processor, or of memory."""
+    await answer(send, str(os.getpid()).encode())
+    if parameter(scope, "what") == "cpu":
+        while True:
+            sum(range(100_000))
+            await asyncio.sleep(0)
+    kept_memory = []
+    while True:
+        kept_memory.append(subprocess.Popen([sys.executable, "-c", "import time; x = b'x' * 60000000; time.sleep(99)"]))
+        await asyncio.sleep(0.2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import functools
 import json
 import os
 from pathlib import Path
@@ -75,3 +77,53 @@ async def do_text(request: AsyncHandlerRequest, response: AsyncHandlerResponse) 
 async def do_raise(request: AsyncHandlerRequest, response: AsyncHandlerResponse) -> None:
     await response.write(b"")
     raise ValueError("boom from a coroutine")
+
+
+async def do_orphan_reader(request: AsyncHandlerRequest, response: AsyncHandlerResponse) -> None:
+    """Fails while a task of its own reads the body."""
+    kept.append(asyncio.ensure_future(request.body.read()))
+    await asyncio.sleep(0.005)
+    raise ValueError("the body is being read")
+
+
+async def do_orphan_writer(request: AsyncHandlerRequest, response: AsyncHandlerResponse) -> None:
+    """Ends, well or not, while a task of its own writes 8 MiB."""
+    kept.append(asyncio.ensure_future(response.write(bytes(8 << 20))))
+    await asyncio.sleep(0.005)
+    if request.query == "raise":
+        raise ValueError("the body is being written")
+
+
+async def do_shielded(request: AsyncHandlerRequest, response: AsyncHandlerResponse) -> None:
+    """Goes on writing when its caller has left."""
+    await asyncio.shield(response.write(bytes(16 << 20)))
+
+
+async def do_shapes(request: AsyncHandlerRequest, response: AsyncHandlerResponse) -> None:
+    """Gives what is a buffer, but no bytes, and what is not contiguous."""
+    try:
+        await response.write(memoryview(b"abcdef")[::2])
+    except TypeError:
+        await response.write(array.array("i", [1, 2]))  # type: ignore[arg-type]
+    await response.write(memoryview(b"abcd").cast("H"))
+
+
+kept: list[Any] = []
+
+
+async def optional(request: AsyncHandlerRequest, response: AsyncHandlerResponse, more: Any = None) -> bytes:
+    return b"optional"
+
+
+def in_a_loop_of_its_own(function: Any) -> Any:
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        return asyncio.run(function(*arguments))
+
+    return run
+
+
+@in_a_loop_of_its_own
+async def synchronous(request: Any, response: Any) -> bytes:
+    await asyncio.sleep(0)
+    return b"synchronous"

@@ -134,6 +134,12 @@ def do_count(request: HandlerRequest, response: HandlerResponse) -> bytes:
     return str(size).encode()
 
 
+def do_slow_count(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """As count, but it takes its time to begin: the pipe is full by then."""
+    time.sleep(0.1)
+    return do_count(request, response)
+
+
 def do_mirror(request: HandlerRequest, response: HandlerResponse) -> None:
     """Sends each piece back as it comes."""
     response.write_header(200)

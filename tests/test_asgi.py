@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from runner import (
+    BodyIncomplete,
     CancelScope,
     HandlerAborted,
     HandlerRaised,
@@ -459,3 +460,38 @@ def test_trailers_are_ignored(pool: Pool) -> None:
     """H3: trailers go nowhere, and do no harm."""
     assert send(pool, "/trailers") == b"body"
     assert send(pool, "/hello") == b"hello"
+
+
+@pytest.mark.parametrize("query", ["", "?raise"])
+def test_a_body_that_is_too_short(pool: Pool, query: str) -> None:
+    """H5: an error to the caller, whatever the app does after its end."""
+    with pytest.raises(BodyIncomplete, match="5 bytes short"):
+        send(pool, f"/short{query}")
+    assert send(pool, "/hello") == b"hello"
+
+
+def test_an_app_that_blocks_after_its_last_byte(pool: Pool, tmp_path: Path) -> None:
+    """T10: the caller has had all bytes by then; only the end has to wait."""
+    with pool.open(Request("GET", f"/block_at_the_end?go={tmp_path / 'go'}"), read_timeout=20) as job:
+        assert job.read() == b"all of it"
+        (tmp_path / "go").touch()
+        assert job.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("what", "limits", "words"),
+    [
+        ("cpu", Limits(cpu_seconds=0.3), "processor time"),
+        ("memory", Limits(memory="150MiB"), "over its limit of 150 MiB"),
+    ],
+)
+def test_background_work_over_its_limits(
+    start: Callable[..., Pool], log: pytest.LogCaptureFixture, what: str, limits: Limits, words: str
+) -> None:
+    """F4, F5, W6: the limits of a job hold for its background work."""
+    pool = start(f"{APPS}:app", workers=1, limits=limits)
+    pid = int(send(pool, f"/greedy?what={what}"))
+    assert send(pool, "/hello", lease_timeout=20) == b"hello"
+    wait_gone([pid], 5)
+    assert words in log.text
+    assert "background work" in log.text

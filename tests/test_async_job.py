@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
+import os
 import random
+import resource
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
@@ -30,6 +34,7 @@ from runner import (
     StartError,
     WorkerDied,
     WorkerMisbehaved,
+    WorkersUnavailable,
     WriteTimeout,
 )
 from tests.processes import wait_gone
@@ -171,6 +176,70 @@ def test_a_plain_generator_and_a_file(pool: Pool, run: Run, tmp_path: Path) -> N
             assert (await aget(pool, "/count", file)).split()[0] == b"300000"
 
     run(main)
+
+
+def test_a_body_with_an_async_read(pool: Pool, run: Run) -> None:
+    """H6: a stream reader, or an async file."""
+
+    class File:
+        def __init__(self) -> None:
+            self.left = 200_000
+
+        async def read(self, size: int) -> bytes:
+            await checkpoint()
+            size = min(size, self.left)
+            self.left -= size
+            return bytes(size)
+
+    assert run(lambda: aget(pool, "/count", File())).split()[0] == b"200000"
+
+
+class Broken:
+    """A source whose iterator can't be had."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        raise LookupError("the stream is consumed")
+
+
+def test_sources_that_fail_at_their_ends(pool: Pool, run: Run, log: pytest.LogCaptureFixture) -> None:
+    """H6: one that can't begin is the caller's error; what one raises in its clean-up is logged, and harms nobody."""
+
+    async def unclean() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield bytes(1000)
+                await checkpoint()
+        finally:
+            raise OSError("the clean-up has failed")
+
+    async def main() -> None:
+        with pytest.raises(LookupError, match="consumed"):
+            await aget(pool, "/count", Broken())
+        assert await aget(pool, "/hello", unclean()) == b"hello"
+        await until(lambda: "the clean-up has failed" in log.text)
+
+    run(main)
+
+
+def test_a_source_that_will_not_be_cancelled(pool: Pool) -> None:
+    """H6: it is asked once, and not over and over."""
+    asked: list[bool] = []
+
+    async def stubborn() -> AsyncIterator[bytes]:
+        yield b"some"
+        while len(asked) < 3:
+            try:
+                await anyio.sleep(0.2)
+                return
+            except asyncio.CancelledError:
+                asked.append(True)
+
+    async def main() -> None:
+        assert await aget(pool, "/hello", stubborn()) == b"hello"
+        await anyio.sleep(0.1)
+
+    asyncio.run(main())
+    assert len(asked) <= 2  # by the job's end, and by the loop's
 
 
 def test_full_duplex(start: Callable[..., Pool], run: Run) -> None:
@@ -360,6 +429,101 @@ def test_a_pool_is_an_async_context_manager(run: Run) -> None:
         assert not pool.ready
 
     run(main)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_start_that_is_cancelled(native: bool) -> None:
+    """W11: by asyncio's own cancel, or a scope's: nothing of the pool is left."""
+
+    async def main() -> None:
+        with contextlib.suppress(TimeoutError):
+            if native:
+                async with asyncio.timeout(0.01), Pool("tests.handlers:app", workers=2):
+                    await asyncio.sleep(0.01)
+            else:
+                with anyio.fail_after(0.01):
+                    async with Pool("tests.handlers:app", workers=2):
+                        await anyio.sleep(0.01)
+
+    asyncio.run(main())
+
+
+def test_a_close_that_is_cancelled(start: Callable[..., Pool]) -> None:
+    """W11: it comes to its end, and then the cancel is raised."""
+    pool = start()
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await pool.aclose()
+
+    asyncio.run(main())
+    assert not pool.ready
+
+
+def test_a_waiter_whose_loop_has_ended(start: Callable[..., Pool]) -> None:
+    """W4, X: it is handed no worker, and the next caller is."""
+    pool = start(workers=1)
+    job = pool.open(Request("GET", "/stream?count=2&pause=0.01"))
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(aget(pool, "/hello"))
+    while not pool.stats().waiting:
+        loop.run_until_complete(asyncio.sleep(0.001))
+    loop.close()
+    for _ in job:
+        pass
+    with pool.open(Request("GET", "/hello"), lease_timeout=20) as after:
+        assert b"".join(after) == b"hello"
+    task._log_destroy_pending = False  # type: ignore[attr-defined] # that it is, is the point of this test
+    del task
+    gc.collect()
+
+
+def test_a_fork_of_the_host(start: Callable[..., Pool]) -> None:
+    """W11: what a forked child closes stays open, and watched, in the parent: in an upload, and between two jobs."""
+    pool = start(workers=1)
+
+    def fork() -> None:
+        if not (pid := os.fork()):
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+    async def body() -> AsyncIterator[bytes]:
+        for number in range(100):
+            yield bytes(50_000)
+            if number == 50:
+                fork()
+
+    async def main() -> None:
+        with anyio.fail_after(20):
+            for _ in range(3):
+                assert (await aget(pool, "/slow_count", body())).split()[0] == b"5000000"
+                fork()
+
+    asyncio.run(main())
+
+
+def test_descriptors_run_out(start: Callable[..., Pool]) -> None:
+    """F7: a job that finds none to wait with says so, and its worker is free again."""
+    pool = start(workers=1)
+
+    async def main() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = [os.dup(0)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.dup(0))
+            with pytest.raises(WorkersUnavailable, match="descriptor"):
+                await aget(pool, "/hello")
+        finally:
+            for fd in taken:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert await aget(pool, "/hello") == b"hello"
+
+    asyncio.run(main())
 
 
 # -- cancelling ------------------------------------------------------------------------------------

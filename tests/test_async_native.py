@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,50 @@ def test_faults(pool: Pool, log: pytest.LogCaptureFixture) -> None:
         send(pool, "/text")
     assert sum(record.levelno == logging.ERROR for record in log.records) == 2
     assert send(pool, "/hello") == b"hello"
+
+
+@pytest.mark.parametrize("handler", ["optional", "synchronous"])
+def test_shapes_of_functions(start: Callable[..., Pool], handler: str) -> None:
+    """H4: a third argument with a default makes no ASGI app, a wrapped coroutine function that is run no coroutine."""
+    pool = start(f"{HANDLERS}:{handler}", workers=1)
+    assert send(pool, "/") == handler.encode()
+
+
+def test_a_task_that_reads_on(pool: Pool) -> None:
+    """H6, C5: a task that the handler has left behind in a read takes nothing from the next job, and stops nothing."""
+
+    def body() -> Iterator[bytes]:
+        yield b"some"
+        while True:
+            time.sleep(0.001)
+            yield b"more"
+
+    for _ in range(20):
+        with pytest.raises(HandlerRaised, match="being read"):
+            send(pool, "/orphan_reader", body())
+        assert send(pool, "/hello", read_timeout=20) == b"hello"
+
+
+def test_a_task_that_writes_on(pool: Pool) -> None:
+    """C5: nothing of a job is sent after its end; a handler that ends well has all of it sent before."""
+    for _ in range(5):
+        assert len(send(pool, "/orphan_writer")) == 8 << 20
+        with pytest.raises(HandlerRaised, match="being written"):
+            send(pool, "/orphan_writer?raise")
+        assert send(pool, "/hello") == b"hello"
+    assert pool.stats().deaths == 0
+
+
+def test_a_write_that_outlives_its_caller(start: Callable[..., Pool]) -> None:
+    """C5: a shielded write of a job that was left does not reach the next caller."""
+    pool = start(f"{HANDLERS}:app", workers=1, grace=30)
+    for _ in range(5):
+        with pool.open(Request("GET", "/shielded")) as job:
+            job.read()
+        assert send(pool, "/hello") == b"hello"
+    assert pool.stats().deaths == 0
+
+
+def test_buffers_of_other_shapes(pool: Pool) -> None:
+    """H1: sent byte by byte, or refused before anything is sent."""
+    assert send(pool, "/shapes") == bytes((1, 0, 0, 0, 2, 0, 0, 0)) + b"abcd"

@@ -166,9 +166,20 @@ def test_a_head_over_the_cap(httpx: Any, client: Any) -> None:
         client.get(URL, headers={"X-Big": "x" * 300_000})
 
 
-def test_the_target_extension(client: Any) -> None:
+def test_the_target_extension(httpx: Any, client: Any) -> None:
     """X: as with the clients' own transports, a request may give its target byte for byte."""
     assert client.get(URL, extensions={"target": b"/a//b/echo"}).json()["target"] == "/a//b/echo"
+    assert client.get(URL, extensions={"target": "/a/echo"}).json()["target"] == "/a/echo"
+    for target in (b"no-slash", b"/a\r\nb", b"*"):
+        with pytest.raises(httpx.LocalProtocolError):
+            client.get(URL, extensions={"target": target})
+
+
+def test_a_name_beyond_ascii(client: Any) -> None:
+    """H7: the handler sees it as it stands in Host, as ASCII (RFC 5890)."""
+    seen = client.get("http://b\u00fccher.example/echo").json()
+    assert seen["server"] == ["xn--bcher-kva.example", 80]
+    assert ["Host", "xn--bcher-kva.example"] in seen["headers"]
 
 
 # -- bodies ----------------------------------------------------------------------------------------

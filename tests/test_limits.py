@@ -204,6 +204,20 @@ def test_the_time_of_one_job_is_not_the_next_one_s(start: Callable[..., Pool]) -
         assert get(pool, "/pid") == pid
 
 
+def test_a_worker_that_was_idle_for_long_is_over_no_time(start: Callable[..., Pool]) -> None:
+    """F5, W6: between its lease and its next job there is nothing to hold against it, nor its last job's time."""
+    pool = start(workers=1, limits=Limits(wall_seconds=0.1))
+    with pool.open(Request("GET", "/hello")) as job:
+        assert b"".join(job) == b"hello"
+    time.sleep(0.15)
+    assert pool._supervisor is not None
+    worker = pool._supervisor.leases.lease(None)
+    assert list(pool._supervisor._jobs_of([worker])) == []
+    pool._supervisor.leases.give_back(worker)
+    with pool.open(Request("GET", "/endless")) as job:
+        assert list(pool._supervisor._jobs_of([worker])) == [(worker, job)]
+
+
 def test_memory_errors_without_a_limit(pool: Pool) -> None:
     """F4: a MemoryError is a memory fault, whoever has set the limit."""
     with pytest.raises(MemoryExceeded):

@@ -225,6 +225,21 @@ def test_locations_are_mapped_back(location: str, mapped: str) -> None:
     assert restored == [("x", "1"), ("Location", mapped), ("content-location", mapped)]
 
 
+@pytest.mark.parametrize("location", ["http://ap\tp.local/x", "http://app.local:x/y", "//[", "http:/api", "http://"])
+def test_locations_that_make_no_sense(location: str) -> None:
+    """T8: they stay as they are."""
+    headers = [("Location", location)]
+    assert Route("openai").restore_locations(headers, "http", "app.local") == headers
+
+
+def test_a_host_named_like_its_scheme() -> None:
+    """T8: found where the authority stands, and nowhere before it."""
+    location = f"http://http{MOUNT}/x"
+    assert Route("openai").restore_locations([("Location", location)], "http", "http") == [
+        ("Location", "http://http/x")
+    ]
+
+
 def test_a_transport_asked_for_is_not_a_request(start: Callable[..., Pool]) -> None:
     """T2: asking for a transport starts nothing."""
     pool = Pool("tests.handlers:app")

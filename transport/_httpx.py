@@ -59,7 +59,7 @@ class ClientURL(Protocol):
     @property
     def scheme(self) -> str: ...
     @property
-    def host(self) -> str: ...
+    def raw_host(self) -> bytes: ...
     @property
     def port(self) -> int | None: ...
     @property
@@ -113,7 +113,11 @@ class Core:
         except BlastdoorError as error:
             head, content = self._failed(error, call)
             return call.answer(head), SyncBody(None, content, self._errors)
-        return call.answer(job.head), SyncBody(job, b"", self._errors)
+        try:
+            return call.answer(job.head), SyncBody(job, b"", self._errors)
+        except BaseException as error:
+            job.close(error)
+            raise
 
     async def send_async(self, request: ClientRequest, body: object) -> tuple[Answer, AsyncBody]:
         """As `send`, for a task of an event loop."""
@@ -123,7 +127,11 @@ class Core:
         except BlastdoorError as error:
             head, content = self._failed(error, call)
             return call.answer(head), AsyncBody(None, content, self._errors)
-        return call.answer(job.head), AsyncBody(job, b"", self._errors)
+        try:
+            return call.answer(job.head), AsyncBody(job, b"", self._errors)
+        except BaseException as error:
+            job.close(error)
+            raise
 
     def _failed(self, error: BlastdoorError, call: _Call) -> tuple[ResponseHead, bytes]:
         """The response that tells of a fault, or the client's own error, raised."""
@@ -149,7 +157,7 @@ class _Call:
         errors = core._errors
         self._route = core._route
         self.context = JobContext() if self._route is None else self._route.context()
-        limits: Mapping[str, float | None] = request.extensions.get("timeout", {})
+        limits: Mapping[str, float | None] = request.extensions.get("timeout") or {}
         lease, connect = limits.get("pool"), limits.get("connect")
         self.lease_error = errors.pool_timeout
         if connect is not None and (lease is None or connect < lease) and not core._pool.ready:
@@ -164,13 +172,14 @@ class _Call:
         scheme = url.scheme
         if scheme not in _PORTS:
             raise errors.unsupported_protocol(f"the URL's scheme must be http or https, not {scheme!r}")
-        target = bytes(request.extensions.get("target", url.raw_path)).decode("latin-1")
+        target = request.extensions.get("target", url.raw_path)
+        target = target if isinstance(target, str) else bytes(target).decode("latin-1")
         self._authority = url.netloc.decode("ascii")
         try:
             if self._route is not None:
                 target = self._route.rewrite(target)
             headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw]
-            server = url.host, url.port or _PORTS[scheme]
+            server = url.raw_host.decode("ascii"), url.port or _PORTS[scheme]
             self.outgoing = Request(request.method, target, headers, cast("Body", body), scheme, server)
         except TargetEscapes as error:
             raise errors.invalid_url(str(error)) from error

@@ -93,10 +93,14 @@ class Transport(BaseAdapter):
             except (JobFailed, WorkersUnavailable) as error:
                 head, content = problem(error, debug=self._pool.debug)
                 body = io.BytesIO(b"" if outgoing.method == "HEAD" else content)
-            if self._route is not None:
-                headers = self._route.restore_locations(head.headers, outgoing.scheme, authority)
-                head = ResponseHead(head.status, headers)
-            return self._respond(request, head, RawResponse(head, body, outgoing))
+            try:
+                if self._route is not None:
+                    headers = self._route.restore_locations(head.headers, outgoing.scheme, authority)
+                    head = ResponseHead(head.status, headers)
+                return self._respond(request, head, RawResponse(head, body, outgoing))
+            except BaseException:
+                body.close()
+                raise
         except InvalidRequest as error:
             raise InvalidURL(error, request=request) from error
         except LeaseTimeout as error:

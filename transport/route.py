@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from runner.errors import ConfigurationError
 from runner.messages import Header, JobContext
@@ -20,6 +20,8 @@ DEFAULT_ROOT: Final = "/api/v2/aibridge"
 _MAX_DECODINGS: Final = 8
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_~!$&'()*+,;=:@-][A-Za-z0-9._~!$&'()*+,;=:@-]*)*/?")
 _FORBIDDEN = re.compile(r"[/\\%?#\s\x00-\x20\x7f-\xa0]")
+# RFC 3986, 3: a scheme, if there is one, and an authority.
+_AUTHORITY = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*):)?//([^/?#]*)")
 _ROOT = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 
 
@@ -75,16 +77,11 @@ class Route:
         ]
 
     def _restore(self, location: str, scheme: str, authority: str) -> str:
-        try:
-            parts = urlsplit(location)
-        except ValueError:
-            return location
         start = ""
-        if parts.scheme or parts.netloc:
-            same = parts.scheme.lower() in ("", scheme) and parts.netloc.lower() == authority.lower()
-            if not (same and parts.netloc):
+        if (own := _AUTHORITY.match(location)) is not None:
+            if (own[1] or scheme).lower() != scheme or own[2].lower() != authority.lower():
                 return location
-            start = location[: location.index(parts.netloc) + len(parts.netloc)]
+            start = own[0]
         rest = location[len(start) :]
         if not rest.startswith(self.mount):
             return location

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from runner.async_pipes import AsyncRequest, AsyncResponse, Data
+from runner.async_pipes import AsyncRequest, AsyncResponse
 from runner.handlers.bridge import AsyncBridge
 from runner.handlers.native import FreezingHeaders, RequestView, log_line
+from runner.response_frames import Data
 
 AsyncHandler = Callable[["AsyncHandlerRequest", "AsyncHandlerResponse"], Awaitable[bytes | None]]
 """A native handler that is a coroutine function."""

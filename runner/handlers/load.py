@@ -66,11 +66,11 @@ def load(config: ZygoteConfig) -> Bridge | AsyncBridge:
 
 
 def is_coroutine_function(target: Callable[..., Any]) -> bool:
-    """Whether calling it gives a coroutine, decorated or an object with `__call__` as it may be."""
+    """Whether calling it gives a coroutine, be it a function, a partial or an object with `__call__`."""
+    while isinstance(target, functools.partial):
+        target = target.func
     call = target if inspect.isroutine(target) else getattr(target, "__call__", target)  # noqa: B004
-    while isinstance(call, functools.partial):
-        call = call.func
-    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(inspect.unwrap(call))
+    return inspect.iscoroutinefunction(call)
 
 
 def import_handler(spec: str) -> object:
@@ -107,8 +107,9 @@ def find_kind(target: Callable[..., Any]) -> HandlerKind | None:
         for parameter in signature.parameters.values()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
-    is_async = is_coroutine_function(target)
-    if len(positional) == 3 and (is_async or [p.name for p in positional][1:] == ["receive", "send"]):
+    required = [parameter for parameter in positional if parameter.default is parameter.empty]
+    is_async = is_coroutine_function(target) or is_coroutine_function(inspect.unwrap(target))
+    if len(required) == 3 and (is_async or [p.name for p in required][1:] == ["receive", "send"]):
         return "asgi"
     try:
         signature.bind(None, None)
