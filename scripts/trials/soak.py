@@ -128,7 +128,7 @@ def look(pool: Pool, host: psutil.Process, began: float, tally: Tally, faults: s
         faults=sum(count for name, count in calls.items() if name in faults),
         host=host.memory_info().rss,
         zygote=zygote,
-        worker=statistics.fmean(sizes) if sizes else 0,
+        worker=statistics.median(sizes) if sizes else 0,  # one of them may be on its way to its limit
         workers=len(pids),
         descriptors=host.num_fds(),
         threads=host.num_threads(),
@@ -167,6 +167,16 @@ def at_rest(pool: Pool, workers: int, seconds: float = 30) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def given_back(host: psutil.Process, before: tuple[int, int], seconds: float = 5) -> tuple[int, int]:
+    """Descriptors and threads of the host; a thread that was joined may take a moment more to be gone."""
+    deadline = time.monotonic() + seconds
+    while True:
+        now = host.num_fds(), host.num_threads()
+        if all(held <= was for held, was in zip(now, before, strict=True)) or time.monotonic() > deadline:
+            return now
+        time.sleep(0.02)
 
 
 def growth(samples: list[Sample], name: str) -> float:
@@ -296,7 +306,7 @@ def soak(arguments: Any, kinds: list[Kind], console: Console) -> int:
         if not at_rest(pool, arguments.workers):
             problems.append(f"not at rest at the end: {pool.stats()}")
         problems += unaccounted(tally, [*kinds, *ASYNC_KINDS])
-        problems += leaks(before, (host.num_fds(), host.num_threads()), samples)
+        problems += leaks(before, given_back(host, before), samples)
     finally:
         pool.close(drain=0)
     if left := host.children(recursive=True):
