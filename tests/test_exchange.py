@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from runner.exchange import NEXT, ResponseExchange, State
 from runner.failures import response_failure
@@ -198,3 +199,77 @@ def test_no_order_of_frames_does_harm(frames: list[Frame]) -> None:
         assert not (ended and len(exchange.body) > before)
         ended = ended or not exchange.open
     assert exchange.head is not None or not exchange.body
+
+
+class AnyWorker(RuleBasedStateMachine):
+    """F6, I14: whatever comes in whatever order, the exchange knows as much as a plain model of it, and no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exchange = ResponseExchange(1, "GET")
+        self.announced: int | None = None
+        self.got = b""
+        self.read = b""
+        self.step = "head"
+
+    def take(self, kind: int, payload: bytes = b"", job: int = 1) -> bool:
+        """Give it a frame; whether that was allowed, as far as kinds and numbers go."""
+        allowed = {"head": {HEAD, FAULT}, "body": {BODY, END, FAULT}, "background": {IDLE, FAULT}}.get(self.step, set())
+        self.exchange.receive([(kind, job, payload)])
+        if kind in allowed and job == 1:
+            return True
+        if allowed:
+            self.step = "broken"
+        assert self.exchange.violation
+        return False
+
+    @rule(length=st.none() | st.integers(0, 20), job=st.sampled_from((1, 1, 1, 2)))
+    def send_head(self, length: int | None, job: int) -> None:
+        headers = [] if length is None else [("Content-Length", str(length))]
+        if self.take(HEAD, head(200, headers)[2], job):
+            self.step, self.announced = "body", length
+
+    @rule(data=st.binary(min_size=1, max_size=10), job=st.sampled_from((1, 1, 1, 2)))
+    def send_body(self, data: bytes, job: int) -> None:
+        if self.take(BODY, data, job):
+            self.got = (self.got + data)[: self.announced]
+
+    @rule(flags=st.sampled_from((b"", b"\1", b"\2", b"\3", b"\xff")))
+    def send_end(self, flags: bytes) -> None:
+        if self.take(END, flags):
+            self.step = "background" if flags and flags[0] & BUSY else "ended"
+
+    @rule()
+    def send_idle(self) -> None:
+        if self.take(IDLE):
+            self.step = "ended"
+
+    @rule(kind=st.sampled_from(("raised", "memory", "cancelled", "aborted")))
+    def send_fault(self, kind: str) -> None:
+        before = self.step
+        if self.take(FAULT, encode([kind, "", "", "", False])):
+            self.step = "broken" if before == "head" and kind == "aborted" else "faulted"
+
+    @rule()
+    def read_on(self) -> None:
+        while self.exchange.body:
+            self.read += self.exchange.body.popleft()
+
+    @invariant()
+    def agrees(self) -> None:
+        state = {
+            "head": State.HEAD_EXPECTED,
+            "body": State.BODY_EXPECTED,
+            "background": State.IDLE_EXPECTED,
+            "ended": State.ENDED,
+            "faulted": State.FAULTED,
+            "broken": State.BROKEN,
+        }[self.step]
+        assert self.exchange.state is state
+        assert self.read + b"".join(self.exchange.body) == self.got
+        if self.announced is not None and self.exchange.head is not None:
+            assert self.exchange.missing == self.announced - len(self.got)
+
+
+TestAnyWorker = AnyWorker.TestCase
+TestAnyWorker.settings = settings(max_examples=300, stateful_step_count=20, deadline=None)

@@ -63,6 +63,24 @@ def hang(request: HandlerRequest, response: HandlerResponse) -> None:
         pass
 
 
+def tokens(request: HandlerRequest, response: HandlerResponse) -> None:
+    """As many tokens of 64 bytes as the query says, each its own write."""
+    for _ in range(int(request.query)):
+        response.write(b"t" * 64)
+
+
+def identity(data: bytes) -> bytes:
+    """What process pools are asked to do."""
+    return data
+
+
+def wsgi(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    """A WSGI app that echoes a small body."""
+    body: bytes = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+
 async def asgi(scope: Any, receive: Any, send: Any) -> None:
     """An ASGI app: echoes a small body, or streams as many tokens as the query says, 50 ms apart."""
     assert scope["type"] == "http"
@@ -78,7 +96,7 @@ async def asgi(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-HANDLERS = {"echo": echo, "stream": stream, "down": down, "up": up, "die": die, "hang": hang}
+HANDLERS = {"echo": echo, "stream": stream, "down": down, "up": up, "die": die, "hang": hang, "tokens": tokens}
 
 
 def handler(request: HandlerRequest, response: HandlerResponse) -> bytes | None:
