@@ -42,7 +42,13 @@ def test_what_can_not_be_sent_is_refused_when_it_is_made(arguments: dict[str, An
 @pytest.mark.parametrize("target", ["/", "/a%2Fb/?", "/a?b=c%20d&&e", "*", '/a"b<c>|{}^`'])
 def test_targets_stay_as_they_are(target: str) -> None:
     """T3: any origin-form target passes, byte for byte."""
-    assert Request("GET", target).target == target
+    assert Request("OPTIONS", target).target == target
+
+
+def test_an_asterisk_is_for_options() -> None:
+    """T3: RFC 9112, 3.2.4."""
+    with pytest.raises(InvalidRequest):
+        Request("GET", "*")
 
 
 def pieces(upload: Upload) -> list[bytes]:
