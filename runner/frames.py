@@ -9,7 +9,8 @@ be taken for the next one's. What may come is a table of kinds with the cap of e
 in the table, a length over its cap, or an empty body frame makes the stream invalid for good.
 
 Body frames are handed on as their bytes come, without waiting for the whole frame: no token is held
-back and nothing is buffered on the word of a length field. All other frames are handed on whole.
+back and nothing is buffered on the word of a length field. Those that have come together are handed on
+together, as one: a reader that lags behind catches up. All other frames are handed on whole.
 """
 
 from __future__ import annotations
@@ -116,8 +117,24 @@ class FrameDecoder:
             at = min(self._body_left, end)
             self._body_left -= at
             frames.append((BODY, self._body_job, data if at == end else data[:at]))
-        while end - at >= HEADER_SIZE:
+        run: list[bytes] = []
+        run_job = 0
+        last = end - HEADER_SIZE
+        while at <= last:
             kind, job, length = _unpack_header(data, at)
+            if kind == BODY and 0 < length <= MAX_BODY and (not run or job == run_job):
+                start = at + HEADER_SIZE
+                at = start + length
+                run_job = job
+                run.append(data[start:at])
+                if at > end:
+                    self._body_job = job
+                    self._body_left = at - end
+                continue
+            if run:
+                frames.append((BODY, run_job, run[0] if len(run) == 1 else b"".join(run)))
+                run.clear()
+                continue
             cap = self._caps.get(kind)
             if cap is None or length > cap or (kind == BODY and not length):
                 self._valid = False
@@ -127,16 +144,12 @@ class FrameDecoder:
             at = start + length
             if at <= end:
                 frames.append((kind, job, data[start:at]))
-            elif kind == BODY:
-                if start < end:
-                    frames.append((BODY, job, data[start:]))
-                self._body_job = job
-                self._body_left = at - end
-                return frames
             else:
                 self._partial += memoryview(data)[start - HEADER_SIZE :]
                 self._need = HEADER_SIZE + length
                 return frames
+        if run and (whole := b"".join(run)):
+            frames.append((BODY, run_job, whole))
         if at < end:
             self._partial += memoryview(data)[at:]
             self._need = HEADER_SIZE

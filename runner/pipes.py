@@ -15,13 +15,15 @@ from typing import Final
 import msgspec
 
 from runner.cancellation import Cancellation
-from runner.frames import BODY, INVALID, REQUEST, STOP, TO_WORKER, FrameDecoder, pack_header
+from runner.frames import BODY, HEADER_SIZE, INVALID, REQUEST, STOP, TO_WORKER, FrameDecoder, pack_header
 from runner.messages import FaultReport, Header, RequestHead
 from runner.output import Prints
 from runner.response_frames import SMALL, Data, body_pieces, end_frame, fault_frame, flat, head_frame, small_body
 
 READ_SIZE: Final = 64 * 1024
 """How much of the request pipe is read at once, in bytes."""
+
+_ATOMIC: Final = select.PIPE_BUF - HEADER_SIZE
 
 decode_request = msgspec.msgpack.Decoder(RequestHead).decode
 
@@ -103,6 +105,14 @@ class OutgoingResponse:
 
     def write(self, data: Data) -> None:
         """Send body bytes. RuntimeError once the job has ended: a thread has outlived it."""
+        if type(data) is bytes and 0 < len(data) <= _ATOMIC:
+            # A token: its frame goes into the pipe whole or not at all (pipe(7), PIPE_BUF), so that it needs no shield
+            # against an exception that a cancel raises here.
+            frame = pack_header(BODY, self._number, len(data)) + data
+            with self._lock:
+                if not self.ended:
+                    self._pipes.write(frame)
+                    return
         data = flat(data)
         with self._shield, self._lock:
             self._check_open()

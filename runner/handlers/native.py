@@ -151,10 +151,9 @@ class HandlerResponse(FreezingHeaders):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send body bytes; they are on their way when it returns."""
-        size = memoryview(data).nbytes
         if self._outgoing.started:
             self._outgoing.write(data)
-        elif size:
+        elif memoryview(data).nbytes:
             self._outgoing.start_with(200, self.freeze(), data)
         else:
             self._outgoing.start(200, self.freeze())
