@@ -111,7 +111,7 @@ class OutgoingResponse:
             frame = pack_header(BODY, self._number, len(data)) + data
             with self._lock:
                 if not self.ended:
-                    self._pipes.write(frame)
+                    self._pipes.write_atomic(frame)
                     return
         data = flat(data)
         with self._shield, self._lock:
@@ -202,6 +202,13 @@ class Pipes:
             while written < len(data):
                 data = data[written:]
                 written = os.write(self._response_fd, data)
+        except BrokenPipeError:
+            raise HostGone from None
+
+    def write_atomic(self, data: bytes) -> None:
+        """Write at most PIPE_BUF bytes, which go whole or not at all. HostGone where nobody reads any more."""
+        try:
+            os.write(self._response_fd, data)
         except BrokenPipeError:
             raise HostGone from None
 
