@@ -68,15 +68,16 @@ class Nothing(BaseAdapter):
         """Nothing to close."""
 
 
-def interleave(rounds: int, *calls: Callable[[], object]) -> list[list[float]]:
-    """Call one after the other, round by round; the times of each, in microseconds."""
+def interleave(rounds: int, *calls: Callable[[], object], block: int = 1) -> list[list[float]]:
+    """Call one after the other, `block` times each, round by round; the times of each, in microseconds."""
     times: list[list[float]] = [[] for _ in calls]
     for number in range(rounds + rounds // 10):
         for call, own in zip(calls, times, strict=True):
-            began = time.perf_counter()
-            call()
-            if number >= rounds // 10:
-                own.append((time.perf_counter() - began) * 1e6)
+            for _ in range(block):
+                began = time.perf_counter()
+                call()
+                if number >= rounds // 10:
+                    own.append((time.perf_counter() - began) * 1e6)
     return times
 
 
