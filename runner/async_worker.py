@@ -50,6 +50,7 @@ class AsyncWorker:
     def start(self) -> None:
         """Get the handler ready; raises what it raises."""
         signal.signal(SIGNAL, signal.SIG_IGN)  # the eventfd says it all
+        faulthandler.unregister(STACKS_SIGNAL)  # or it would take the next line's handler for its own work
         signal.signal(STACKS_SIGNAL, lambda number, frame: print_stacks(self._loop, sys.stderr))
         faulthandler.register(STACKS_SIGNAL, 2, all_threads=True, chain=True)
         self._run(self._handler.start())

@@ -127,6 +127,7 @@ class WorkerMisbehaved(JobFailed):
 def closed_by(cause: BaseException, what: str = "the request") -> JobClosed:
     """The JobClosed that a caller gets whose job, or whose scope, was ended with this cause."""
     words = f" ({cause})" if str(cause) else ""
-    error = JobClosed(f"{what} was ended before its time: {type(cause).__name__}{words}")
+    why = str(cause) if type(cause) is JobClosed else f"{type(cause).__name__}{words}"
+    error = JobClosed(f"{what} was ended before its time: {why}")
     error.__cause__ = cause
     return error

@@ -134,6 +134,11 @@ class Leases:
         with self._lock:
             if not waiter.done:
                 self._waiters.remove(waiter)
+                if not self.manned:
+                    raise LeaseTimeout(
+                        f"no worker had started within {timeout} s: start the pool before its first request "
+                        f"(pool.start(), or a with block), or wait longer"
+                    )
                 raise LeaseTimeout(
                     f"no worker became free within {timeout} s: start the pool with more workers, "
                     f"or wait longer (lease_timeout; the client's connect or pool timeout)"

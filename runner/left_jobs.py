@@ -145,8 +145,9 @@ class LeftJobs:
             self._await_background(job)
         else:
             logger.warning(
-                "job %s: its caller has left, and its handler did not end within %s s: worker %s is killed",
-                job.worker.log.job_id,
+                "job %s: %s, and its handler did not end within %s s: worker %s is killed",
+                job.job_id,
+                job.timed_out or "its caller has left",
                 self._grace,
                 job.worker.pid,
             )

@@ -7,7 +7,7 @@ worker is leased.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +59,8 @@ class Request:
                 f"target {self.target[:200]!r} is not a path with an optional query: it must begin with '/', "
                 f"hold no fragment, and have blanks, controls and non-ASCII characters percent-encoded"
             )
+        if isinstance(self.headers, Mapping):
+            raise InvalidRequest("headers are a list of (name, value) pairs: give list(headers.items())")
         try:
             check_headers(self.headers)
         except (TypeError, ValueError) as error:
@@ -94,7 +96,7 @@ class Upload:
         elif hasattr(body, "read"):
             read: Callable[[int], object] = body.read
             self._next = lambda: as_bytes(read(PIECE))
-        elif isinstance(body, Iterable):
+        elif isinstance(body, Iterable) and not isinstance(body, Mapping):
             source: Iterator[object] = iter(body)
             self._next = lambda: _next_piece(source)
             self._close = getattr(source, "close", None)

@@ -107,6 +107,7 @@ class Supervisor:
         self._closing = False
         self._stopping = False
         self._respawn_is_due = False
+        self._inspection_is_due = False
         self.forgotten = False
         self._reactor = Reactor()
         self._left = LeftJobs(self._reactor, leases, grace, config.limits.wall_seconds)
@@ -144,7 +145,7 @@ class Supervisor:
         """Begin to watch the jobs under way, where the limits ask for it; it ends by itself when there are none."""
         if self.limits.watched and not self.inspecting:
             self.inspecting = True
-            self._reactor.call(self._inspect)
+            self._reactor.call(self._begin_inspecting)
 
     def stop(self, grace: float) -> None:
         """End all workers, the held ones too, and then the zygote and this thread. `leases` is closed by now.
@@ -311,7 +312,12 @@ class Supervisor:
 
     # -- limits --------------------------------------------------------------------------------------
 
+    def _begin_inspecting(self) -> None:
+        if not self._inspection_is_due:  # a caller that came in between two looks began it anew
+            self._inspect()
+
     def _inspect(self) -> None:
+        self._inspection_is_due = False
         if self._inspector is None:
             from runner.inspection import Inspector  # psutil is loaded where limits are set
 
@@ -321,6 +327,7 @@ class Supervisor:
         if not leased or self._stopping:
             return  # the next job begins it anew
         self.inspecting = True
+        self._inspection_is_due = True
         self._reactor.after(INSPECTION_INTERVAL, self._inspect)
         for excess in self._inspector.look(self._jobs_of(leased)):
             if excess.kind == "timeout":

@@ -19,6 +19,7 @@ from runner import (
     HandlerAborted,
     HandlerRaised,
     JobClosed,
+    JobTimedOut,
     Limits,
     Pool,
     PoolClosed,
@@ -362,6 +363,17 @@ def test_background_work_over_the_time_limit(
     wait_gone([pid], 5)
     assert "in its background work the job took longer than 0.3 s" in log.text
     assert "do_background" in log.text
+
+
+def test_a_blocked_loop_shows_where(start: Callable[..., Pool], tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    """W12: a job over its time whose app blocks the event loop: the log has the thread's stack, and the true reason."""
+    pool = start(f"{APPS}:app", workers=1, limits=Limits(wall_seconds=0.3), grace=0.2)
+    with pytest.raises(JobTimedOut):
+        send(pool, f"/block?begun={tmp_path / 'begun'}")
+    assert send(pool, "/hello", lease_timeout=20) == b"hello"
+    assert "in do_block" in log.text
+    assert "the job took longer than 0.3 s, and its handler did not end" in log.text
+    assert "its caller has left" not in log.text
 
 
 def test_background_work_and_close(pool: Pool, tmp_path: Path) -> None:

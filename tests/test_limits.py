@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -216,6 +217,32 @@ def test_a_worker_that_was_idle_for_long_is_over_no_time(start: Callable[..., Po
     pool._supervisor.leases.give_back(worker)
     with pool.open(Request("GET", "/endless")) as job:
         assert list(pool._supervisor._jobs_of([worker])) == [(worker, job)]
+
+
+def test_one_inspection_at_a_time(start: Callable[..., Pool]) -> None:
+    """W6: however many callers come and go between two looks, there is one next look and no more."""
+    pool = start(workers=2, limits=Limits(memory="1GiB"))
+
+    def call() -> None:
+        for _ in range(300):
+            with pool.open(Request("GET", "/hello")) as job:
+                assert b"".join(job) == b"hello"
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    supervisor = pool._supervisor
+    assert supervisor is not None
+    with pool.open(Request("GET", "/endless")):
+        looked = threading.Event()
+        for _ in range(5):
+            supervisor._reactor.call(supervisor._begin_inspecting)
+        supervisor._reactor.call(looked.set)
+        assert looked.wait(20)
+        due = [callback for _, _, callback in list(supervisor._reactor._timers) if callback == supervisor._inspect]
+        assert len(due) == 1
 
 
 def test_memory_errors_without_a_limit(pool: Pool) -> None:

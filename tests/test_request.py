@@ -31,6 +31,7 @@ from runner.request import INLINE, PIECE, Upload
         {"headers": [("a", "\0")]},
         {"headers": [("a", "\u20ac")]},
         {"headers": [("a", 1)]},
+        {"headers": {"a": "b"}},
     ],
 )
 def test_what_can_not_be_sent_is_refused_when_it_is_made(arguments: dict[str, Any]) -> None:
