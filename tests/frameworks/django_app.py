@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,24 @@ def sse(request: HttpRequest) -> HttpResponse:
     return streamed(request, [f"event: tick\ndata: {number}\n\n" for number in range(5)], "text/event-stream")
 
 
+def ticks(request: HttpRequest) -> HttpResponse:
+    """Five lines, 50 ms apart, each with the time of its writing."""
+
+    async def asynchronous() -> AsyncIterator[str]:
+        for _ in range(5):
+            yield f"{time.monotonic()}\n"
+            await asyncio.sleep(0.05)
+
+    def synchronous() -> Iterator[str]:
+        for _ in range(5):
+            yield f"{time.monotonic()}\n"
+            time.sleep(0.05)
+
+    source: Any = asynchronous() if hasattr(request, "scope") else synchronous()
+    response: Any = StreamingHttpResponse(source, content_type="text/plain")
+    return response
+
+
 def go(request: HttpRequest) -> HttpResponse:
     return HttpResponseRedirect("/hello")
 
@@ -147,6 +167,7 @@ urlpatterns = [
     path("raw", raw),
     path("stream", stream),
     path("sse", sse),
+    path("ticks", ticks),
     path("redirect", go),
     path("cookies", cookies),
     path("empty/<int:status>", empty),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -115,6 +117,18 @@ async def sse() -> Response:
             yield {"event": "tick", "data": number}
 
     return EventSourceResponse(events())
+
+
+@app.get("/ticks")
+async def ticks() -> Response:
+    """Five lines, 50 ms apart, each with the time of its writing."""
+
+    async def lines() -> AsyncIterator[str]:
+        for _ in range(5):
+            yield f"{time.monotonic()}\n"
+            await asyncio.sleep(0.05)
+
+    return StreamingResponse(lines(), media_type="text/plain")
 
 
 @app.get("/redirect")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,18 @@ def stream() -> Response:
 def sse() -> Response:
     events = (f"event: tick\ndata: {number}\n\n" for number in range(5))
     return Response(events, content_type="text/event-stream")
+
+
+@app.get("/ticks")
+def ticks() -> Response:
+    """Five lines, 50 ms apart, each with the time of its writing."""
+
+    def lines() -> Iterator[str]:
+        for _ in range(5):
+            yield f"{time.monotonic()}\n"
+            time.sleep(0.05)
+
+    return Response(lines(), content_type="text/plain")
 
 
 @app.get("/redirect")
