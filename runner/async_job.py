@@ -48,7 +48,7 @@ class AsyncJob(RoundTrip):
         try:
             job._watch_scope()
             job._open_event_fd()
-            await job._use(lambda: job._send_head(call.head))
+            await job._use(lambda: job._send_head(call))
             while job._exchange.head is None:
                 await job._use(job._advance)
                 if job._exchange.head is None:
@@ -103,8 +103,8 @@ class AsyncJob(RoundTrip):
         except OSError as error:
             raise WorkersUnavailable(f"no descriptor is left to wait for a worker with: {error}", 1.0) from error
 
-    async def _send_head(self, head: bytes) -> None:
-        self._send_request(head)
+    async def _send_head(self, call: Call) -> None:
+        self._send_request(call)
 
     async def _advance(self) -> None:
         """Wait for the next frames of the response and take them; the upload goes on meanwhile."""

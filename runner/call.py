@@ -8,25 +8,30 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from runner.errors import InvalidRequest, closed_by
-from runner.frames import MAX_HEAD
+from runner.frames import BODY, END, MAX_HEAD, REQUEST, pack_header
 from runner.job import Job
 from runner.messages import JobContext, RequestHead
 from runner.request import Request, Upload
-from runner.round_trip import NeverTaken, Timeouts
+from runner.round_trip import NeverTaken, RoundTrip, Timeouts, job_number
 from runner.scope import CancelScope, current_scope
 
 if TYPE_CHECKING:
     from runner.async_job import AsyncJob
+    from runner.channel import Channel
     from runner.supervisor import Supervisor
+    from runner.worker_record import Worker
 
 _MAX_TRIES: Final = 3
 _encode = msgspec.msgpack.Encoder().encode
 
 
 class Call:
-    """A request with all that belongs to it. Raises InvalidRequest, and JobClosed where the scope is cancelled."""
+    """A request with all that belongs to it. Raises InvalidRequest, and JobClosed where the scope is cancelled.
 
-    __slots__ = ("context", "head", "lease_timeout", "method", "scope", "timeouts", "upload")
+    `sent_at` tells when its head went to the worker that was found for it, where that was done for a caller who waited.
+    """
+
+    __slots__ = ("_supervisor", "context", "head", "lease_timeout", "method", "scope", "sent_at", "timeouts", "upload")
 
     def __init__(
         self,
@@ -51,12 +56,14 @@ class Call:
             job_id, context.provider, context.source, context.delegated_api_key_id, context.attribution, deadline
         )
         self.head = _encode_head(request, upload, self.context)
+        self.sent_at: float | None = None
 
     def run(self, supervisor: Supervisor) -> Job:
         """Lease a worker and have it do the job; gives the job once the response's head is there."""
+        self._supervisor = supervisor
         tries = _MAX_TRIES
         while True:
-            worker = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider)
+            worker = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
             try:
                 supervisor.look_after_jobs()
                 return Job(worker, supervisor, self)
@@ -67,14 +74,42 @@ class Call:
         """As `run`, for a task of an event loop."""
         from runner.async_job import AsyncJob  # anyio is loaded where it is used
 
+        self._supervisor = supervisor
         tries = _MAX_TRIES
         while True:
-            worker = await supervisor.leases.lease_async(self.lease_timeout, self.scope, self.context.provider)
+            worker = await supervisor.leases.lease_async(self.lease_timeout, self.scope, self.context.provider, self)
             try:
                 supervisor.look_after_jobs()
                 return await AsyncJob.open(worker, supervisor, self)
             except NeverTaken as never:
                 tries = _next_try(never, tries)
+
+    def present(self, worker: Worker) -> None:
+        """Write the request to a worker that came free for this call, before its caller has woken up."""
+        worker.log.job_id = self.context.job_id
+        worker.channel.written = 0
+        try:
+            self.send(worker.channel, job_number(worker.jobs + 1))
+        except BrokenPipeError:
+            pass  # the caller finds out by itself
+        else:
+            self.sent_at = time.monotonic()
+
+    def withdraw(self, worker: Worker) -> None:
+        """Give up a worker that was presented: one that has begun ends the job as any that its caller leaves."""
+        if self.sent_at is not None:
+            RoundTrip(worker, self._supervisor, self).close()
+        else:
+            self._supervisor.leases.give_back(worker)
+
+    def send(self, channel: Channel, number: int) -> None:
+        """Send the head, and with it a body that is there, as one write. BrokenPipeError where the worker has gone."""
+        head = self.head
+        inline = self.upload.inline
+        frames = pack_header(REQUEST, number, len(head)) + head
+        if inline:
+            frames = b"".join((frames, pack_header(BODY, number, len(inline)), inline, pack_header(END, number, 0)))
+        channel.send(frames)
 
 
 def _next_try(never: NeverTaken, tries: int) -> int:

@@ -33,7 +33,7 @@ class Job(RoundTrip):
         super().__init__(worker, supervisor, call)
         try:
             self._watch_scope()
-            self._use(lambda: self._send_request(call.head))
+            self._use(lambda: self._send_request(call))
             while self._exchange.head is None:
                 self._use(self._advance)
                 if self._exchange.head is None:

@@ -22,7 +22,7 @@ from runner.cancellation import STACKS_SIGNAL
 from runner.errors import LeaseTimeout, QueueFull, closed_by
 from runner.recycle import Recycle
 from runner.scope import CancelScope
-from runner.waiters import TaskWaiter, ThreadWaiter, Waiter
+from runner.waiters import Caller, TaskWaiter, ThreadWaiter, Waiter
 from runner.worker_record import Worker
 
 if TYPE_CHECKING:
@@ -66,16 +66,19 @@ class Leases:
         self._refusal: Callable[[], Exception] | None = None
         self._closed = False
 
-    def lease(self, timeout: float | None, scope: CancelScope | None = None, provider: str = "") -> Worker:
+    def lease(
+        self, timeout: float | None, scope: CancelScope | None = None, provider: str = "", caller: Caller | None = None
+    ) -> Worker:
         """A ready worker, which the caller then holds until `give_back` or `discard`.
 
-        Waits up to `timeout` seconds, for ever with None, and no longer than the scope lasts. Raises
-        LeaseTimeout, QueueFull, JobClosed where the scope is cancelled, and what `refuse` was given.
+        Waits up to `timeout` seconds, for ever with None, and no longer than the scope lasts. A worker that is
+        found meanwhile is presented to `caller` by whoever gives it up. Raises LeaseTimeout, QueueFull, JobClosed
+        where the scope is cancelled, and what `refuse` was given.
         """
         with self._lock:
             if (worker := self._take_idle(provider)) is not None:
                 return worker
-            waiter = ThreadWaiter(provider)
+            waiter = ThreadWaiter(provider, caller)
             self._enqueue(waiter)
         try:
             self._watch(waiter, scope)
@@ -88,12 +91,14 @@ class Leases:
                 scope.unwatch(waiter)
         return self._found(waiter, timeout, scope)
 
-    async def lease_async(self, timeout: float | None, scope: CancelScope | None = None, provider: str = "") -> Worker:
+    async def lease_async(
+        self, timeout: float | None, scope: CancelScope | None = None, provider: str = "", caller: Caller | None = None
+    ) -> Worker:
         """As `lease`, for a task of an event loop."""
         with self._lock:
             if (worker := self._take_idle(provider)) is not None:
                 return worker
-            waiter = TaskWaiter(provider)
+            waiter = TaskWaiter(provider, caller)
             self._enqueue(waiter)
         try:
             self._watch(waiter, scope)
@@ -161,7 +166,10 @@ class Leases:
             if not waiter.done:
                 self._waiters.remove(waiter)
         if waiter.worker is not None:
-            self.give_back(waiter.worker)
+            if waiter.caller is not None:
+                waiter.caller.withdraw(waiter.worker)
+            else:
+                self.give_back(waiter.worker)
 
     def _admits(self, provider: str) -> bool:
         """Whether one more job may run now, of this provider."""
@@ -188,16 +196,25 @@ class Leases:
             self._serve_waiters()
 
     def _serve_waiters(self) -> None:
-        for waiter in list(self._waiters):
-            if not self._idle:
-                return
-            if self._admits(waiter.provider):
-                self._waiters.remove(waiter)
-                worker = waiter.worker = self._hand_out(self._idle.pop(), waiter.provider)
-                if not waiter.wake():
-                    waiter.worker, waiter.error = None, LeaseTimeout("the event loop of this caller has ended")
+        while self._idle and (waiter := self._next_waiter()) is not None:
+            worker = waiter.worker = self._hand_out(self._idle.pop(), waiter.provider)
+            if waiter.caller is not None:
+                waiter.caller.present(worker)
+            if not waiter.wake():
+                waiter.worker, waiter.error = None, LeaseTimeout("the event loop of this caller has ended")
+                if waiter.caller is not None:
+                    waiter.caller.withdraw(worker)
+                else:
                     self._take_back(worker)
                     self._idle.append(worker)
+
+    def _next_waiter(self) -> Waiter | None:
+        """Take out of the queue whoever has waited longest of those that are admitted."""
+        for place, waiter in enumerate(self._waiters):
+            if self._admits(waiter.provider):
+                del self._waiters[place]
+                return waiter
+        return None
 
     def _take_back(self, worker: Worker) -> None:
         worker.leased = False

@@ -35,7 +35,7 @@ from runner.errors import (
 from runner.events import JobEnded, JobStarted, Outcome
 from runner.exchange import ResponseExchange
 from runner.failures import over_limit, response_failure, worker_death
-from runner.frames import BODY, END, REQUEST, STOP, Frame, encode, pack_header
+from runner.frames import BODY, END, STOP, Frame, encode, pack_header
 from runner.left_jobs import Rest, log_background_failure
 from runner.limits import over_wall_time
 from runner.logs import printable
@@ -55,10 +55,13 @@ EXIT_LIMIT: Final = 5.0
 NOTHING: Final[list[Frame]] = []
 """Instead of frames: there are none yet."""
 
-_NUMBERS: Final = 0xFFFFFFFF
-
 Timeouts = tuple[float | None, float | None]
 """Seconds to wait for progress of the response, and of the request's body; None for ever."""
+
+
+def job_number(jobs: int) -> int:
+    """The number that the frames of a worker's job carry: how many it has had, in four bytes."""
+    return jobs & 0xFFFFFFFF
 
 
 class NeverTaken(Exception):
@@ -112,14 +115,14 @@ class RoundTrip:
         wall_seconds = supervisor.limits.wall_seconds
         self.job_id = job_id = context.job_id
         self._context = context
-        self.began = time.monotonic()
+        sent_at = call.sent_at
+        self.began = time.monotonic() if sent_at is None else sent_at
         self._outcome: Outcome = "left"
         self._scope = call.scope
         self._worker = worker
         self._channel = worker.channel
         self._supervisor = supervisor
         self._upload = call.upload
-        self._uploading = False
         self._read_timeout, self._write_timeout = call.timeouts
         self._lock = threading.Lock()
         self._using = False
@@ -128,11 +131,15 @@ class RoundTrip:
         worker.jobs += 1
         worker.job = weakref.ref(self)
         worker.log.job_id = job_id
-        self._number = worker.jobs & _NUMBERS
+        self._number = job_number(worker.jobs)
         self._expires = None if wall_seconds is None else self.began + wall_seconds
         self._wall_seconds = wall_seconds or 0.0
         self._exchange = ResponseExchange(self._number, call.method)
-        self._channel.written = 0
+        if sent_at is None:
+            self._channel.written = 0
+            self._uploading = False
+        else:
+            self._uploading = self._upload.lazy or not self._channel.flushed
         if supervisor.events.subscribers:
             supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid))
 
@@ -192,16 +199,13 @@ class RoundTrip:
 
     # -- sending -------------------------------------------------------------------------------------
 
-    def _send_request(self, head: bytes) -> None:
+    def _send_request(self, call: Call) -> None:
         upload = self._upload
-        number = self._number
-        inline = upload.inline
-        frames = pack_header(REQUEST, number, len(head)) + head
-        if inline:
-            frames = b"".join((frames, pack_header(BODY, number, len(inline)), inline, pack_header(END, number, 0)))
         channel = self._channel
         try:
-            channel.send(frames)
+            if call.sent_at is None:
+                call.send(channel, self._number)
+            call.sent_at = None
         except BrokenPipeError:
             self._outcome = "not taken"
             self._discard()

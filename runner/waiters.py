@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from runner.worker_record import Worker
 
 
+class Caller(Protocol):
+    """Whoever a worker is for, as far as others may act for it while it waits, or is still to wake up."""
+
+    def present(self, worker: Worker) -> None:
+        """The worker was found: have it begin at once. Called by whoever gave it up, who holds the lock."""
+
+    def withdraw(self, worker: Worker) -> None:
+        """The caller waits no more, and was found a worker at the same moment: see to it."""
+
+
 class Waiter:
     """What was found for a caller: a worker, or an error. Guarded by the lock of `Leases`, as is `wake`."""
 
-    __slots__ = ("error", "provider", "worker")
+    __slots__ = ("caller", "error", "provider", "worker")
 
-    def __init__(self, provider: str) -> None:
+    def __init__(self, provider: str, caller: Caller | None = None) -> None:
         self.provider = provider
+        self.caller = caller
         self.worker: Worker | None = None
         self.error: Exception | None = None
 
@@ -35,8 +46,8 @@ class ThreadWaiter(Waiter):
 
     __slots__ = ("_ready",)
 
-    def __init__(self, provider: str) -> None:
-        super().__init__(provider)
+    def __init__(self, provider: str, caller: Caller | None = None) -> None:
+        super().__init__(provider, caller)
         self._ready = threading.Lock()
         self._ready.acquire()
 
@@ -54,11 +65,11 @@ class TaskWaiter(Waiter):
 
     __slots__ = ("_call", "_event")
 
-    def __init__(self, provider: str) -> None:
+    def __init__(self, provider: str, caller: Caller | None = None) -> None:
         import anyio
         from anyio.lowlevel import current_token
 
-        super().__init__(provider)
+        super().__init__(provider, caller)
         self._event = anyio.Event()
         loop: Any = current_token().native_token
         self._call: Callable[[Callable[[], object]], object] = (

@@ -897,3 +897,79 @@ def test_slow_streams(start: Callable[..., Pool], run: Run) -> None:
     assert len(lags) == 500
     lags.sort()
     assert lags[250] < 0.25  # half of a stream's whole length
+
+
+@contextlib.contextmanager
+def waiting_task(pool: Pool, target: str, body: Any = None, *, cancel: bool = False) -> Generator[list[object]]:
+    """A task that waits for the worker, in a loop that is then held until the block ends; gives what comes of it."""
+    held, free = threading.Event(), threading.Event()
+    found: list[object] = []
+
+    async def main() -> None:
+        task = asyncio.create_task(aget(pool, target, body))
+        await until(lambda: pool.stats().waiting == 1)
+        held.set()
+        assert free.wait(20)
+        if cancel:
+            task.cancel()
+        found.extend(await asyncio.gather(task, return_exceptions=True))
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    try:
+        assert held.wait(20)
+        yield found
+    finally:
+        free.set()
+        thread.join()
+
+
+def test_whoever_gives_up_a_worker_begins_the_next_job(start: Callable[..., Pool], tmp_path: Path) -> None:
+    """W4: the worker does not idle until the caller that has waited longest wakes up."""
+    pool = start(workers=1)
+    job = pool.open(Request("GET", "/stream?count=2&pause=0.01"))
+    (tmp_path / "go").touch()
+    target = f"/wait_for?here={tmp_path / 'here'}&go={tmp_path / 'go'}"
+    with waiting_task(pool, target) as found:
+        list(job)
+        wait_until((tmp_path / "here").exists)
+        assert pool.stats().busy == 1
+    assert found == [b"went"]
+    recovered(pool, 1)
+
+
+@pytest.mark.parametrize("body", ["none", "endless"])
+def test_a_cancel_of_a_job_that_was_begun_for_its_caller(start: Callable[..., Pool], tmp_path: Path, body: str) -> None:
+    """C3, C5: it ends as any job that its caller leaves, and the worker stays warm; the source is closed."""
+    pool = start(workers=1, grace=30)
+    pid = pool.workers()[0].pid
+    closed = []
+
+    async def endless() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"x"
+        finally:
+            closed.append(True)
+
+    job = pool.open(Request("GET", "/stream?count=2&pause=0.01"))
+    target = f"/wait_for?here={tmp_path / 'here'}&go={tmp_path / 'never'}"
+    with waiting_task(pool, target, endless() if body == "endless" else None, cancel=True) as found:
+        list(job)
+        wait_until((tmp_path / "here").exists)
+    assert isinstance(found[0], asyncio.CancelledError)
+    assert pool.stats().outcomes["left"] == 1
+    recovered(pool, 1)
+    assert pool.workers()[0].pid == pid
+
+
+def test_a_death_before_the_caller_that_it_was_begun_for_wakes_up(start: Callable[..., Pool]) -> None:
+    """F1, W4: it is told what became of its job, which is not tried again."""
+    pool = start(workers=1)
+    job = pool.open(Request("GET", "/stream?count=2&pause=0.01"))
+    with waiting_task(pool, "/die?how=segfault") as found:
+        list(job)
+        wait_until(lambda: pool.stats().deaths == 1)
+    assert isinstance(found[0], WorkerDied)
+    recovered(pool, 1)
+    assert pool.stats().deaths == 1
