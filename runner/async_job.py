@@ -46,7 +46,8 @@ class AsyncJob(RoundTrip):
         if isinstance(call.upload, AsyncUpload):
             call.upload.wake = _waker(job)
         try:
-            job._watch_scope()
+            if job._scope is not None:
+                job._watch_scope(job._scope)
             job._open_event_fd()
             await job._use(lambda: job._send_head(call))
             while job._exchange.head is None:

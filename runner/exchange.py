@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 import msgspec
 
@@ -25,7 +25,7 @@ from runner.messages import FaultReport, ResponseHead
 logger = logging.getLogger("blastdoor")
 
 
-class State(Enum):
+class State(IntEnum):
     """Where a job's response stands."""
 
     HEAD_EXPECTED = auto()
@@ -100,6 +100,11 @@ class ResponseExchange:
         return self.state is State.HEAD_EXPECTED or self.state is State.BODY_EXPECTED
 
     @property
+    def awaits_head(self) -> bool:
+        """Whether the head is still to come."""
+        return self.state is State.HEAD_EXPECTED
+
+    @property
     def unfinished(self) -> bool:
         """Whether more frames may come: of the response, or at the end of the background work."""
         return bool(NEXT[self.state])
@@ -121,13 +126,14 @@ class ResponseExchange:
     def receive(self, frames: Iterable[Frame]) -> None:
         """Take the next frames. Never raises: a violation ends in the state BROKEN."""
         for kind, job, payload in frames:
-            if not NEXT[self.state]:
+            moves = NEXT[self.state]
+            if not moves:
                 self.violation = "frames after the end of the response"
                 return
             if kind == INVALID:
                 self._break(payload.decode())
                 return
-            state = NEXT[self.state].get(kind)
+            state = moves.get(kind)
             if state is None:
                 self._break(f"frame of kind {kind} where none such may come (state {self.state.name})")
                 return
@@ -152,15 +158,16 @@ class ResponseExchange:
     def _receive_head(self, payload: bytes) -> bool:
         try:
             head = _decode_head(payload)
-            check_headers(head.headers)
-            self._left = content_length(head.headers)
+            if head.headers:
+                check_headers(head.headers)
+                self._left = content_length(head.headers)
         except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:
             self._break(f"response head that does not hold up: {error}")
             return False
         # The pipe has its own framing: RFC 9112, 7 makes Transfer-Encoding a matter of each hop. RFC 9110, 8.6 allows
         # a 204 no Content-Length.
         dropped = _NOT_AT_204 if head.status == 204 else _HOP_HEADERS
-        if any(name.lower() in dropped for name, _ in head.headers):
+        if head.headers and any(name.lower() in dropped for name, _ in head.headers):
             head = ResponseHead(head.status, [pair for pair in head.headers if pair[0].lower() not in dropped])
         self.head = head
         return True

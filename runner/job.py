@@ -32,16 +32,22 @@ class Job(RoundTrip):
     ) -> None:
         super().__init__(worker, supervisor, call)
         try:
-            self._watch_scope()
-            self._use(lambda: self._send_request(call))
-            while self._exchange.head is None:
-                self._use(self._advance)
-                if self._exchange.head is None:
-                    self._check_end()
+            if self._scope is not None:
+                self._watch_scope(self._scope)
+            self._use(lambda: self._await_head(call))
+            head = self._exchange.head
+            if head is None:
+                self._check_end()
+                raise AssertionError("a response that has ended, without a head, has failed")
         except BaseException as error:
             self.close(error)
             raise
-        self.head = self._exchange.head
+        self.head = head
+
+    def _await_head(self, call: Call) -> None:
+        self._send_request(call)
+        while self._exchange.awaits_head and self._closed_by is None:
+            self._advance()
 
     def __iter__(self) -> Iterator[bytes]:
         while piece := self.read():

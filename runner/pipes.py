@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from runner.cancellation import Cancellation
-from runner.frames import BODY, HEADER_SIZE, INVALID, REQUEST, STOP, TO_WORKER, FrameDecoder, pack_header
+from runner.frames import BODY, END, HEADER_SIZE, INVALID, REQUEST, STOP, TO_WORKER, FrameDecoder, pack_header
 from runner.messages import FaultReport, Header, RequestHead
 from runner.output import Prints
 from runner.response_frames import SMALL, Data, body_pieces, end_frame, fault_frame, flat, head_frame, small_body
@@ -53,10 +53,18 @@ class IncomingRequest:
             return b""
         with self._pipes.shield:
             kind, _, payload = self._pipes.next_frame()
-            self._ended = kind != BODY
+            self._ended = kind != BODY or self._pipes.take_end()
         if kind == STOP:
             raise UploadStopped("the caller stopped sending the request body before its end")
         return payload
+
+    def take_whole(self) -> bytes | None:
+        """The body, where all of it has come in one piece with the head; None where it has to be read."""
+        if self._ended:
+            return b""
+        body = self._pipes.take_whole_body()
+        self._ended = body is not None
+        return body
 
     @property
     def cancelled(self) -> bool:
@@ -185,6 +193,23 @@ class Pipes:
         if frame[0] == INVALID:
             raise HostGone
         return frame
+
+    def take_whole_body(self) -> bytes | None:
+        """Take a body of one frame and its END, if that is what has come next."""
+        frames = self._frames
+        if len(frames) == 2 and frames[0][0] == BODY and frames[1][0] == END:
+            body = frames[0][2]
+            frames.clear()
+            return body
+        return None
+
+    def take_end(self) -> bool:
+        """Take the END of a request's body, if that is what has come next."""
+        frames = self._frames
+        if frames and frames[0][0] == END:
+            frames.popleft()
+            return True
+        return False
 
     def next_request(self) -> IncomingRequest:
         """The next job's request."""

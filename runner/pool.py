@@ -382,9 +382,14 @@ class Pool:
     ) -> Call:
         if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
             lease_timeout = self._queue_timeout
-        timeouts = _endless(read_timeout), _endless(read_timeout if write_timeout is None else write_timeout)
+        if write_timeout is None:
+            write_timeout = read_timeout
+        timeouts = _ENDLESS if write_timeout is None else (_endless(read_timeout), _endless(write_timeout))
         job_id = f"{self._job_prefix}-{next(self._job_numbers)}"
         return Call(request, upload, context, job_id, _endless(lease_timeout), timeouts)
+
+
+_ENDLESS = (None, None)
 
 
 def _endless(timeout: float | None) -> float | None:

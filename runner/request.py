@@ -59,7 +59,7 @@ class Request:
                 f"target {self.target[:200]!r} is not a path with an optional query: it must begin with '/', "
                 f"hold no fragment, and have blanks, controls and non-ASCII characters percent-encoded"
             )
-        if isinstance(self.headers, Mapping):
+        if type(self.headers) is not list and isinstance(self.headers, Mapping):
             raise InvalidRequest("headers are a list of (name, value) pairs: give list(headers.items())")
         try:
             check_headers(self.headers)
@@ -86,7 +86,9 @@ class Upload:
         self._close: Callable[[], None] | None = None
         if body is None:
             return
-        if isinstance(body, (bytes, bytearray, memoryview, str)):
+        if type(body) is bytes and len(body) <= INLINE:
+            self.inline = body
+        elif isinstance(body, (bytes, bytearray, memoryview, str)):
             data = as_bytes(body)
             if len(data) <= INLINE:
                 self.inline = data

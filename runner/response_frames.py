@@ -28,6 +28,15 @@ def head_frame(job: int, status: int, headers: list[Header]) -> bytes:
         raise TypeError(f"the status must be an int such as 200, not {status!r}")
     if not 200 <= status <= 999:
         raise ValueError(f"the status must lie between 200 and 999, not {status}")
+    if headers:
+        headers = _checked(headers)
+    payload = _encode(ResponseHead(int(status), headers))
+    if len(payload) > MAX_HEAD:
+        raise ValueError(f"the response head has {len(payload)} bytes, over the cap of {MAX_HEAD}")
+    return encode(HEAD, job, payload)
+
+
+def _checked(headers: list[Header]) -> list[Header]:
     for name, value in headers:
         if not isinstance(name, str) or not isinstance(value, str):
             raise TypeError(f"header names and values must be str, not {name!r}: {value!r}")
@@ -36,10 +45,7 @@ def head_frame(job: int, status: int, headers: list[Header]) -> bytes:
         headers = [(name, value.strip(" \t")) for name, value in headers]
     check_headers(headers)
     content_length(headers)
-    payload = _encode(ResponseHead(int(status), headers))
-    if len(payload) > MAX_HEAD:
-        raise ValueError(f"the response head has {len(payload)} bytes, over the cap of {MAX_HEAD}")
-    return encode(HEAD, job, payload)
+    return headers
 
 
 def flat(data: Data) -> Data:

@@ -40,7 +40,7 @@ from runner.left_jobs import Rest, log_background_failure
 from runner.limits import over_wall_time
 from runner.logs import printable
 from runner.messages import ResponseHead
-from runner.scope import Watcher
+from runner.scope import CancelScope, Watcher
 
 if TYPE_CHECKING:
     from runner.call import Call
@@ -160,9 +160,8 @@ class RoundTrip:
         """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
         return self._settled
 
-    def _watch_scope(self) -> None:
-        if self._scope is not None:
-            self._scope.watch(id(self), _closer(self))
+    def _watch_scope(self, scope: CancelScope) -> None:
+        scope.watch(id(self), _closer(self))
 
     def _next_piece(self) -> bytes | None:
         """A piece of the body that is there, b"" at its end; None where it has to be waited for."""
@@ -173,7 +172,8 @@ class RoundTrip:
             return exchange.body.popleft()
         if exchange.open:
             return None
-        self._check_end()
+        if self._outcome != "ok":
+            self._check_end()
         return b""
 
     def close(self, cause: BaseException | None = None) -> None:
@@ -182,8 +182,8 @@ class RoundTrip:
         Nothing happens where the response has ended. Otherwise the handler has the pool's grace time to end,
         and then its worker is killed; nobody waits for that here.
         """
-        if self._supervisor.forgotten:
-            return  # this is a forked child: the job is the parent's
+        if self._settled or self._supervisor.forgotten:
+            return  # it is over; or this is a forked child, and the job is the parent's
         with self._lock:
             if self._settled or self._closed_by is not None:
                 return

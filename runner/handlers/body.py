@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from runner.pipes import IncomingRequest
 
@@ -32,4 +32,7 @@ class _Pieces(io.RawIOBase):
 
 def body_reader(request: IncomingRequest) -> io.BufferedReader:
     """The body as a buffered binary file: `read`, `read1` (what has come), `readline`, iteration by lines."""
+    whole = request.take_whole()
+    if whole is not None:
+        return io.BufferedReader(cast("io.RawIOBase", io.BytesIO(whole)))
     return io.BufferedReader(_Pieces(request), 16 * 1024)

@@ -26,8 +26,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from runner import Pool, Request
-from scripts.measure import asynchronous, figures
-from scripts.measure.figures import SMALL, interleave, middle
+from scripts.measure import asynchronous, figures, placement
+from scripts.measure.figures import interleave, middle
 from scripts.measure.peers import PEERS, UNISOLATED, Call
 from scripts.trials.report import Page
 
@@ -126,27 +126,6 @@ def token_rates(tokens: int) -> tuple[float, float]:
     return raw, ours
 
 
-def sizes(rounds: int) -> dict[int, float]:
-    """The median of a small POST with so many idle workers, in microseconds, interleaved."""
-    numbers = (2, 16, 64, 256)
-    with contextlib.ExitStack() as stack:
-        pools = [
-            stack.enter_context(Pool("scripts.measure.handlers:handler", workers=number, preload=True))
-            for number in numbers
-        ]
-
-        def opener(pool: Pool) -> Call:
-            def call() -> None:
-                with pool.open(Request("POST", "/echo", body=SMALL)) as job:
-                    for _ in job:
-                        pass
-
-            return call
-
-        times = interleave(rounds // BLOCK, *(opener(pool) for pool in pools), block=BLOCK)
-    return {number: middle(own) for number, own in zip(numbers, times, strict=True)}
-
-
 def judge(
     times: dict[str, list[float]],
     rates: dict[str, dict[int, float]],
@@ -221,7 +200,7 @@ def by_number(by_size: dict[int, float]) -> Figure:
     figure = Figure(figsize=(9, 3))
     axes = figure.subplots()
     axes.plot([str(number) for number in by_size], list(by_size.values()), marker="o")
-    axes.set_xlabel("idle workers of the pool")
+    axes.set_xlabel("idle workers of the pool, all on one core")
     axes.set_ylabel("µs, median")
     axes.set_ylim(bottom=0)
     return figure
@@ -251,7 +230,7 @@ def main() -> int:
         step("tokens")
         tokens = sorted(token_rates(100_000) for _ in range(3))[1]
         step("pool sizes")
-        by_size = sizes(arguments.rounds)
+        by_size = placement.sizes(arguments.rounds)
         step("large bodies, deaths, cancels, starts")
         rows, bandwidth = supervision(arguments)
         step("done")
@@ -267,6 +246,7 @@ def supervision(arguments: Any) -> tuple[list[figures.Row], tuple[float, float]]
     """The figures of `scripts/figures`, and the bandwidths against raw, down and up."""
     with Pool("scripts.measure.handlers:handler", workers=2, spares=1, preload=True) as pool:
         rows = [*figures.tokens(pool), *figures.bandwidth(pool, arguments.mebibytes), *figures.deaths(pool, 100)]
+    rows += [*placement.placements(arguments.rounds * 2)]
     rows += [*asynchronous.round_trips(arguments.rounds), *asynchronous.slow_streams(200)]
     rows += [*figures.cancels(30), *figures.starts(5), *figures.imports(5)]
     ratios = [float(value.rpartition("; ")[2].split()[0]) for name, value in rows if " MiB " in name and "; " in value]
