@@ -14,6 +14,8 @@ import pytest
 
 from runner import Pool
 
+SHARED_MEMORY: pytest.StashKey[set[str]] = pytest.StashKey()
+
 HANDLER = "tests.handlers:app"
 
 
@@ -27,10 +29,26 @@ def _descriptors() -> dict[int, str]:
     return found
 
 
+def _shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[SHARED_MEMORY] = _shared_memory()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """W11: of shared memory, tests that run side by side are asked at their common end."""
+    before = session.config.stash[SHARED_MEMORY]
+    left = _shared_memory() - before
+    if left and "PYTEST_XDIST_WORKER" not in os.environ:
+        raise pytest.UsageError(f"shared memory left: {', '.join(sorted(left))}")
+
+
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """W11: after each test no process, descriptor, thread or shared-memory file is left that was not there before."""
-    before = _descriptors(), set(threading.enumerate()), set(os.listdir("/dev/shm"))
+    before = _descriptors(), set(threading.enumerate()), _shared_memory()
     children = set(psutil.Process().children(recursive=True))
     yield
     gc.collect()
@@ -40,7 +58,8 @@ def nothing_left() -> Iterator[None]:
     threads = {thread for thread in threading.enumerate() if not thread.name.startswith("Trio thread")}
     assert threads <= before[1], "threads left"
     assert set(psutil.Process().children(recursive=True)) <= children, "processes left"
-    assert set(os.listdir("/dev/shm")) <= before[2], "shared memory left"
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # there it is another test's as well: see `pytest_sessionfinish`
+        assert _shared_memory() <= before[2], "shared memory left"
 
 
 @pytest.fixture

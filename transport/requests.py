@@ -156,7 +156,8 @@ class Transport(BaseAdapter):
         response.raw = raw
         response.reason = head.reason
         response.url = request.url or ""
-        extract_cookies_to_jar(response.cookies, request, raw)  # type: ignore[no-untyped-call]
+        if "set-cookie" in raw.headers:
+            extract_cookies_to_jar(response.cookies, request, raw)  # type: ignore[no-untyped-call]
         response.request = request
         response.connection = self  # type: ignore[assignment]
         return response
@@ -297,6 +298,8 @@ class _JobBody(io.RawIOBase):
 
 def _timeouts(timeout: object) -> tuple[float | None, float | None]:
     """The waits for a worker and for progress, in seconds, from any form that requests takes."""
+    if timeout is None:
+        return None, None
     if isinstance(timeout, Timeout):
         resolved = timeout
     else:
