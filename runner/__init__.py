@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from runner.pool import Pool as Pool
     from runner.recycle import Recycle as Recycle
     from runner.request import Request as Request
+    from runner.sandbox.profile import Sandbox as Sandbox
     from runner.scope import CancelScope as CancelScope
 
 _HOMES = {
@@ -65,6 +66,7 @@ _HOMES = {
     "pool": "Pool",
     "recycle": "Recycle",
     "request": "Request",
+    "sandbox.profile": "Sandbox",
     "scope": "CancelScope",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}

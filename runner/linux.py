@@ -1,4 +1,4 @@
-"""The platform calls that Python has no function for, each behind a name: prctl(2), and a look at /proc."""
+"""The platform calls that Python has no function for, each behind a name: prctl(2) and others, and a look at /proc."""
 
 from __future__ import annotations
 
@@ -9,16 +9,120 @@ import threading
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
+_PR_GET_DUMPABLE: Final = 3
+_PR_SET_DUMPABLE: Final = 4
+_PR_GET_SECCOMP: Final = 21
+_PR_CAPBSET_DROP: Final = 24
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_GET_NO_NEW_PRIVS: Final = 39
+_PR_CAP_AMBIENT: Final = 47
+_PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+_CAPABILITY_VERSION: Final = 0x20080522
+_LAST_CAPABILITY: Final = 63
 
-_prctl = ctypes.CDLL(None, use_errno=True).prctl
+NEW_MOUNTS: Final = 0x00020000
+NEW_HOSTNAME: Final = 0x04000000
+NEW_IPC: Final = 0x08000000
+NEW_USERS: Final = 0x10000000
+NEW_PIDS: Final = 0x20000000
+NEW_NETWORK: Final = 0x40000000
+
+READ_ONLY: Final = 1
+NO_SUID: Final = 2
+NO_DEVICES: Final = 4
+NO_EXEC: Final = 8
+BIND: Final = 4096
+RECURSIVE: Final = 16384
+PRIVATE: Final = 1 << 18
+DETACH: Final = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_prctl = _libc.prctl
 _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
 
 
-def _call(option: int, value: int) -> None:
-    if _prctl(option, value, 0, 0, 0) != 0:
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def _call(option: int, value: int) -> int:
+    return _checked(_prctl(option, value, 0, 0, 0), f"prctl({option})")
+
+
+def syscall(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
+    """Make a system call that the C library has no function for (syscall(2)). OSError where it fails."""
+    # Plain ints would be passed as C ints: the upper halves of the registers would be anything.
+    wide = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    return _checked(_syscall(ctypes.c_long(number), *wide), f"system call {number}")
+
+
+def unshare(namespaces: int) -> None:
+    """Leave these namespaces for new ones (unshare(2)); NEW_PIDS takes effect on children."""
+    _checked(_libc.unshare(namespaces), "unshare")
+
+
+def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
+    """Mount (mount(2))."""
+    arguments = (os.fsencode(text) if text else None for text in (source, target, kind))
+    _checked(_libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None), f"mount {target}")
+
+
+def unmount(target: str) -> None:
+    """Unmount, at once for all who look, and for real once nobody uses it any more (umount2(2), MNT_DETACH)."""
+    _checked(_libc.umount2(os.fsencode(target), DETACH), f"umount {target}")
+
+
+def set_no_new_privs() -> None:
+    """Gain no privilege by an exec any more, for good."""
+    _call(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def has_no_new_privs() -> bool:
+    """Whether `set_no_new_privs` was called."""
+    return _call(_PR_GET_NO_NEW_PRIVS, 0) == 1
+
+
+def set_dumpable(*, dumpable: bool) -> None:
+    """Whether others of this user may look into this process: its memory, environment, descriptors (proc(5))."""
+    _call(_PR_SET_DUMPABLE, int(dumpable))
+
+
+def is_dumpable() -> bool:
+    """Whether others of this user may look into this process."""
+    return _call(_PR_GET_DUMPABLE, 0) == 1
+
+
+def has_seccomp_filter() -> bool:
+    """Whether this process's system calls are filtered."""
+    return _call(_PR_GET_SECCOMP, 0) == 2
+
+
+def drop_capabilities() -> None:
+    """Give up all capabilities, and what would give any back (capabilities(7))."""
+    for capability in range(_LAST_CAPABILITY + 1):
+        try:
+            _call(_PR_CAPBSET_DROP, capability)
+        except OSError:
+            break  # past the last that the kernel has, or not ours to drop: no_new_privs sees to that
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    _checked(_libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
+
+
+def has_capabilities() -> bool:
+    """Whether this process has, or could take, any capability."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    data = (ctypes.c_uint32 * 6)()
+    _checked(_libc.capget(header, data), "capget")
+    return any(data)
 
 
 def die_with_parent(signal_number: int) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from runner.limits import Limits
+from runner.sandbox.profile import Sandbox
 
 Header = tuple[str, str]
 """A header's name and value, both latin-1 text as on the wire of HTTP/1.1 (RFC 9110, section 5)."""
@@ -109,15 +110,18 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a zygote is told once, on its standard input. The handler is an import string, or a dill pickle.
 
     `grace` is the pool's grace time in seconds, which the workers have a share of for asking before they insist.
+    `modules` are imported in the zygote, once for all workers.
     """
 
     handler: str
     pickle: bytes | None
     kind: Kind
     preload: bool
+    modules: tuple[str, ...]
     root_path: str
     limits: Limits
     grace: float
+    sandbox: Sandbox | None
 
 
 class Spawn(msgspec.Struct, array_like=True, frozen=True, tag=True):
@@ -141,9 +145,19 @@ class Died(msgspec.Struct, array_like=True, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """Zygote to host: the handler can't be preloaded, and why."""
+    """Zygote to host: it can't do what it is for, and why."""
 
-    traceback: str
+    why: str
+
+
+class Lacking(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Zygote to host: layers of the sandbox that this machine can't give, and that it was told to go without."""
+
+    layers: list[str]
+
+
+News = Born | Died | Failed | Lacking
+"""What a zygote tells its host."""
 
 
 def describe_exit(status: int | None) -> tuple[str, int | None, str | None]:

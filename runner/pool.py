@@ -11,12 +11,14 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 
+from runner import linux
 from runner.call import Call
 from runner.errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from runner.events import Events, PoolStats, Subscriber, WorkerInfo
@@ -26,7 +28,8 @@ from runner.limits import Limits, share_cores
 from runner.messages import JobContext, Kind, ZygoteConfig
 from runner.recycle import Recycle
 from runner.request import Request, Upload
-from runner.settings import check_admission, check_settings, portable
+from runner.sandbox.profile import Sandbox
+from runner.settings import PLAIN_ENVIRONMENT, check_admission, check_preload, check_settings, portable
 from runner.supervisor import Size, Supervisor
 
 if TYPE_CHECKING:
@@ -43,10 +46,11 @@ class Pool:
     `handler` is an import string (`"package.module:attribute"`, imported only in the workers) or a callable,
     which is sent by value. `kind` is how it is called: "native", "wsgi", "asgi", or "auto" to find out. `workers` is
     how many processes there are (default: one per core). With `preload` the handler is imported once, in
-    the process that forks the workers. `env` is the workers' environment: None passes the host's on, with the
-    thread counts of numeric libraries set where they are not; a mapping passes just that. `root_path` is the
-    path that a WSGI or ASGI app lies under (SCRIPT_NAME, `root_path`).
-    `limits` are those of the workers and their jobs.
+    the process that forks the workers; with a list of names just these modules are. `env` is the workers' environment:
+    None passes the host's on, with the thread counts of numeric libraries set where they are not; a mapping passes just
+    that. `root_path` is the path that a WSGI or ASGI app lies under (SCRIPT_NAME, `root_path`).
+    `limits` are those of the workers and their jobs. `sandbox` says what the handler's code may reach; with one, `env`
+    None passes nothing of the host's environment on, and the handler is never imported outside it.
 
     `workers=(2, 32)` grows with the demand and shrinks when a worker was idle for `shrink_after` seconds; `spares` more
     are kept warm, so that a death costs the next caller nothing. `queue` bounds how many callers wait, and
@@ -75,10 +79,11 @@ class Pool:
         per_provider: Mapping[str, int] | None = None,
         overload: Literal["raise", "answer"] = "raise",
         recycle: Recycle | None = None,
-        preload: bool = False,
+        preload: bool | Sequence[str] = False,
         env: Mapping[str, str] | None = None,
         root_path: str = "",
         limits: Limits | None = None,
+        sandbox: Sandbox | None = None,
         grace: float = 0.25,
         drain: float = 5.0,
         start_timeout: float = 60.0,
@@ -90,6 +95,7 @@ class Pool:
         least, most = workers if isinstance(workers, tuple) and len(workers) == 2 else (workers, workers)
         check_settings(kind, least, env, root_path)
         check_settings(kind, most, env, root_path)
+        check_preload(preload, sandbox)
         check_admission(least, most, spares, queue, per_provider, overload)
         if queue_timeout is not None and not queue_timeout >= 0:
             raise ConfigurationError(
@@ -105,15 +111,22 @@ class Pool:
             if not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
                 raise ConfigurationError(f"{name} is a time in seconds, zero or more, not {seconds!r}")
         self.debug = debug
+        limits = limits or Limits()
+        if sandbox is not None:
+            limits = sandbox.fill_in(limits)
+            if sandbox.strictly:
+                recycle = replace(recycle or Recycle(), after_jobs=1)
         name, pickle = portable(handler)
         self._config = ZygoteConfig(
             handler=name,
             pickle=pickle,
             kind=kind,
-            preload=preload,
+            preload=preload is True,
+            modules=() if isinstance(preload, bool) else tuple(preload),
             root_path=root_path,
-            limits=limits or Limits(),
+            limits=limits,
             grace=grace,
+            sandbox=sandbox,
         )
         self._settings: dict[str, Any] = {
             "size": Size(least=least, most=most, spares=spares, shrink_after=shrink_after),
@@ -181,9 +194,12 @@ class Pool:
                 raise PoolClosed("the pool is closed: open a new one")
             if self._supervisor is None:
                 env = self._settings["env"]
-                if env is None:
-                    env = dict(os.environ)
+                sandbox = self._config.sandbox
+                if env is None or sandbox is not None:
+                    env = dict(os.environ) if sandbox is None else {**PLAIN_ENVIRONMENT, **(env or {})}
                     share_cores(env, self._size.most, self._config.limits)
+                if sandbox is not None and sandbox.protect_host:
+                    linux.set_dumpable(dumpable=False)
                 try:
                     supervisor = Supervisor(
                         self._leases,

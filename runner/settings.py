@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Final
 
 from runner.errors import ConfigurationError
 from runner.messages import KINDS
+from runner.sandbox.profile import Sandbox
+
+PLAIN_ENVIRONMENT: Final = {"LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"}
+"""The environment of sandboxed workers, but for what `env` names, and the thread counts of numeric libraries."""
 
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -25,6 +30,18 @@ def check_settings(kind: object, workers: object, env: Mapping[str, str] | None,
             raise ConfigurationError(f"env has a name that is none, or a NUL: {name!r}")
     if not isinstance(root_path, str) or (root_path and not root_path.startswith("/")):
         raise ConfigurationError(f"root_path is a path that begins with '/', or empty, not {root_path!r}")
+
+
+def check_preload(preload: object, sandbox: Sandbox | None) -> None:
+    if isinstance(preload, bool):
+        if preload and sandbox is not None:
+            raise ConfigurationError(
+                "preload=True would import the handler outside its sandbox: "
+                "give a list of trusted modules that it needs, such as preload=['flask']"
+            )
+        return
+    if isinstance(preload, str) or not all(isinstance(name, str) and name for name in preload):  # type: ignore[attr-defined]
+        raise ConfigurationError(f"preload is True, False, or a list of modules' names, not {preload!r}")
 
 
 def check_admission(

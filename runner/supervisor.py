@@ -26,7 +26,7 @@ from runner.frames import FAULT, READY
 from runner.leases import Leases
 from runner.left_jobs import LeftJobs, Rest
 from runner.logs import LogPipe
-from runner.messages import Born, Died, FaultReport, Ready, ZygoteConfig, describe_exit
+from runner.messages import Born, Died, FaultReport, Lacking, Ready, ZygoteConfig, describe_exit
 from runner.reactor import Reactor
 from runner.worker_record import Worker
 from runner.zygote_process import ZygoteProcess
@@ -103,7 +103,7 @@ class Supervisor:
         self._zygote: ZygoteProcess | None = None
         self._started = threading.Event()
         self._start_error = ""
-        self._preload_error = ""
+        self._zygote_error = ""
         self._closing = False
         self._stopping = False
         self._respawn_is_due = False
@@ -239,8 +239,11 @@ class Supervisor:
                 self._born(self._workers[news.worker], news.pid, pidfd)
         elif isinstance(news, Died):
             self._bury(self._workers[news.worker], news.status)
+        elif isinstance(news, Lacking):
+            for layer in news.layers:
+                logger.warning("the sandbox goes without a layer on this machine: %s", layer)
         else:
-            self._preload_error = news.traceback
+            self._zygote_error = news.why
         return True
 
     def _zygote_ended(self) -> None:
@@ -265,9 +268,9 @@ class Supervisor:
             self._reactor.finish()
             return
         why = f"the zygote process {describe_exit(status)[0]}"
-        if self._preload_error:
-            why = f"the handler can't be preloaded:\n{self._preload_error}"
-            self._preload_error = ""
+        if self._zygote_error:
+            why = self._zygote_error
+            self._zygote_error = ""
         elif output := zygote.log.tail(""):
             why = f"{why}:\n{output}"
         self._start_failed(why)

@@ -38,17 +38,32 @@ _DESCRIPTOR_CEILING: Final = 1 << 20
 _encode = msgspec.msgpack.Encoder().encode
 
 
-def run(
-    config: ZygoteConfig, handler: Bridge | AsyncBridge | None, zygote: int, fds: list[int], inherited: frozenset[int]
-) -> NoReturn:
+class Birth(msgspec.Struct, frozen=True):
+    """How a worker is born: its parent's pid, its descriptors, and those that a preload had opened before.
+
+    Where it is sandboxed, `enter` shuts it in, given its parent's pid, and `nest` takes it into its own namespaces.
+    """
+
+    parent: int
+    fds: list[int]
+    inherited: frozenset[int]
+    enter: Callable[[int], None] | None = None
+    nest: Callable[[], None] | None = None
+
+
+def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth) -> NoReturn:
     """The life of a worker. `handler` is given where the zygote has preloaded it."""
-    _take_descriptors(fds, inherited)
+    if birth.nest is not None:
+        birth.nest()
+    _take_descriptors(birth.fds, birth.inherited)
     cancellation = Cancellation(CANCEL_FD)
     prints = Prints()
     pipes = Pipes(REQUEST_FD, RESPONSE_FD, cancellation, prints)
-    _shed(zygote, prints)
+    _shed(birth.parent, prints)
     try:
         config.limits.apply()
+        if birth.enter is not None:
+            birth.enter(birth.parent)
         handler = handler or load(config)
         life = _begin(handler, config, pipes, cancellation)
         pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
@@ -117,14 +132,14 @@ def _take_descriptors(fds: list[int], inherited: frozenset[int]) -> None:
     os.closerange(start, _DESCRIPTOR_CEILING)
 
 
-def _shed(zygote: int, prints: Prints) -> None:
+def _shed(parent: int, prints: Prints) -> None:
     """Leave behind what belonged to the zygote, and be bound to its life."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     linux.become_subreaper()
     linux.die_with_parent(signal.SIGKILL)
-    if os.getppid() != zygote:
+    if os.getppid() != parent:
         os._exit(1)  # it ended before the line above took effect
     sys.argv[:] = [""]
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open

@@ -12,14 +12,16 @@ the pool closed or because the host is gone, it kills all that it has started an
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
 import os
 import select
 import signal
 import socket
 import sys
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import multiprocess
@@ -27,9 +29,12 @@ import multiprocess
 from runner import linux, worker
 from runner.handlers.bridge import AsyncBridge, Bridge
 from runner.handlers.load import HandlerError, load
-from runner.messages import Born, Died, Failed, Spawn, ZygoteConfig
+from runner.messages import Born, Died, Failed, Lacking, News, Spawn, ZygoteConfig
 from runner.reports import explain
 from runner.zygote_process import MAX_MESSAGE
+
+if TYPE_CHECKING:
+    from runner.sandbox.cage import Cage
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_order = msgspec.msgpack.Decoder(Spawn).decode
@@ -49,7 +54,7 @@ def main() -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open
     linux.become_subreaper()
     zygote = Zygote(control, config)
-    if config.preload and not zygote.preload():
+    if not zygote.prepare():
         os._exit(1)
     zygote.run()
 
@@ -60,6 +65,7 @@ class Zygote:
     def __init__(self, control: socket.socket, config: ZygoteConfig) -> None:
         self._control = control
         self._config = config
+        self._cage: Cage | None = None
         self._handler: Bridge | AsyncBridge | None = None
         self._workers: dict[int, tuple[int, Any]] = {}
         self._kept: frozenset[int] = frozenset()
@@ -69,23 +75,42 @@ class Zygote:
             pass
         os.close(fd)
 
-    def preload(self) -> bool:
-        """Import the handler here, once for all workers; False after telling the host why that failed."""
+    def prepare(self) -> bool:
+        """Do once what is for all workers; False after telling the host why that failed."""
+        config = self._config
+        if config.modules or config.preload:
+            try:
+                self._preload()
+            except BaseException as error:  # noqa: BLE001 - whatever the import raised is the host's to know
+                self._send(Failed(f"the handler can't be preloaded:\n{explain(error)}"))
+                return False
+        if config.sandbox is not None:
+            from runner.sandbox.cage import Cage, CageError  # loaded where it is used
+
+            try:
+                self._cage = Cage(config.sandbox, "" if config.pickle else config.handler)
+            except (CageError, OSError) as error:
+                self._send(Failed(str(error)))
+                return False
+            if self._cage.lacking:
+                self._send(Lacking(self._cage.lacking))
+        return True
+
+    def _preload(self) -> None:
+        """Import the handler here, or what it will import."""
         before = linux.open_descriptors()
-        try:
+        for name in self._config.modules:
+            importlib.import_module(name)
+        if self._config.preload:
             self._handler = load(self._config)
-            threads = len(os.listdir("/proc/self/task"))
-            if threads > 1:
-                raise HandlerError(
-                    f"importing the handler started {threads - 1} thread(s), which a fork would lose: "
-                    f"start the pool with preload=False"
-                )
-        except BaseException as error:  # noqa: BLE001 - whatever the import raised is the host's to know
-            self._send(Failed(explain(error)))
-            return False
+        threads = len(os.listdir("/proc/self/task"))
+        if threads > 1:
+            raise HandlerError(
+                f"importing the handler started {threads - 1} thread(s), which a fork would lose: "
+                f"start the pool with preload=False"
+            )
         self._inherited = frozenset(linux.open_descriptors() - before)
         self._kept = frozenset(linux.children())
-        return True
 
     def run(self) -> None:
         """Fork, reap and report, until the control socket closes; then kill everything and exit."""
@@ -124,24 +149,48 @@ class Zygote:
         return True
 
     def _fork(self, order: Spawn, fds: list[int]) -> None:
-        process = _fork_context.Process(
-            target=worker.run,
-            args=(self._config, self._handler, os.getpid(), fds, self._inherited),
-            name=f"blastdoor-worker-{order.worker}",
-        )
         try:
-            process.start()
+            child, pid, pidfd = self._start(order.worker, fds)
         except OSError as error:  # no more processes or memory: the host counts it as a death in start-up
             print(f"worker {order.worker} can't be forked: {error}", file=sys.stderr, flush=True)
             self._send(Died(order.worker, 1))
             return
-        self._workers[process.pid] = (order.worker, process)
-        pidfd = os.pidfd_open(process.pid)
+        self._workers[child.pid] = (order.worker, child)
         try:
-            self._send(Born(order.worker, process.pid), pidfd)
+            self._send(Born(order.worker, pid), pidfd)
         finally:
             os.close(pidfd)
         self._reap()  # start() polls its other children itself, and a SIGCHLD may be used up
+
+    def _start(self, number: int, fds: list[int]) -> tuple[Any, int, int]:
+        """Fork a worker; what tells its end, its pid, and its pidfd."""
+        cage = self._cage
+        name = f"blastdoor-worker-{number}"
+        if cage is None:
+            process = self._process(name, worker.Birth(os.getpid(), fds, self._inherited))
+            process.start()
+            return process, process.pid, os.pidfd_open(process.pid)
+        seat = cage.seat(number)
+        enter = functools.partial(cage.enter, seat)
+        try:
+            if cage.nested:
+                from runner.sandbox.nest import Nested, nest  # loaded where it is used
+
+                def begin(control: socket.socket) -> Any:
+                    birth = worker.Birth(1, fds, self._inherited, enter, functools.partial(nest, control))
+                    return self._process(name, birth)
+
+                nested = Nested(begin)
+                return nested, nested.worker_pid, nested.pidfd
+            process = self._process(name, worker.Birth(os.getpid(), fds, self._inherited, enter))
+            process.start()
+            return process, process.pid, os.pidfd_open(process.pid)
+        except BaseException:
+            cage.clear(number)
+            raise
+
+    def _process(self, name: str, birth: worker.Birth) -> Any:
+        return _fork_context.Process(target=worker.run, args=(self._config, self._handler, birth), name=name)
 
     def _reap(self) -> None:
         """Report the workers that have ended, and kill and reap what they left behind."""
@@ -150,6 +199,8 @@ class Zygote:
             status = process.exitcode
             if status is not None or pid not in unreaped:
                 del self._workers[pid]
+                if self._cage is not None:
+                    self._cage.clear(number)
                 self._send(Died(number, status))
         for pid in linux.children():
             if pid not in self._workers and pid not in self._kept:
@@ -164,7 +215,7 @@ class Zygote:
         except ChildProcessError:
             pass
 
-    def _send(self, message: Born | Died | Failed, *fds: int) -> None:
+    def _send(self, message: News, *fds: int) -> None:
         data = _encode(message)
         try:
             if fds:

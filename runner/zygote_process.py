@@ -18,7 +18,7 @@ import msgspec
 
 from runner.channel import make_pipe
 from runner.logs import LogPipe
-from runner.messages import Born, Died, Failed, Spawn, ZygoteConfig
+from runner.messages import News, Spawn, ZygoteConfig
 
 MAX_MESSAGE: Final = 128 * 1024
 """The cap on a control message, in bytes; the socket keeps message boundaries (SOCK_SEQPACKET, unix(7))."""
@@ -33,7 +33,7 @@ main()
 """
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_news = msgspec.msgpack.Decoder(Born | Died | Failed).decode
+_decode_news = msgspec.msgpack.Decoder(News).decode
 
 
 class ZygoteProcess:
@@ -93,7 +93,7 @@ class ZygoteProcess:
         """Order a worker with these descriptors. Raises OSError where the zygote is gone or stuck."""
         socket.send_fds(self._control, [_encode(Spawn(number))], fds)
 
-    def hear(self) -> tuple[Born | Died | Failed, int] | None:
+    def hear(self) -> tuple[News, int] | None:
         """The next news, and the pidfd that came with a birth (else -1); None where nothing more is there."""
         try:
             data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 1)

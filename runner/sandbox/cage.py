@@ -1,0 +1,273 @@
+"""The layers put together: built once by the zygote, entered by each worker before the handler's code is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+import signal
+import site
+import socket
+import sys
+import tempfile
+from typing import Final
+
+import msgspec
+
+from runner import linux
+from runner.sandbox import landlock, machine, seccomp
+from runner.sandbox.landlock import EXECUTE, READ, WRITE
+from runner.sandbox.profile import Sandbox
+from runner.sandbox.stage import Stage
+
+_UIDS_OF_A_POOL: Final = 512
+
+_LIBRARIES: Final = (
+    "/etc/ld.so.cache",
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/local/lib",
+)
+_PUBLIC: Final = (
+    "/dev/random",
+    "/dev/urandom",
+    "/dev/zero",
+    "/etc/localtime",
+    "/etc/mime.types",
+    "/etc/ssl/certs",
+    "/etc/ssl/openssl.cnf",
+    "/proc/cpuinfo",
+    "/sys/devices/system/cpu",
+    "/usr/lib/ssl",
+    "/usr/share/ca-certificates",
+    "/usr/share/zoneinfo",
+)
+_RESOLVER: Final = (
+    "/etc/gai.conf",
+    "/etc/host.conf",
+    "/etc/hosts",
+    "/etc/nsswitch.conf",
+    "/etc/protocols",
+    "/etc/resolv.conf",
+    "/etc/services",
+    "/run/systemd/resolve",
+)
+_PROGRAMS: Final = ("/bin", "/usr/bin", "/usr/local/bin")
+
+
+class CageError(Exception):
+    """The sandbox can't be what its profile says; the words name what is missing, and the way out."""
+
+
+class Seat(msgspec.Struct, frozen=True):
+    """What is one worker's own: its user, its scratch directory; empty where it has none."""
+
+    uid: int | None
+    scratch: str
+
+
+class Cage:
+    """A profile on this machine. `lacking` are the layers that it has to do without."""
+
+    def __init__(self, sandbox: Sandbox, handler: str) -> None:
+        """Build it, in the zygote. CageError where the profile asks for what the machine can't give."""
+        self._sandbox = sandbox
+        layers = {layer.name: layer for layer in machine.survey()}
+        wanted = _wanted(sandbox, own_user=machine.OWN_USER in layers)
+        missing = [layers[name] for name in wanted if layers[name].lacking]
+        if missing and sandbox.require == "all":
+            words = "\n".join(f"- {layer.what}: {layer.lacking}" for layer in missing)
+            raise CageError(
+                f"this machine can't give all of the sandbox's {sandbox.profile} profile:\n{words}\n"
+                f"(`blastdoor doctor` shows all layers; Sandbox.{sandbox.profile}(require='available') goes without)"
+            )
+        self.lacking = [f"{layer.what}: {layer.lacking}" for layer in missing]
+        has = {name for name in wanted if not layers[name].lacking}
+        self._own_user = machine.OWN_USER in has
+        self._files = machine.FILES in has
+        self._users = machine.USERS in has
+        self.nested = machine.NAMESPACES in has
+        self._rights = _rights(sandbox, handler)
+        self._filters: list[bytes] = []
+        if machine.CALLS in has:
+            deny = seccomp.deny_filter(
+                processes=sandbox.processes,
+                network=bool(sandbox.connect),
+                own_user=self._own_user,
+                own_pids=self.nested,
+            )
+            self._filters = [deny, seccomp.allow_filter()] if sandbox.strictly else [deny]
+        self._stage = self._set_up_stage(has)
+        linux.set_dumpable(dumpable=False)
+
+    def _set_up_stage(self, has: set[str]) -> Stage | None:
+        if machine.SCRATCH not in has:
+            return None
+        here = os.getcwd()
+        stage = Stage([*self._rights, here], other_users=self._own_user)
+        os.chdir(here)  # into what is mounted there now
+        return stage
+
+    def seat(self, number: int) -> Seat:
+        """Make what is a worker's own. In the zygote."""
+        uid = None
+        if self._own_user:
+            uid = machine.FIRST_UID + os.getpid() * _UIDS_OF_A_POOL + number % _UIDS_OF_A_POOL
+        size = self._sandbox.scratch_bytes
+        scratch = ""
+        if self._stage is not None and size is not None:
+            owner = (uid, uid) if uid is not None else (os.geteuid(), os.getegid())
+            scratch = self._stage.add_scratch(number, size, *owner)
+        return Seat(uid, scratch)
+
+    def clear(self, number: int) -> None:
+        """Remove what was a worker's own."""
+        if self._stage is not None and self._sandbox.scratch is not None:
+            self._stage.remove_scratch(number)
+
+    def enter(self, seat: Seat, parent: int) -> None:
+        """Shut this process, a worker, in for good. OSError or CageError where a layer does not hold."""
+        os.umask(0o077)
+        if seat.uid is not None:
+            machine.take_user(seat.uid)
+        if self._users:
+            linux.unshare(linux.NEW_USERS)
+        linux.drop_capabilities()
+        linux.set_no_new_privs()
+        linux.die_with_parent(signal.SIGKILL)  # a change of user has cleared it (prctl(2))
+        if os.getppid() != parent:
+            os._exit(1)
+        linux.set_dumpable(dumpable=False)
+        self._limit(seat)
+        self._furnish(seat)
+        if self._files:
+            rights = dict(self._rights)
+            if seat.scratch:
+                rights[seat.scratch] = WRITE | (EXECUTE if self._sandbox.processes else 0)
+            landlock.restrict(rights, self._sandbox.connect)
+        for compiled in self._filters:
+            seccomp.load(compiled, os.getpid())
+        self._probe(seat)
+
+    def _limit(self, seat: Seat) -> None:
+        scratch = self._sandbox.scratch_bytes
+        limits = {
+            resource.RLIMIT_MEMLOCK: 1 << 20,
+            resource.RLIMIT_MSGQUEUE: 0,
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_NICE: 0,
+            resource.RLIMIT_RTPRIO: 0,
+        }
+        if self._users or seat.uid is not None:
+            limits[resource.RLIMIT_NPROC] = self._sandbox.threads
+        if scratch is not None and resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY:
+            limits[resource.RLIMIT_FSIZE] = scratch
+        for which, value in limits.items():
+            hard = resource.getrlimit(which)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(which, (value, value))
+
+    @staticmethod
+    def _furnish(seat: Seat) -> None:
+        """Have the handler find its scratch directory."""
+        place = seat.scratch or "/nonexistent"
+        os.environ["HOME"] = place
+        os.environ["TMPDIR"] = place
+        tempfile.tempdir = None
+        try:
+            os.chdir(os.getcwd())
+        except OSError:
+            os.chdir(seat.scratch or "/")
+
+    def _probe(self, seat: Seat) -> None:
+        """Try the cage from within: what does not hold here would not hold for the handler."""
+        holes = []
+        if linux.has_capabilities():
+            holes.append("it has capabilities")
+        if not linux.has_no_new_privs():
+            holes.append("it could gain privileges")
+        if linux.is_dumpable():
+            holes.append("others may look into it")
+        if seat.uid is not None and os.geteuid() == 0:
+            holes.append("it is root")
+        if self._files and _works(lambda: os.listdir("/")):
+            holes.append("it can list /")
+        if self._filters:
+            if not linux.has_seccomp_filter():
+                holes.append("its system calls are not filtered")
+            if not self._sandbox.connect and _works(lambda: socket.socket().close()):
+                holes.append("it can make sockets")
+            if _works(lambda: linux.unshare(linux.NEW_USERS)):
+                holes.append("it can make namespaces")
+        if holes:
+            raise CageError(f"the sandbox does not hold: {', '.join(holes)}; please report it")
+
+
+def _works(step: object) -> bool:
+    try:
+        step()  # type: ignore[operator]
+    except OSError:
+        return False
+    return True
+
+
+def _wanted(sandbox: Sandbox, *, own_user: bool) -> list[str]:
+    """The layers that a profile is made of."""
+    wanted = [machine.FILES, machine.CALLS]
+    if own_user:
+        wanted.append(machine.OWN_USER)
+    else:
+        wanted.append(machine.USERS)  # threads are counted for a user, and this one is shared
+        if sandbox.processes and not sandbox.strictly:
+            wanted.append(machine.SIGNALS)
+    if sandbox.connect:
+        wanted.append(machine.PORTS)
+    if sandbox.scratch is not None:
+        wanted.append(machine.SCRATCH)
+    if sandbox.strictly:
+        wanted += [machine.USERS, machine.NAMESPACES]
+    return list(dict.fromkeys(wanted))
+
+
+def _rights(sandbox: Sandbox, handler: str) -> dict[str, int]:
+    """What may be done below which path."""
+    execute = EXECUTE if sandbox.processes else 0
+    rights = {"/dev/null": WRITE}
+    packages = [*site.getsitepackages(), os.path.dirname(os.path.dirname(os.__file__))]
+    readable = [*_PUBLIC, sys.prefix, sys.base_prefix, *packages, os.path.dirname(os.path.dirname(__file__))]
+    readable += _app(handler)
+    if sandbox.connect:
+        readable += _RESOLVER
+    for path in readable:
+        rights[path] = READ
+    for path in (*_LIBRARIES, sys.base_prefix, sys.prefix, *(_PROGRAMS if sandbox.processes else ())):
+        rights[path] = READ | execute
+    for path in sandbox.readable:
+        rights[path] = READ | execute
+    for path in sandbox.writable:
+        rights[path] = WRITE
+    return {path: right for path, right in rights.items() if os.path.exists(path)}
+
+
+def _app(handler: str) -> list[str]:
+    """The directory that the handler's module is found in. CageError where that would grant far more than an app."""
+    if not handler:
+        return []
+    name = handler.partition(":")[0].partition(".")[0]
+    spec = importlib.util.find_spec(name)
+    if spec is None or (not spec.origin and not spec.submodule_search_locations):
+        return []  # importing it will tell
+    places = list(spec.submodule_search_locations or [os.path.join(os.path.dirname(spec.origin or ""), "")])
+    found = []
+    for place in places:
+        directory = os.path.dirname(os.path.abspath(place) if spec.submodule_search_locations else place)
+        home = os.path.expanduser("~")
+        if directory in ("/", home) or home.startswith(directory + "/"):
+            raise CageError(
+                f"the handler's module {name!r} lies in {directory!r}, all of which it could read then: "
+                f"put it in a directory of its own"
+            )
+        found.append(directory)
+    return found
