@@ -21,6 +21,10 @@ OK, FAULT, USAGE = 0, 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; gives its exit code."""
     options = _parser().parse_args(arguments)
+    if options.command == "doctor":
+        from runner.sandbox.doctor import examine  # loaded where it is used
+
+        return examine()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     sys.path.insert(0, os.getcwd())  # as `python -m` does: the handler is looked for here too
     try:
@@ -44,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"blastdoor {version('blastdoor')}")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="load a handler in a worker, and say whether it can be called")
+    commands.add_parser("doctor", help="what this machine can enforce of a sandbox, and what each profile would give")
     call = commands.add_parser("call", help="one round trip; the body is printed as it comes")
     for command in (check, call):
         command.add_argument("handler", help="import string, package.module:attribute")

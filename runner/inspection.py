@@ -116,3 +116,5 @@ def _pss(process: psutil.Process) -> int:
         return int(process.memory_full_info().pss)
     except psutil.NoSuchProcess:
         return 0
+    except psutil.AccessDenied:  # a sandboxed worker lets nobody of its user look into it (prctl(2), PR_SET_DUMPABLE)
+        return _rss(process)

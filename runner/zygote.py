@@ -88,7 +88,7 @@ class Zygote:
             from runner.sandbox.cage import Cage, CageError  # loaded where it is used
 
             try:
-                self._cage = Cage(config.sandbox, "" if config.pickle else config.handler)
+                self._cage = Cage(config.sandbox, "" if config.pickle else config.handler, config.limits.memory_bytes)
             except (CageError, OSError) as error:
                 self._send(Failed(str(error)))
                 return False

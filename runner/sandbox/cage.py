@@ -15,7 +15,8 @@ from typing import Final
 import msgspec
 
 from runner import linux
-from runner.sandbox import landlock, machine, seccomp
+from runner.sandbox import cgroup, landlock, machine, seccomp
+from runner.sandbox.cgroup import Group
 from runner.sandbox.landlock import EXECUTE, READ, WRITE
 from runner.sandbox.profile import Sandbox
 from runner.sandbox.stage import Stage
@@ -62,20 +63,24 @@ class CageError(Exception):
 
 
 class Seat(msgspec.Struct, frozen=True):
-    """What is one worker's own: its user, its scratch directory; empty where it has none."""
+    """What is one worker's own: user, scratch directory, way into its control group; empty where it has none."""
 
     uid: int | None
     scratch: str
+    group: str = ""
 
 
 class Cage:
     """A profile on this machine. `lacking` are the layers that it has to do without."""
 
-    def __init__(self, sandbox: Sandbox, handler: str) -> None:
-        """Build it, in the zygote. CageError where the profile asks for what the machine can't give."""
+    def __init__(self, sandbox: Sandbox, handler: str, memory: int | None) -> None:
+        """Build it, in the zygote; `memory` is a worker's limit, in bytes. CageError where the profile asks for what the machine can't give."""
         self._sandbox = sandbox
+        self._memory = memory
+        self._group_parent = cgroup.delegated() if sandbox.strictly else ""
+        self._groups: dict[int, Group] = {}
         layers = {layer.name: layer for layer in machine.survey()}
-        wanted = _wanted(sandbox, own_user=machine.OWN_USER in layers)
+        wanted = wanted_layers(sandbox, own_user=machine.OWN_USER in layers)
         missing = [layers[name] for name in wanted if layers[name].lacking]
         if missing and sandbox.require == "all":
             words = "\n".join(f"- {layer.what}: {layer.lacking}" for layer in missing)
@@ -120,16 +125,24 @@ class Cage:
         if self._stage is not None and size is not None:
             owner = (uid, uid) if uid is not None else (os.geteuid(), os.getegid())
             scratch = self._stage.add_scratch(number, size, *owner)
-        return Seat(uid, scratch)
+        group = ""
+        if self._group_parent:
+            made = self._groups[number] = Group(self._group_parent, number, self._memory, self._sandbox.threads)
+            group = made.entrance
+        return Seat(uid, scratch, group)
 
     def clear(self, number: int) -> None:
         """Remove what was a worker's own."""
+        if number in self._groups:
+            self._groups.pop(number).remove()
         if self._stage is not None and self._sandbox.scratch is not None:
             self._stage.remove_scratch(number)
 
     def enter(self, seat: Seat, parent: int) -> None:
         """Shut this process, a worker, in for good. OSError or CageError where a layer does not hold."""
         os.umask(0o077)
+        if seat.group:
+            cgroup.enter(seat.group)
         if seat.uid is not None:
             machine.take_user(seat.uid)
         if self._users:
@@ -213,7 +226,7 @@ def _works(step: object) -> bool:
     return True
 
 
-def _wanted(sandbox: Sandbox, *, own_user: bool) -> list[str]:
+def wanted_layers(sandbox: Sandbox, *, own_user: bool) -> list[str]:
     """The layers that a profile is made of."""
     wanted = [machine.FILES, machine.CALLS]
     if own_user:

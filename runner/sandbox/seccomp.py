@@ -30,15 +30,16 @@ def _names(text: str) -> tuple[str, ...]:
 
 _FORBIDDEN: Final = _names("""
     acct add_key bpf chroot clock_adjtime clock_settime delete_module fanotify_init fanotify_mark finit_module
-    fsconfig fsmount fsopen fspick get_robust_list init_module inotify_add_watch io_uring_enter io_uring_register io_uring_setup
-    ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie mbind memfd_create memfd_secret migrate_pages
-    mknod mknodat mount mount_setattr move_mount move_pages mq_getsetattr mq_notify mq_open mq_timedreceive
-    mq_timedsend mq_unlink msgctl msgget msgrcv msgsnd name_to_handle_at nfsservctl open_by_handle_at open_tree
-    perf_event_open personality pidfd_getfd pidfd_open pidfd_send_signal pivot_root process_madvise process_mrelease
-    process_vm_readv process_vm_writev ptrace quotactl quotactl_fd reboot request_key rt_sigqueueinfo
-    rt_tgsigqueueinfo semctl semget semop semtimedop set_mempolicy set_mempolicy_home_node setdomainname setgid
-    setgroups sethostname setns setregid setresgid setresuid setreuid settimeofday setuid shmat shmctl shmdt shmget
-    stime swapoff swapon sync syncfs syslog tkill umount umount2 unshare uselib userfaultfd vhangup
+    fsconfig fsmount fsopen fspick get_robust_list init_module inotify_add_watch io_uring_enter io_uring_register
+    io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie mbind memfd_create memfd_secret
+    migrate_pages mknod mknodat mount mount_setattr move_mount move_pages mq_getsetattr mq_notify mq_open
+    mq_timedreceive mq_timedsend mq_unlink msgctl msgget msgrcv msgsnd name_to_handle_at nfsservctl
+    open_by_handle_at open_tree perf_event_open personality pidfd_getfd pidfd_open pidfd_send_signal pivot_root
+    process_madvise process_mrelease process_vm_readv process_vm_writev ptrace quotactl quotactl_fd reboot
+    request_key rt_sigqueueinfo rt_tgsigqueueinfo semctl semget semop semtimedop set_mempolicy
+    set_mempolicy_home_node setdomainname setgid setgroups sethostname setns setregid setresgid setresuid setreuid
+    settimeofday setuid shmat shmctl shmdt shmget stime swapoff swapon sync syncfs syslog tkill umount umount2
+    unshare uselib userfaultfd vhangup
 """)
 
 _OF_OWN_FILES: Final = _names("""
@@ -85,18 +86,17 @@ _ALLOWED: Final = _names("""
     fallocate fchdir fchmod fchmodat fcntl fdatasync fgetxattr flistxattr flock fork fstat fstatfs fsync ftruncate
     futex futex_waitv get_mempolicy getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer
     getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid
-    getsockname getsockopt gettid gettimeofday getuid getxattr inotify_add_watch inotify_init inotify_init1
-    inotify_rm_watch ioctl kill lgetxattr link linkat listen listxattr llistxattr lseek lstat madvise membarrier
-    mincore mkdir mkdirat mlock mlock2 mmap mprotect mremap msync munlock munmap nanosleep newfstatat open openat
-    openat2 pause pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll prctl pread64 preadv preadv2 prlimit64
-    pselect6 pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv recvfrom recvmmsg recvmsg rename
-    renameat renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigreturn
-    rt_sigsuspend rt_sigtimedwait sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr
-    sched_getparam sched_getscheduler sched_yield select sendfile sendmmsg sendmsg sendto set_robust_list
-    set_tid_address setitimer setpgid setrlimit setsid setsockopt shutdown sigaltstack socket socketpair splice stat
-    statfs statx symlink symlinkat sysinfo tgkill time timer_create timer_delete timer_getoverrun timer_gettime
-    timer_settime timerfd_create timerfd_gettime timerfd_settime times truncate umask uname unlink unlinkat utime
-    utimensat utimes vfork wait4 waitid write writev
+    getsockname getsockopt gettid gettimeofday getuid getxattr ioctl kill lgetxattr link linkat listen listxattr
+    llistxattr lseek lstat madvise membarrier mincore mkdir mkdirat mlock mlock2 mmap mprotect mremap msync munlock
+    munmap nanosleep newfstatat open openat openat2 pause pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll
+    prctl pread64 preadv preadv2 prlimit64 pselect6 pwrite64 pwritev pwritev2 read readahead readlink readlinkat
+    readv recvfrom recvmmsg recvmsg rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending
+    rt_sigprocmask rt_sigreturn rt_sigsuspend rt_sigtimedwait sched_get_priority_max sched_get_priority_min
+    sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_yield select sendfile sendmmsg sendmsg
+    sendto set_robust_list set_tid_address setitimer setpgid setrlimit setsid setsockopt shutdown sigaltstack socket
+    socketpair splice stat statfs statx symlink symlinkat sysinfo tgkill time timer_create timer_delete
+    timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times truncate umask
+    uname unlink unlinkat utime utimensat utimes vfork wait4 waitid write writev
 """)
 
 
