@@ -88,3 +88,7 @@ def _body(data: str | None) -> Body:
         return sys.stdin.buffer if data == "@-" else open(data[1:], "rb")
     except OSError as error:
         raise InvalidRequest(f"the body can't be read: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

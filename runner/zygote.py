@@ -177,7 +177,9 @@ class Zygote:
                 from runner.sandbox.nest import Nested, nest  # loaded where it is used
 
                 def begin(control: socket.socket) -> Any:
-                    birth = worker.Birth(1, fds, self._inherited, enter, functools.partial(nest, control))
+                    birth = worker.Birth(
+                        1, fds, self._inherited, enter, functools.partial(nest, control, network=cage.network)
+                    )
                     return self._process(name, birth)
 
                 nested = Nested(begin)

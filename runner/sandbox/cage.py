@@ -19,7 +19,7 @@ from runner.sandbox import cgroup, landlock, machine, seccomp
 from runner.sandbox.cgroup import Group
 from runner.sandbox.landlock import EXECUTE, READ, WRITE
 from runner.sandbox.profile import Sandbox
-from runner.sandbox.stage import Stage
+from runner.sandbox.stage import Stage, first_closed
 
 _UIDS_OF_A_POOL: Final = 512
 
@@ -74,13 +74,21 @@ class Cage:
     """A profile on this machine. `lacking` are the layers that it has to do without."""
 
     def __init__(self, sandbox: Sandbox, handler: str, memory: int | None) -> None:
-        """Build it, in the zygote; `memory` is a worker's limit, in bytes. CageError where the profile asks for what the machine can't give."""
+        """Build it, in the zygote; `memory` is a worker's limit, in bytes.
+
+        CageError where the profile asks for what the machine can't give.
+        """
         self._sandbox = sandbox
         self._memory = memory
         self._group_parent = cgroup.delegated() if sandbox.strictly else ""
         self._groups: dict[int, Group] = {}
         layers = {layer.name: layer for layer in machine.survey()}
         wanted = wanted_layers(sandbox, own_user=machine.OWN_USER in layers)
+        self._rights = _rights(sandbox, handler)
+        closed = [path for path in self._rights if first_closed(path)] if machine.OWN_USER in wanted else []
+        if closed and layers[machine.SCRATCH].lacking:
+            why = f"it could not read {closed[0]}, below a directory that is closed to others: install it elsewhere"
+            layers[machine.OWN_USER] = msgspec.structs.replace(layers[machine.OWN_USER], lacking=why)
         missing = [layers[name] for name in wanted if layers[name].lacking]
         if missing and sandbox.require == "all":
             words = "\n".join(f"- {layer.what}: {layer.lacking}" for layer in missing)
@@ -94,7 +102,7 @@ class Cage:
         self._files = machine.FILES in has
         self._users = machine.USERS in has
         self.nested = machine.NAMESPACES in has
-        self._rights = _rights(sandbox, handler)
+        self.network = bool(sandbox.connect)
         self._filters: list[bytes] = []
         if machine.CALLS in has:
             deny = seccomp.deny_filter(
@@ -104,12 +112,10 @@ class Cage:
                 own_pids=self.nested,
             )
             self._filters = [deny, seccomp.allow_filter()] if sandbox.strictly else [deny]
-        self._stage = self._set_up_stage(has)
+        self._stage = self._set_up_stage() if machine.SCRATCH in has or (closed and self._own_user) else None
         linux.set_dumpable(dumpable=False)
 
-    def _set_up_stage(self, has: set[str]) -> Stage | None:
-        if machine.SCRATCH not in has:
-            return None
+    def _set_up_stage(self) -> Stage:
         here = os.getcwd()
         stage = Stage([*self._rights, here], other_users=self._own_user)
         os.chdir(here)  # into what is mounted there now

@@ -19,9 +19,13 @@ _STATUS: Final = struct.Struct("=i")
 _DESCRIPTOR_CEILING: Final = 1 << 20
 
 
-def nest(control: socket.socket) -> None:
-    """Go on as the worker, in new namespaces. Others of the processes that this makes never return."""
-    linux.unshare(linux.NEW_PIDS | linux.NEW_NETWORK | linux.NEW_IPC | linux.NEW_HOSTNAME)
+def nest(control: socket.socket, *, network: bool) -> None:
+    """Go on as the worker, in new namespaces; in the host's own network with `network`.
+
+    Others of the processes that this makes never return.
+    """
+    kinds = linux.NEW_PIDS | linux.NEW_IPC | linux.NEW_HOSTNAME
+    linux.unshare(kinds if network else kinds | linux.NEW_NETWORK)
     first = os.fork()
     if first:
         control.send(_STATUS.pack(first))

@@ -27,7 +27,7 @@ class Stage:
         enter_mount_namespace()
         hidden = {SCRATCH_PARENT}
         if other_users:
-            hidden |= {closed for path in needed if (closed := _first_closed(path))}
+            hidden |= {closed for path in needed if (closed := first_closed(path))}
         for directory in sorted(hidden, key=len):
             if not any(directory.startswith(upper + "/") for upper in hidden):
                 _hide(directory, [path for path in needed if path.startswith(directory + "/")])
@@ -65,7 +65,7 @@ def mount_scratch() -> None:
     linux.mount("tmpfs", SCRATCH_PARENT, "tmpfs", linux.NO_SUID | linux.NO_DEVICES, "size=64k,mode=0755")
 
 
-def _first_closed(path: str) -> str:
+def first_closed(path: str) -> str:
     """The topmost directory above the path that others may not pass through; empty where there is none."""
     parts = path.split("/")
     for end in range(2, len(parts)):

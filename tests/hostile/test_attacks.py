@@ -249,6 +249,7 @@ ATTACKS = [
     Attack("raise_limits"),
     Attack("spin", ends=("timeout",)),
     Attack("stubborn", ends=("DeadlineExceeded", "JobClosed"), timeout=0.2),
+    Attack("held"),
     Attack("every_descriptor", ends=("protocol",)),
     Attack("half_frame", ends=("died",)),
     Attack("huge_frame", ends=("protocol",)),
