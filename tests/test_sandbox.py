@@ -137,7 +137,7 @@ def test_the_environment(start: Callable[..., Pool], make: Make, monkeypatch: py
     assert {"NAMED", "HOME", "TMPDIR"} <= names
     assert "HOST_SECRET" not in names
     others = names - {"NAMED", "HOME", "TMPDIR", "LANG", "LC_CTYPE", "PATH", "MALLOC_ARENA_MAX"}
-    assert all(name.endswith("_NUM_THREADS") for name in others)
+    assert all(name.endswith("_THREADS") for name in others)
 
 
 def test_a_strict_worker_has_one_job(start: Callable[..., Pool]) -> None:
