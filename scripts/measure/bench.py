@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from runner import Pool, Request
-from scripts.measure import asynchronous, figures, placement
+from scripts.measure import asynchronous, figures, placement, sandbox
 from scripts.measure.figures import interleave, middle
 from scripts.measure.peers import PEERS, UNISOLATED, Call
 from scripts.trials.report import Page
@@ -248,6 +248,7 @@ def supervision(arguments: Any) -> tuple[list[figures.Row], tuple[float, float]]
         rows = [*figures.tokens(pool), *figures.bandwidth(pool, arguments.mebibytes), *figures.deaths(pool, 100)]
     rows += [*placement.placements(arguments.rounds * 2)]
     rows += [*asynchronous.round_trips(arguments.rounds), *asynchronous.slow_streams(200)]
+    rows += [*sandbox.requests_through(arguments.rounds), *sandbox.starts(50)]
     rows += [*figures.cancels(30), *figures.starts(5), *figures.imports(5)]
     ratios = [float(value.rpartition("; ")[2].split()[0]) for name, value in rows if " MiB " in name and "; " in value]
     return rows, (ratios[0], ratios[1])
