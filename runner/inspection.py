@@ -9,13 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import psutil
 
 from runner import linux
 from runner.limits import Limits, over_wall_time
 from runner.worker_record import Worker
+
+IDLE_SECONDS: Final = 0.5
+"""Processor time in seconds that a sandboxed worker may use between two jobs, where it should do nothing."""
 
 
 class Subject(Protocol):
@@ -53,6 +56,7 @@ class Inspector:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._began: dict[int, tuple[str, float]] = {}
+        self._idle: dict[int, tuple[float, float]] = {}
 
     def look(self, jobs: Iterable[tuple[Worker, Subject]]) -> list[Excess]:
         """Which of these jobs is over a limit now."""
@@ -71,12 +75,36 @@ class Inspector:
                 found.append(excess)
         return found
 
+    def look_at_idle(self, workers: Iterable[Worker]) -> list[tuple[Worker, float, str]]:
+        """Which of these workers, that have no job, do what only a job may; with since when it is idle, and words."""
+        found = []
+        seen: dict[int, tuple[float, float]] = {}
+        for worker in workers:
+            if worker.pid is None or worker.dead:
+                continue
+            since = worker.idle_since
+            try:
+                process = psutil.Process(worker.pid)
+                used = _processor_time(process)
+                limit = self._limits.memory_bytes
+                taken = _memory(process, limit) if limit is not None else 0
+            except psutil.Error:
+                continue
+            known, before = self._idle.get(worker.number, (since, used))
+            seen[worker.number] = since, used if known != since else before
+            if limit is not None and taken > limit:
+                found.append((worker, since, f"took {taken >> 20} MiB of memory"))
+            elif known == since and used - before > IDLE_SECONDS:
+                found.append((worker, since, f"used more than {IDLE_SECONDS} s of processor time"))
+        self._idle = seen
+        return found
+
     def _look_at(self, worker: Worker, job: Subject, process: psutil.Process) -> Excess | None:
         limits = self._limits
         if limits.wall_seconds is not None and time.monotonic() > job.began + limits.wall_seconds:
             return Excess(worker, job, "timeout", over_wall_time(limits.wall_seconds))
         if limits.cpu_seconds is not None:
-            used = sum(process.cpu_times()[:4])
+            used = _processor_time(process)
             job_id, before = self._began.get(worker.number, ("", 0.0))
             if job_id != job.job_id:
                 self._began[worker.number] = (job.job_id, used)
@@ -90,14 +118,31 @@ class Inspector:
         return None
 
 
-def _memory(process: psutil.Process, limit: int) -> int:
-    """What a worker and all below it take, in bytes; shared pages are shared out where that decides (PSS)."""
+def _processor_time(process: psutil.Process) -> float:
+    """What a worker and all below it have used, in seconds; children that were waited for are in their parents'."""
+    used = 0.0
+    for member in _family(process):
+        try:
+            used += sum(member.cpu_times()[:4])
+        except psutil.NoSuchProcess:
+            continue
+    return used
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    """A worker and all below it."""
     family = [process]
     for pid in linux.descendants(process.pid):
         try:
             family.append(psutil.Process(pid))
         except psutil.NoSuchProcess:
             continue
+    return family
+
+
+def _memory(process: psutil.Process, limit: int) -> int:
+    """What a worker and all below it take, in bytes; shared pages are shared out where that decides (PSS)."""
+    family = _family(process)
     taken = sum(_rss(member) for member in family)
     if taken > limit:
         taken = sum(_pss(member) for member in family)

@@ -267,6 +267,20 @@ class Leases:
             self._idle.remove(worker)
             return worker
 
+    def idle(self) -> list[Worker]:
+        """The workers that nobody holds now."""
+        with self._lock:
+            return list(self._idle)
+
+    def expel(self, worker: Worker, since: float) -> bool:
+        """Kill a worker that has been idle since then, if it still is; whether it was."""
+        with self._lock:
+            if worker not in self._idle or worker.idle_since != since:
+                return False
+            self._idle.remove(worker)
+            self._signal(worker)
+            return True
+
     @property
     def manned(self) -> bool:
         """Whether there is any worker, idle or held."""

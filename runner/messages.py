@@ -110,7 +110,8 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a zygote is told once, on its standard input. The handler is an import string, or a dill pickle.
 
     `grace` is the pool's grace time in seconds, which the workers have a share of for asking before they insist.
-    `modules` are imported in the zygote, once for all workers.
+    `modules` are imported in the zygote, once for all workers. `path` is the `sys.path` of sandboxed workers, of
+    which the zygote takes only what is trusted; empty where there is no sandbox.
     """
 
     handler: str
@@ -118,6 +119,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
     preload: bool
     modules: tuple[str, ...]
+    path: list[str]
     root_path: str
     limits: Limits
     grace: float

@@ -122,6 +122,7 @@ class Pool:
             pickle=pickle,
             kind=kind,
             preload=preload is True,
+            path=[],
             modules=() if isinstance(preload, bool) else tuple(preload),
             root_path=root_path,
             limits=limits,

@@ -42,6 +42,9 @@ _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
 INSPECTION_INTERVAL: Final = 0.05
 """Seconds between two looks at the jobs under way, where limits are set."""
 
+IDLE_INTERVAL: Final = 0.5
+"""Seconds between two looks at the idle workers of a sandboxed pool."""
+
 _SETTLED: Final = 2.0
 """Seconds that a worker has to live after READY to count as a start that has succeeded."""
 
@@ -121,6 +124,8 @@ class Supervisor:
         RuntimeError where the system gives no thread.
         """
         self._reactor.call(self._start_zygote)
+        if self._config.sandbox is not None:
+            self._reactor.call(self._look_at_idle)
         try:
             self._thread.start()
         except RuntimeError:
@@ -321,10 +326,7 @@ class Supervisor:
 
     def _inspect(self) -> None:
         self._inspection_is_due = False
-        if self._inspector is None:
-            from runner.inspection import Inspector  # psutil is loaded where limits are set
-
-            self._inspector = Inspector(self.limits)
+        inspector = self._make_inspector()
         self.inspecting = False
         leased = self.leases.leased()
         if not leased or self._stopping:
@@ -332,13 +334,29 @@ class Supervisor:
         self.inspecting = True
         self._inspection_is_due = True
         self._reactor.after(INSPECTION_INTERVAL, self._inspect)
-        for excess in self._inspector.look(self._jobs_of(leased)):
+        for excess in inspector.look(self._jobs_of(leased)):
             if excess.kind == "timeout":
                 excess.job.over_time(excess.detail)
             elif not excess.job.settled:
                 excess.worker.verdict = excess.detail
                 logger.error("job %s: %s: worker %s is killed", *excess.words())
                 self.leases.kill(excess.worker)
+
+    def _look_at_idle(self) -> None:
+        """Kill the sandboxed workers that go on without a job."""
+        if self._stopping:
+            return
+        self._reactor.after(IDLE_INTERVAL, self._look_at_idle)
+        for worker, since, words in self._make_inspector().look_at_idle(self.leases.idle()):
+            if self.leases.expel(worker, since):
+                logger.error("worker %s %s without a job, and is killed", worker.pid, words)
+
+    def _make_inspector(self) -> Inspector:
+        if self._inspector is None:
+            from runner.inspection import Inspector  # psutil is loaded where limits are set
+
+            self._inspector = Inspector(self.limits)
+        return self._inspector
 
     def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, Subject]]:
         """The jobs that are to be held to the limits. A caller's is held fast before anything is found out about it."""

@@ -64,6 +64,7 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
         config.limits.apply()
         if birth.enter is not None:
             birth.enter(birth.parent)
+            sys.path[:] = config.path  # the app's directories too, now that its modules run in the cage
         handler = handler or load(config)
         life = _begin(handler, config, pipes, cancellation)
         pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))

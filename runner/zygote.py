@@ -88,7 +88,9 @@ class Zygote:
             from runner.sandbox.cage import Cage, CageError  # loaded where it is used
 
             try:
-                self._cage = Cage(config.sandbox, "" if config.pickle else config.handler, config.limits.memory_bytes)
+                self._cage = Cage(
+                    config.sandbox, "" if config.pickle else config.handler, config.path, config.limits.memory_bytes
+                )
             except (CageError, OSError) as error:
                 self._send(Failed(str(error)))
                 return False
@@ -170,9 +172,8 @@ class Zygote:
             process = self._process(name, worker.Birth(os.getpid(), fds, self._inherited))
             process.start()
             return process, process.pid, os.pidfd_open(process.pid)
-        seat = cage.seat(number)
-        enter = functools.partial(cage.enter, seat)
         try:
+            enter = functools.partial(cage.enter, cage.seat(number))
             if cage.nested:
                 from runner.sandbox.nest import Nested, nest  # loaded where it is used
 
@@ -188,8 +189,16 @@ class Zygote:
             process.start()
             return process, process.pid, os.pidfd_open(process.pid)
         except BaseException:
-            cage.clear(number)
+            self._clear(number)
             raise
+
+    def _clear(self, number: int) -> None:
+        """Remove what was a worker's own; what can't be removed costs no other worker its life."""
+        assert self._cage is not None
+        try:
+            self._cage.clear(number)
+        except OSError:
+            traceback.print_exc()
 
     def _process(self, name: str, birth: worker.Birth) -> Any:
         return _fork_context.Process(target=worker.run, args=(self._config, self._handler, birth), name=name)
@@ -202,7 +211,7 @@ class Zygote:
             if status is not None or pid not in unreaped:
                 del self._workers[pid]
                 if self._cage is not None:
-                    self._cage.clear(number)
+                    self._clear(number)
                 self._send(Died(number, status))
         for pid in linux.children():
             if pid not in self._workers and pid not in self._kept:

@@ -44,7 +44,11 @@ class ZygoteProcess:
 
     def __init__(self, config: ZygoteConfig, env: Mapping[str, str] | None) -> None:
         """Start it. Raises OSError where the machine has no process or descriptor to spare."""
-        preamble = _preamble(sys.path, config)
+        path = [entry for entry in sys.path if isinstance(entry, str)]  # as the import system does
+        if config.sandbox is not None:
+            config = msgspec.structs.replace(config, path=[*config.sandbox.path, *path])
+            path = _trusted(path)
+        preamble = _preamble(path, config)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             log_read, log_write = make_pipe()
@@ -136,8 +140,20 @@ def _program(control_fd: int) -> list[str]:
     return [sys.executable, *flags, "-c", _BOOTSTRAP, str(control_fd)]
 
 
+def _trusted(path: list[str]) -> list[str]:
+    """The entries of a `sys.path` that are not the app's: interpreter, packages, and what this package lies in."""
+    import runner
+
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(runner.__file__)))
+    homes = [os.path.realpath(home) + os.sep for home in (sys.prefix, sys.base_prefix)]
+    return [
+        entry
+        for entry in path
+        if os.path.abspath(entry or ".") == ours or any(os.path.realpath(entry).startswith(home) for home in homes)
+    ]
+
+
 def _preamble(sys_path: list[str], config: ZygoteConfig) -> bytes:
     """What the bootstrap reads: the length of `sys.path`, `sys.path`, and the configuration."""
-    # Entries of other types are skipped, as the import system does with them.
-    paths = "\0".join(path for path in sys_path if isinstance(path, str)).encode("utf-8", "surrogateescape")
+    paths = "\0".join(sys_path).encode("utf-8", "surrogateescape")
     return b"%d\n%b%b" % (len(paths), paths, _encode(config))

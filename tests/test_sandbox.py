@@ -16,7 +16,7 @@ import psutil
 import pytest
 import trustme
 
-from runner import ConfigurationError, Pool, Recycle, Request, Sandbox, StartError, WorkerDied
+from runner import ConfigurationError, HandlerRaised, Pool, Recycle, Request, Sandbox, StartError, WorkerDied
 from runner.events import Event, WorkerEnded
 from runner.sandbox import machine
 from tests.processes import kill, wait_gone
@@ -307,6 +307,54 @@ def test_a_handler_by_value(start: Callable[..., Pool]) -> None:
     assert get(start(handler, workers=1, sandbox=Sandbox.default()), "/") == "confined"
 
 
+PLANTED = """
+import os
+open({mark!r}, "a").write("ran outside")
+def app(request, response):
+    import helper
+    return helper.WORDS
+"""
+
+
+@pytest.mark.parametrize("name", ["multiprocess", "pyseccomp", "ctypes", "msgspec"])
+def test_modules_of_the_app_never_run_outside(tmp_path: Path, name: str) -> None:
+    """S: not where they are named as those that the zygote imports, be they first on the host's path."""
+    directory, mark = tmp_path / "app", tmp_path / "mark"
+    directory.mkdir(mode=0o755)
+    (directory / f"{name}.py").write_text(PLANTED.format(mark=str(mark)))
+    (directory / "planted.py").write_text("def app(request, response): return b'planted'")
+    code = (
+        "import sys, dill, psutil; from runner import Pool, Request, Sandbox\n"
+        "import runner.pool, runner.supervisor\n"
+        f"sys.path.insert(0, {str(directory)!r})\n"
+        "with Pool('planted:app', workers=1, sandbox=Sandbox.default()) as pool:\n"
+        "    with pool.open(Request('GET', '/')) as job: print(b''.join(job))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert not mark.exists()
+    assert name in ("ctypes", "msgspec") or "planted" in done.stdout
+
+
+@every_profile
+def test_a_path_of_its_own(start: Callable[..., Pool], make: Make, tmp_path: Path) -> None:
+    """S: code that is not on the host's path at all."""
+    directory = tmp_path / "customer"
+    directory.mkdir(mode=0o755)
+    (directory / "theirs.py").write_text("import helper\ndef app(request, response): return helper.WORDS")
+    (directory / "helper.py").write_text("WORDS = b'theirs'")
+    tmp_path.chmod(0o755)
+    assert get(start("theirs:app", workers=1, sandbox=make(path=[directory])), "/") == "theirs"
+
+
+@every_profile
+def test_without_scratch(start: Callable[..., Pool], make: Make) -> None:
+    """S: nothing can be written then."""
+    pool = start(CONFINED, workers=1, sandbox=make(scratch=None))
+    assert get(pool, "/threads") == "28"
+    with pytest.raises(HandlerRaised):
+        get(pool, "/files")
+
+
 # -- settings --------------------------------------------------------------------------------------------
 
 
@@ -316,6 +364,7 @@ def test_a_handler_by_value(start: Callable[..., Pool]) -> None:
         {"readable": "/etc"},
         {"readable": ["/nonexistent/path"]},
         {"writable": ["/"]},
+        {"readable": ["/tmp"]},
         {"connect": [0]},
         {"connect": [True]},
         {"scratch": "1KiB"},

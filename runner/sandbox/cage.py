@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.machinery
 import os
 import resource
 import signal
@@ -19,9 +19,11 @@ from runner.sandbox import cgroup, landlock, machine, seccomp
 from runner.sandbox.cgroup import Group
 from runner.sandbox.landlock import EXECUTE, READ, WRITE
 from runner.sandbox.profile import Sandbox
-from runner.sandbox.stage import Stage, first_closed
+from runner.sandbox.stage import SCRATCH_PARENT, Stage, first_closed
 
 _UIDS_OF_A_POOL: Final = 512
+_SIGNALS: Final = 256
+"""Signals that may wait to be delivered, and timers: they count for the user."""
 
 _LIBRARIES: Final = (
     "/etc/ld.so.cache",
@@ -73,22 +75,24 @@ class Seat(msgspec.Struct, frozen=True):
 class Cage:
     """A profile on this machine. `lacking` are the layers that it has to do without."""
 
-    def __init__(self, sandbox: Sandbox, handler: str, memory: int | None) -> None:
-        """Build it, in the zygote; `memory` is a worker's limit, in bytes.
+    def __init__(self, sandbox: Sandbox, handler: str, path: list[str], memory: int | None) -> None:
+        """Build it, in the zygote; `path` is the worker's `sys.path`, `memory` its limit, in bytes.
 
         CageError where the profile asks for what the machine can't give.
         """
         self._sandbox = sandbox
         self._memory = memory
-        self._group_parent = cgroup.delegated() if sandbox.strictly else ""
+        self._group_parent = cgroup.delegated()
         self._groups: dict[int, Group] = {}
         layers = {layer.name: layer for layer in machine.survey()}
         wanted = wanted_layers(sandbox, own_user=machine.OWN_USER in layers)
-        self._rights = _rights(sandbox, handler)
+        self._rights = _rights(sandbox, handler, path)
         closed = [path for path in self._rights if first_closed(path)] if machine.OWN_USER in wanted else []
         if closed and layers[machine.SCRATCH].lacking:
             why = f"it could not read {closed[0]}, below a directory that is closed to others: install it elsewhere"
             layers[machine.OWN_USER] = msgspec.structs.replace(layers[machine.OWN_USER], lacking=why)
+        if machine.OWN_USER in wanted and layers[machine.OWN_USER].lacking:
+            wanted += [name for name in wanted_layers(sandbox, own_user=False) if name not in wanted]
         missing = [layers[name] for name in wanted if layers[name].lacking]
         if missing and sandbox.require == "all":
             words = "\n".join(f"- {layer.what}: {layer.lacking}" for layer in missing)
@@ -111,8 +115,11 @@ class Cage:
                 own_user=self._own_user,
                 own_pids=self.nested,
             )
-            self._filters = [deny, seccomp.allow_filter()] if sandbox.strictly else [deny]
-        self._stage = self._set_up_stage() if machine.SCRATCH in has or (closed and self._own_user) else None
+            allow = [seccomp.allow_filter()] if sandbox.strictly else []
+            self._filters = [seccomp.request_filter(), *allow, deny]  # after the last one no filter can be loaded
+        # An ordinary user may make namespaces in the user namespace that comes with the stage.
+        staged = machine.SCRATCH in has or (closed and self._own_user) or (self.nested and os.geteuid() != 0)
+        self._stage = self._set_up_stage() if staged else None
         linux.set_dumpable(dumpable=False)
 
     def _set_up_stage(self) -> Stage:
@@ -178,6 +185,7 @@ class Cage:
             resource.RLIMIT_CORE: 0,
             resource.RLIMIT_NICE: 0,
             resource.RLIMIT_RTPRIO: 0,
+            resource.RLIMIT_SIGPENDING: _SIGNALS,
         }
         if self._users or seat.uid is not None:
             limits[resource.RLIMIT_NPROC] = self._sandbox.threads
@@ -239,24 +247,24 @@ def wanted_layers(sandbox: Sandbox, *, own_user: bool) -> list[str]:
         wanted.append(machine.OWN_USER)
     else:
         wanted.append(machine.USERS)  # threads are counted for a user, and this one is shared
-        if sandbox.processes and not sandbox.strictly:
-            wanted.append(machine.SIGNALS)
     if sandbox.connect:
         wanted.append(machine.PORTS)
     if sandbox.scratch is not None:
         wanted.append(machine.SCRATCH)
     if sandbox.strictly:
         wanted += [machine.USERS, machine.NAMESPACES]
+    elif sandbox.processes:
+        wanted.append(machine.NAMESPACES)  # so that none of its processes gets away
     return list(dict.fromkeys(wanted))
 
 
-def _rights(sandbox: Sandbox, handler: str) -> dict[str, int]:
+def _rights(sandbox: Sandbox, handler: str, search: list[str]) -> dict[str, int]:
     """What may be done below which path."""
     execute = EXECUTE if sandbox.processes else 0
     rights = {"/dev/null": WRITE}
     packages = [*site.getsitepackages(), os.path.dirname(os.path.dirname(os.__file__))]
     readable = [*_PUBLIC, sys.prefix, sys.base_prefix, *packages, os.path.dirname(os.path.dirname(__file__))]
-    readable += _app(handler)
+    readable += [*_app(handler, search), *sandbox.path]
     if sandbox.connect:
         readable += _RESOLVER
     for path in readable:
@@ -270,12 +278,12 @@ def _rights(sandbox: Sandbox, handler: str) -> dict[str, int]:
     return {path: right for path, right in rights.items() if os.path.exists(path)}
 
 
-def _app(handler: str) -> list[str]:
+def _app(handler: str, path: list[str]) -> list[str]:
     """The directory that the handler's module is found in. CageError where that would grant far more than an app."""
     if not handler:
         return []
     name = handler.partition(":")[0].partition(".")[0]
-    spec = importlib.util.find_spec(name)
+    spec = importlib.machinery.PathFinder.find_spec(name, path)  # no finder that the app's code could have a say in
     if spec is None or (not spec.origin and not spec.submodule_search_locations):
         return []  # importing it will tell
     places = list(spec.submodule_search_locations or [os.path.join(os.path.dirname(spec.origin or ""), "")])
@@ -283,6 +291,8 @@ def _app(handler: str) -> list[str]:
     for place in places:
         directory = os.path.dirname(os.path.abspath(place) if spec.submodule_search_locations else place)
         home = os.path.expanduser("~")
+        if directory == SCRATCH_PARENT:
+            raise CageError(f"the handler's module {name!r} lies in {directory!r} itself, which workers have anew")
         if directory in ("/", home) or home.startswith(directory + "/"):
             raise CageError(
                 f"the handler's module {name!r} lies in {directory!r}, all of which it could read then: "

@@ -22,9 +22,11 @@ class Sandbox:
     The interpreter, its packages and the app's own directory can be read, and a private scratch directory, which is
     also HOME and TMPDIR, written; nothing of the host's environment is there but what the pool's `env` names.
 
-    `readable` and `writable` are further paths, each with all that lies below it. `connect` are the TCP ports that may
-    be connected to, on any host; with none of them there is no network at all. `processes` says whether the handler
-    may start processes, and execute what it can read. `scratch` is the size of the scratch directory, None for none.
+    `path` are directories that the handler's modules are looked for in, before the host's `sys.path`: for code that the
+    host itself must never import. `readable` and `writable` are further paths, each with all below it. `connect` are
+    the TCP ports that may be connected to, on any host; with none of them there is no network at all. `processes` says
+    whether the handler may start processes, and execute what it can read. `scratch` is the size of the scratch
+    directory, None for none.
     `memory`, `cpu_seconds` and `open_files` hold where the pool's `limits` say nothing, `threads` bounds how many
     threads and processes a worker has.
 
@@ -36,6 +38,7 @@ class Sandbox:
     """
 
     profile: Profile = "default"
+    path: tuple[str, ...] = ()
     readable: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
     connect: tuple[int, ...] = ()
@@ -63,7 +66,7 @@ class Sandbox:
             raise ConfigurationError(f"a sandbox is 'default' or 'strict', not {self.profile!r}")
         if self.require not in ("all", "available"):
             raise ConfigurationError(f"require is 'all' or 'available', not {self.require!r}")
-        for name in ("readable", "writable"):
+        for name in ("path", "readable", "writable"):
             object.__setattr__(self, name, _paths(name, getattr(self, name)))
         object.__setattr__(self, "connect", tuple(self.connect))
         for port in self.connect:
@@ -106,7 +109,7 @@ def _paths(name: str, paths: object) -> tuple[str, ...]:
         absolute = os.path.abspath(os.fspath(path))
         if not os.path.exists(absolute):
             raise ConfigurationError(f"{name}: {absolute!r} is not there: make it first")
-        if absolute == "/":
-            raise ConfigurationError(f"{name}: '/' would grant everything: name what the handler needs")
+        if absolute in ("/", "/tmp"):
+            raise ConfigurationError(f"{name}: {absolute!r} would grant what is others': name what the handler needs")
         found.append(absolute)
     return tuple(found)

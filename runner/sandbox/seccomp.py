@@ -12,6 +12,7 @@ import ctypes
 import errno
 import platform
 import struct
+import sys
 import tempfile
 from typing import Any, Final
 
@@ -30,16 +31,15 @@ def _names(text: str) -> tuple[str, ...]:
 
 _FORBIDDEN: Final = _names("""
     acct add_key bpf chroot clock_adjtime clock_settime delete_module fanotify_init fanotify_mark finit_module
-    fsconfig fsmount fsopen fspick get_robust_list init_module inotify_add_watch io_uring_enter io_uring_register
-    io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie mbind memfd_create memfd_secret
-    migrate_pages mknod mknodat mount mount_setattr move_mount move_pages mq_getsetattr mq_notify mq_open
+    get_robust_list init_module inotify_add_watch inotify_init inotify_init1 io_cancel io_destroy io_getevents
+    io_pgetevents io_setup io_submit ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie mbind
+    memfd_create migrate_pages mknod mknodat modify_ldt mount move_pages mq_getsetattr mq_notify mq_open
     mq_timedreceive mq_timedsend mq_unlink msgctl msgget msgrcv msgsnd name_to_handle_at nfsservctl
-    open_by_handle_at open_tree perf_event_open personality pidfd_getfd pidfd_open pidfd_send_signal pivot_root
-    process_madvise process_mrelease process_vm_readv process_vm_writev ptrace quotactl quotactl_fd reboot
-    request_key rt_sigqueueinfo rt_tgsigqueueinfo semctl semget semop semtimedop set_mempolicy
-    set_mempolicy_home_node setdomainname setgid setgroups sethostname setns setregid setresgid setresuid setreuid
-    settimeofday setuid shmat shmctl shmdt shmget stime swapoff swapon sync syncfs syslog tkill umount umount2
-    unshare uselib userfaultfd vhangup
+    open_by_handle_at perf_event_open personality pivot_root process_vm_readv process_vm_writev ptrace quotactl
+    reboot request_key rt_sigqueueinfo rt_tgsigqueueinfo sched_setaffinity seccomp semctl semget semop semtimedop
+    set_mempolicy setdomainname setfsgid setfsuid setgid setgroups sethostname setns setregid setresgid setresuid
+    setreuid settimeofday setuid shmat shmctl shmdt shmget stime swapoff swapon sync syncfs syslog tee tkill umount
+    umount2 unshare uselib userfaultfd vhangup vmsplice
 """)
 
 _OF_OWN_FILES: Final = _names("""
@@ -51,9 +51,16 @@ _OF_OWN_FILES: Final = _names("""
 _FORK: Final = ("fork", "vfork", "execve", "execveat")
 _SOCKET: Final = ("socket", "connect")
 _SERVER: Final = ("bind", "listen", "accept", "accept4")
-_FIRST_UNKNOWN: Final = 451
-_LAST_UNKNOWN: Final = 550
-"""The calls of kernels from 6.5 on have the same numbers on all machines; none of them is needed here."""
+_FIRST_NEW: Final = 424
+_NEW: Final = {"close_range": 436, "openat2": 437, "faccessat2": 439, "epoll_pwait2": 441, "futex_waitv": 449}
+"""From this number on calls have the same numbers on all machines, and are forbidden but for these: libseccomp may not
+know their names, and nobody those of calls to come. clone3 is among the forbidden, since it hides its flags behind a
+pointer: the C library falls back to clone, whose flags can be seen."""
+
+_IOCTL: Final = {"x86_64": 16, "aarch64": 29}
+_REQUESTS: Final = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+"""TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others change what a file's owner may change (inode flags),
+or have a signal sent (FIOSETOWN)."""
 
 _OF_OTHERS: Final = _names("""
     getpgid getsid prlimit64 sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval
@@ -61,15 +68,17 @@ _OF_OTHERS: Final = _names("""
 """)
 """Calls whose first argument is a pid, and 0 for one's own."""
 
-_OF_OTHERS_TOO: Final = ("getpriority", "setpriority", "ioprio_get", "ioprio_set")
-"""Calls whose second argument is a pid, and 0 for one's own."""
+_PRIORITIES: Final = {"getpriority": 0, "setpriority": 0, "ioprio_get": 1, "ioprio_set": 1}
+"""Calls whose second argument is a pid, 0 for one's own, where the first one is this; else it is a group, or a user."""
 
-_PRCTL: Final = (1, 4, 24, 26, 28, 35, 36, 0x59616D61)
-"""PDEATHSIG, DUMPABLE, CAPBSET_DROP, TSC, SECUREBITS, MM, CHILD_SUBREAPER, PTRACER: not the handler's to set."""
+_PRCTL: Final = (1, 4, 22, 24, 26, 28, 35, 36, 0x59616D61)
+"""PDEATHSIG, DUMPABLE, SECCOMP, CAPBSET_DROP, TSC, SECUREBITS, MM, CHILD_SUBREAPER, PTRACER."""
 
-_FCNTL: Final = (1024, 1026)
-"""SETLEASE and NOTIFY: with a lease, the owner of a file holds up whoever opens it."""
+_FCNTL: Final = (8, 10, 15, 1024, 1026, 1031)
+"""SETOWN, SETSIG and SETOWN_EX have the kernel send any signal to anybody; with a lease (SETLEASE) the owner of a file
+holds up whoever opens it; NOTIFY watches; SETPIPE_SZ takes from what pipes the user may have."""
 
+_CLONE_PARENT: Final = 0x00008000
 _CLONE_THREAD: Final = 0x00010000
 _CLONE_NAMESPACES: Final = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
 _FAST_OPEN: Final = 0x20000000
@@ -92,11 +101,11 @@ _ALLOWED: Final = _names("""
     prctl pread64 preadv preadv2 prlimit64 pselect6 pwrite64 pwritev pwritev2 read readahead readlink readlinkat
     readv recvfrom recvmmsg recvmsg rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending
     rt_sigprocmask rt_sigreturn rt_sigsuspend rt_sigtimedwait sched_get_priority_max sched_get_priority_min
-    sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_yield select sendfile sendmmsg sendmsg
-    sendto set_robust_list set_tid_address setitimer setpgid setrlimit setsid setsockopt shutdown sigaltstack socket
-    socketpair splice stat statfs statx symlink symlinkat sysinfo tgkill time timer_create timer_delete
-    timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times truncate umask
-    uname unlink unlinkat utime utimensat utimes vfork wait4 waitid write writev
+    sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_yield seccomp select sendfile sendmmsg
+    sendmsg sendto set_robust_list set_tid_address setitimer setpgid setrlimit setsid setsockopt shutdown
+    sigaltstack socket socketpair splice stat statfs statx symlink symlinkat sysinfo tgkill time timer_create
+    timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times
+    truncate umask uname unlink unlinkat utime utimensat utimes vfork wait4 waitid write writev
 """)
 
 
@@ -131,10 +140,6 @@ def deny_filter(*, processes: bool, network: bool, own_user: bool, own_pids: boo
         names += _SOCKET
     for name in names:
         _add(filters, forbid, name)
-    # clone3 hides its flags behind a pointer: the C library falls back to clone, whose flags can be seen.
-    _add(filters, seccomp.ERRNO(errno.ENOSYS), "clone3")
-    for number in range(_FIRST_UNKNOWN, _LAST_UNKNOWN):
-        filters.add_rule(seccomp.ERRNO(errno.ENOSYS), number)
 
     def when(argument: int, comparison: int, value: int, masked: int = 0) -> Any:
         return seccomp.Arg(argument, comparison, value, masked)
@@ -142,12 +147,13 @@ def deny_filter(*, processes: bool, network: bool, own_user: bool, own_pids: boo
     equal, masked, other, above, below = seccomp.EQ, seccomp.MASKED_EQ, seccomp.NE, seccomp.GT, seccomp.LT
     if not processes:
         _add(filters, forbid, "clone", when(0, masked, _CLONE_THREAD, 0))
-    for flag in _CLONE_NAMESPACES:
+    for flag in (_CLONE_PARENT, *_CLONE_NAMESPACES):
         _add(filters, forbid, "clone", when(0, masked, flag, flag))
     # An int's upper half is nobody's: what is forbidden is compared without it, what is allowed with it.
     for name in _OF_OTHERS:
         _add(filters, forbid, name, when(0, other, 0))
-    for name in _OF_OTHERS_TOO:
+    for name, process in _PRIORITIES.items():
+        _add(filters, forbid, name, when(0, other, process))
         _add(filters, forbid, name, when(1, other, 0))
     if not own_pids and not processes:
         for name in ("kill", "tgkill"):
@@ -185,6 +191,22 @@ def allow_filter() -> bytes:
     for name in _ALLOWED:
         _add(filters, seccomp.ALLOW, name)
     return _export(seccomp, filters)
+
+
+def request_filter() -> bytes:
+    """What depends on more than a libseccomp rule can say: new calls, and ioctl by its request."""
+    machine = platform.machine()
+    load, equal, above, answer = 0x20, 0x15, 0x35, 0x06
+    allow, unknown, forbid = 0x7FFF0000, 0x00050000 | errno.ENOSYS, 0x00050000 | errno.EPERM
+    low_half = 24 if sys.byteorder == "little" else 28  # of the second argument (seccomp(2), struct seccomp_data)
+    new = sorted(_NEW.values())
+    # Each step: code, steps to skip where it holds, and where it does not, operand.
+    steps = [(load, 0, 0, 0), (equal, len(new) + 3, 0, _IOCTL[machine]), (above, 0, len(new) + 1, _FIRST_NEW)]
+    steps += [(equal, len(new) - at, 0, number) for at, number in enumerate(new)]
+    steps += [(answer, 0, 0, unknown), (answer, 0, 0, allow), (load, 0, 0, low_half)]
+    steps += [(equal, len(_REQUESTS) - at, 0, request) for at, request in enumerate(_REQUESTS)]
+    steps += [(answer, 0, 0, forbid), (answer, 0, 0, allow)]
+    return b"".join(struct.pack("=HBBI", *step) for step in steps)
 
 
 def load(compiled: bytes, pid: int) -> None:

@@ -43,8 +43,10 @@ class Stage:
     def remove_scratch(self, number: int) -> None:
         """Remove it, with all that is in it."""
         path = f"{SCRATCH_PARENT}/worker-{number}"
-        linux.unmount(path)
-        os.rmdir(path)
+        if os.path.ismount(path):
+            linux.unmount(path)
+        if os.path.isdir(path):
+            os.rmdir(path)
 
 
 def enter_mount_namespace() -> None:

@@ -155,6 +155,15 @@ def do_utime(path: str) -> str:
     return "old"
 
 
+def do_inode_flags(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, 0x40086602, struct.pack("l", 0x80))
+    finally:
+        os.close(fd)
+    return "flagged"
+
+
 def do_setxattr(path: str) -> str:
     os.setxattr(path, "user.harm", b"1")
     return "marked"
@@ -263,6 +272,46 @@ def do_affinity(pid: int) -> str:
 def do_scheduler(pid: int) -> str:
     os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
     return "idle"
+
+
+def do_renice_user(pid: int) -> str | None:
+    os.setpriority(os.PRIO_USER, 0, 7)
+    return "reniced" if os.getpriority(os.PRIO_PROCESS, 0) == 7 else None
+
+
+def do_signal_by_file(pid: int, command: int) -> str:
+    one, two = socket.socketpair()
+    with one, two:
+        fcntl.fcntl(one, command, pid)
+    return "owned"
+
+
+def do_signal_by_ioctl(pid: int) -> str:
+    one, two = socket.socketpair()
+    with one, two:
+        fcntl.ioctl(one, 0x8901, struct.pack("i", pid))
+    return "owned"
+
+
+def do_pipe_pages() -> str:
+    read, write = os.pipe()
+    try:
+        return str(fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, MIB))
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def do_timers(most: int) -> str | None:
+    made: list[bytes] = []
+    try:
+        while len(made) <= most:
+            timer = struct.pack("i", 0)
+            call(222, 1, None, timer)
+            made.append(timer)
+    except OSError:
+        return None
+    return f"{len(made)} timers"
 
 
 # -- starting processes ----------------------------------------------------------------------------------
@@ -429,6 +478,19 @@ def do_descriptors(most: int) -> str | None:
         for fd in opened:
             os.close(fd)
     return f"{len(opened)} descriptors"
+
+
+def do_spinning_children() -> None:
+    for _ in range(2):
+        if not os.fork():
+            while True:
+                pass
+    while True:
+        time.sleep(1)
+
+
+def do_leave_spinning() -> None:
+    threading.Thread(target=do_spin, daemon=True).start()
 
 
 def do_spin() -> NoReturn:

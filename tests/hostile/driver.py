@@ -124,8 +124,8 @@ class Host:
             harm.append("the canary file's attributes")
         if self._victim.poll() is not None:
             harm.append("the victim process")
-        if os.getpriority(os.PRIO_PROCESS, self._victim.pid):
-            harm.append("the victim's priority")
+        if os.getpriority(os.PRIO_PROCESS, self._victim.pid) or os.getpriority(os.PRIO_PROCESS, 0):
+            harm.append("a priority")
         for name, waiting in (("tcp", self._tcp), ("unix", self._unix), ("abstract", self._abstract)):
             try:
                 waiting.accept()[0].close()

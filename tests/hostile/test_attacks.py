@@ -136,6 +136,7 @@ def calls() -> Iterator[Attack]:
         103: [10, 0, 0],  # syslog
         135: [0xFFFFFFFF],  # personality
         153: [],  # vhangup
+        154: [0, 0, 0],  # modify_ldt
         161: [0],  # chroot
         162: [],  # sync
         163: [0],  # acct
@@ -143,24 +144,33 @@ def calls() -> Iterator[Attack]:
         169: [0, 0, 0, 0],  # reboot
         170: [0, 0],  # sethostname
         175: [0, 0, 0],  # init_module
+        206: [8, 0],  # io_setup
+        203: [0, 8, 0],  # sched_setaffinity
         240: [0, 0, 0, 0],  # mq_open
         246: [0, 0, 0, 0],  # kexec_load
         250: [0, -3, 0],  # keyctl, GET_KEYRING_ID
         272: [0x10000000],  # unshare the user namespace
+        276: [0, 1, 1, 0],  # tee
+        278: [1, 0, 0, 0],  # vmsplice
+        294: [0],  # inotify_init1
         298: [0, 0, -1, -1, 0],  # perf_event_open
         300: [0, 0],  # fanotify_init
         308: [0, 0],  # setns
+        317: [1, 0, 0],  # seccomp
         321: [0, 0, 0],  # bpf
         323: [1],  # userfaultfd, user mode only
         425: [8, 0],  # io_uring_setup
+        444: [0, 0, 1],  # landlock_create_ruleset
+        600: [],  # not yet a call
         447: [0],  # memfd_secret
         452: [-100, 0, 0o777, 0],  # fchmodat2
     }
     for number, arguments in wanted.items():
         yield Attack("call", {"number": number, "arguments": arguments}, refused=True)
+    yield Attack("call", {"number": 56, "arguments": [0x8000 | 17, 0, 0, 0, 0]}, pool="processes", refused=True)
     # The kernel reads an int from the lower half of a register: what stands in the upper half must not matter.
     high = 1 << 32
-    for option, value in ((1, 0), (4, 1), (high | 4, 1), (36, 0), (high | 36, 0)):
+    for option, value in ((22, 2), (1, 0), (4, 1), (high | 4, 1), (36, 0), (high | 36, 0)):
         yield Attack("prctl", {"option": option, "value": value}, refused=True)
 
 
@@ -211,6 +221,12 @@ ATTACKS = [
     Attack("prlimit", {"pid": "{victim}"}),
     Attack("renice", {"pid": "{host}"}),
     Attack("renice", {"pid": "{victim}"}),
+    Attack("renice_user", {"pid": 0}, refused=True),
+    *(Attack("signal_by_file", {"pid": "{victim}", "command": number}, refused=True) for number in (8, 10, 15)),
+    Attack("signal_by_ioctl", {"pid": "{victim}"}, refused=True),
+    Attack("pipe_pages", refused=True),
+    Attack("timers", {"most": 1000}),
+    Attack("inode_flags", {"path": os.path.abspath(__file__)}, refused=True),
     Attack("affinity", {"pid": "{host}"}),
     Attack("scheduler", {"pid": "{victim}"}),
     Attack("fork", refused=True),
@@ -257,6 +273,7 @@ ATTACKS = [
     Attack("descriptors", {"most": "{open_files}"}),
     Attack("raise_limits"),
     Attack("spin", ends=("timeout",)),
+    Attack("spinning_children", ends=("timeout",), pool="processes"),
     Attack("stubborn", ends=("DeadlineExceeded", "JobClosed"), timeout=0.2),
     Attack("held"),
     Attack("every_descriptor", ends=("protocol",)),
@@ -312,6 +329,15 @@ def test_state_left_behind(host: Driver) -> None:
         assert answers == ["fine"] * 3
     else:
         assert answers[-1].startswith("GOT what")
+
+
+@every_mode
+def test_what_goes_on_after_its_job(host: Driver) -> None:
+    """S: a worker that computes without a job is replaced."""
+    assert host.attack("leave_spinning", {})["body"] == "fine"
+    pids = host.tell("workers", pool="plain")["workers"]
+    wait_until(lambda: host.tell("workers", pool="plain")["workers"] != pids)
+    assert host.attack("nothing", {})["body"] == "fine"
 
 
 @every_mode
