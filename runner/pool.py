@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 
-from runner import linux
 from runner.call import Call
 from runner.errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from runner.events import Events, PoolStats, Subscriber, WorkerInfo
@@ -200,6 +199,8 @@ class Pool:
                     env = dict(os.environ) if sandbox is None else {**PLAIN_ENVIRONMENT, **(env or {})}
                     share_cores(env, self._size.most, self._config.limits)
                 if sandbox is not None and sandbox.protect_host:
+                    from runner import linux  # ctypes is loaded where it is used
+
                     linux.set_dumpable(dumpable=False)
                 try:
                     supervisor = Supervisor(

@@ -510,8 +510,7 @@ class Supervisor:
             )
             if worker.pid is None and self._zygote is not None:
                 # It was not even forked: the zygote hangs, in a preload's import perhaps.
-                if self._config.preload:
-                    self._preload_error = worker.failure
+                self._zygote_error = f"a worker {worker.failure.removeprefix('it ')}"
                 self._zygote.kill()
             self.leases.kill(worker)
 
