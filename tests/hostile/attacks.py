@@ -198,15 +198,15 @@ def do_fill_one_file(size: int) -> str | None:
     return f"{written} bytes" if written > size else None
 
 
-def do_fill_many_files(size: int) -> str | None:
+def do_fill_many_files(size: int, each: int = 1024) -> str | None:
     written = 0
     directory = os.path.join(os.environ["TMPDIR"], "many")
     os.mkdir(directory)
     try:
         for number in range(200_000):
             with open(os.path.join(directory, str(number)), "wb") as file:
-                file.write(bytes(1024))
-            written += 1024
+                file.write(bytes(each))
+            written += each
     except OSError as error:
         return None if error.errno in (errno.ENOSPC, errno.EDQUOT) and written <= size else f"{written}: {error}"
     finally:

@@ -110,6 +110,8 @@ class Attack:
     pool: str = "plain"
     timeout: float | None = None
     refused: bool = False
+    words: str = ""
+    """What the fault says."""
     feigned: bool = False
     """The kernel calls it a success where nothing was achieved, as it does with kill(-1) that reaches nobody."""
 
@@ -206,6 +208,7 @@ ATTACKS = [
     Attack("fchmod", {"path": os.path.abspath(__file__)}, refused=True),
     Attack("fill_one_file", {"size": "{scratch}"}),
     Attack("fill_many_files", {"size": "{scratch}"}),
+    Attack("fill_many_files", {"size": "{scratch}", "each": 0}),
     Attack("ptrace", {"pid": "{host}"}),
     Attack("ptrace", {"pid": "{victim}"}),
     Attack("read_memory", {"pid": "{host}"}),
@@ -272,8 +275,8 @@ ATTACKS = [
     Attack("memfd", refused=True),
     Attack("descriptors", {"most": "{open_files}"}),
     Attack("raise_limits"),
-    Attack("spin", ends=("timeout",)),
-    Attack("spinning_children", ends=("timeout",), pool="processes"),
+    Attack("spin", ends=("timeout",), words="processor time"),
+    Attack("spinning_children", ends=("timeout",), pool="processes", words="processor time"),
     Attack("stubborn", ends=("DeadlineExceeded", "JobClosed"), timeout=0.2),
     Attack("held"),
     Attack("every_descriptor", ends=("protocol",)),
@@ -313,6 +316,7 @@ def test_attack(host: Driver, attack: Attack) -> None:
     assert found["harm"] == []
     assert found["benign"] == "fine"
     assert found["outcome"] in attack.ends, found
+    assert attack.words in found["body"], found
     if found["outcome"] == "answer":
         assert found["body"].startswith("denied") or found["body"] == "fine" or attack.feigned, found
         if attack.refused:
