@@ -98,8 +98,10 @@ class AsyncUpload(Upload):
             except cancelled:
                 self._error = JobClosed("the source of the request body was cancelled")
                 raise
-            except BaseException as error:  # noqa: BLE001 - it is raised in the caller
-                self._error = error
+            except BaseException as error:
+                if self._closed:  # its answer to being cancelled: there is no caller any more
+                    logger.error("closing a request body failed", exc_info=error)
+                self._error = error  # it is raised in the caller
             finally:
                 self.wake()
                 await _close(source)

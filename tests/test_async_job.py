@@ -221,6 +221,29 @@ def test_sources_that_fail_at_their_ends(pool: Pool, run: Run, log: pytest.LogCa
     run(main)
 
 
+def test_a_source_that_fails_as_it_is_cancelled(pool: Pool, run: Run, log: pytest.LogCaptureFixture) -> None:
+    """H6: in the middle of its own waiting; it is logged, as nobody is there to be told."""
+    waiting = []
+
+    async def source() -> AsyncIterator[bytes]:
+        yield b"some"
+        waiting.append(True)
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise OSError("the clean-up has failed")
+
+    async def main() -> None:
+        job = await pool.aopen(Request("POST", "/endless", body=source()))
+        while not waiting:
+            await job.read()
+        job.close()
+        await until(lambda: "the clean-up has failed" in log.text)
+
+    run(main)
+    recovered(pool, 2)
+
+
 def test_a_source_that_will_not_be_cancelled(pool: Pool) -> None:
     """H6: it is asked once, and not over and over."""
     asked: list[bool] = []
