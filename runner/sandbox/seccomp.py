@@ -116,7 +116,7 @@ def available() -> str:
     try:
         import pyseccomp  # noqa: F401
     except ImportError:
-        return "the package pyseccomp is missing: install blastdoor[sandbox]"
+        return "the package pyseccomp is missing: install it (it comes with the extra `sandbox`)"
     except (OSError, RuntimeError) as error:
         return f"libseccomp is missing ({error}): on Debian, install libseccomp2"
     return ""
