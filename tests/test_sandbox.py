@@ -206,8 +206,8 @@ def test_workers_killed_while_they_are_born(start: Callable[..., Pool], make: Ma
             with_suppressed(child.kill)
     wait_until(lambda: pool.stats().idle == 2)
     assert get(pool, "/home") == "True"
-    mounts = Path(f"/proc/{zygote.pid}/mounts").read_text()
-    assert mounts.count("/tmp/worker-") <= 3
+    mounts = Path(f"/proc/{zygote.pid}/mounts")
+    wait_until(lambda: mounts.read_text().count(" /tmp/worker-") == 2)
 
 
 def with_suppressed(step: Callable[[], object]) -> None:
@@ -332,7 +332,7 @@ def test_modules_of_the_app_never_run_outside(tmp_path: Path, name: str) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert not mark.exists()
-    assert name in ("ctypes", "msgspec") or "planted" in done.stdout
+    assert "planted" in done.stdout
 
 
 @every_profile

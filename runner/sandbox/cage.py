@@ -10,6 +10,7 @@ import site
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -91,6 +92,8 @@ class Cage:
         if closed and layers[machine.SCRATCH].lacking:
             why = f"it could not read {closed[0]}, below a directory that is closed to others: install it elsewhere"
             layers[machine.OWN_USER] = msgspec.structs.replace(layers[machine.OWN_USER], lacking=why)
+        if machine.NAMESPACES in wanted and layers[machine.NAMESPACES].lacking and sandbox.processes:
+            wanted.append(machine.SIGNALS)  # without pids of its own, and with children to signal
         if machine.OWN_USER in wanted and layers[machine.OWN_USER].lacking:
             wanted += [name for name in wanted_layers(sandbox, own_user=False) if name not in wanted]
         missing = [layers[name] for name in wanted if layers[name].lacking]
@@ -232,9 +235,9 @@ class Cage:
             raise CageError(f"the sandbox does not hold: {', '.join(holes)}; please report it")
 
 
-def _works(step: object) -> bool:
+def _works(step: Callable[[], object]) -> bool:
     try:
-        step()  # type: ignore[operator]
+        step()
     except OSError:
         return False
     return True
@@ -286,11 +289,10 @@ def _app(handler: str, path: list[str]) -> list[str]:
     spec = importlib.machinery.PathFinder.find_spec(name, path)  # no finder that the app's code could have a say in
     if spec is None or (not spec.origin and not spec.submodule_search_locations):
         return []  # importing it will tell
-    places = list(spec.submodule_search_locations or [os.path.join(os.path.dirname(spec.origin or ""), "")])
+    home = os.path.expanduser("~")
     found = []
-    for place in places:
-        directory = os.path.dirname(os.path.abspath(place) if spec.submodule_search_locations else place)
-        home = os.path.expanduser("~")
+    for place in spec.submodule_search_locations or [spec.origin or ""]:
+        directory = os.path.dirname(os.path.abspath(place))
         if directory == SCRATCH_PARENT:
             raise CageError(f"the handler's module {name!r} lies in {directory!r} itself, which workers have anew")
         if directory in ("/", home) or home.startswith(directory + "/"):

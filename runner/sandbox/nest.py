@@ -33,6 +33,8 @@ def nest(control: socket.socket, *, network: bool) -> None:
     if not control.recv(1):  # the word that our parent is the zygote now
         os._exit(1)
     linux.die_with_parent(signal.SIGKILL)
+    if _is_closed(control):
+        os._exit(1)  # it ended before the line above took effect
     worker = os.fork()
     if not worker:
         control.close()
@@ -40,6 +42,15 @@ def nest(control: socket.socket, *, network: bool) -> None:
     pidfd = os.pidfd_open(worker)
     socket.send_fds(control, [b"born"], [pidfd])
     _reap(control, worker)
+
+
+def _is_closed(control: socket.socket) -> bool:
+    """Whether the zygote, which only reads from now on, has closed its end."""
+    try:
+        control.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _reap(control: socket.socket, worker: int) -> NoReturn:
