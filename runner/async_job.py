@@ -57,7 +57,7 @@ class AsyncJob(RoundTrip):
         except BaseException as error:
             job.close(error)
             raise
-        job.head = job._exchange.head
+        job._answered(job._exchange.head)
         return job
 
     def __aiter__(self) -> Self:

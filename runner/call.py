@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from runner.errors import InvalidRequest, closed_by
+from runner.errors import BlastdoorError, InvalidRequest, LeaseTimeout, WorkersUnavailable, closed_by
+from runner.events import JobRefused
 from runner.frames import BODY, END, MAX_HEAD, REQUEST, pack_header
 from runner.job import Job
 from runner.messages import JobContext, RequestHead
@@ -31,7 +32,18 @@ class Call:
     `sent_at` tells when its head went to the worker that was found for it, where that was done for a caller who waited.
     """
 
-    __slots__ = ("_supervisor", "context", "head", "lease_timeout", "method", "scope", "sent_at", "timeouts", "upload")
+    __slots__ = (
+        "_supervisor",
+        "asked_at",
+        "context",
+        "head",
+        "lease_timeout",
+        "method",
+        "scope",
+        "sent_at",
+        "timeouts",
+        "upload",
+    )
 
     def __init__(
         self,
@@ -42,6 +54,7 @@ class Call:
         lease_timeout: float | None,
         timeouts: Timeouts,
     ) -> None:
+        self.asked_at = time.monotonic()
         self.method = request.method
         self.upload = upload
         self.lease_timeout = lease_timeout
@@ -63,9 +76,13 @@ class Call:
         self._supervisor = supervisor
         tries = _MAX_TRIES
         while True:
-            worker = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
             try:
-                supervisor.look_after_jobs()
+                worker = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
+            except (LeaseTimeout, WorkersUnavailable) as error:
+                self._refused(error)
+                raise
+            try:
+                supervisor.oversight.look_after_jobs()
                 return Job(worker, supervisor, self)
             except NeverTaken as never:
                 tries = _next_try(never, tries)
@@ -77,12 +94,24 @@ class Call:
         self._supervisor = supervisor
         tries = _MAX_TRIES
         while True:
-            worker = await supervisor.leases.lease_async(self.lease_timeout, self.scope, self.context.provider, self)
             try:
-                supervisor.look_after_jobs()
+                worker = await supervisor.leases.lease_async(
+                    self.lease_timeout, self.scope, self.context.provider, self
+                )
+            except (LeaseTimeout, WorkersUnavailable) as error:
+                self._refused(error)
+                raise
+            try:
+                supervisor.oversight.look_after_jobs()
                 return await AsyncJob.open(worker, supervisor, self)
             except NeverTaken as never:
                 tries = _next_try(never, tries)
+
+    def _refused(self, error: BlastdoorError) -> None:
+        events = self._supervisor.events
+        if events.subscribers:
+            context, waited = self.context, time.monotonic() - self.asked_at
+            events.emit(JobRefused(context.job_id, context.provider, context.source, waited, str(error)))
 
     def present(self, worker: Worker) -> None:
         """Write the request to a worker that came free for this call, before its caller has woken up."""
@@ -139,6 +168,7 @@ def _encode_head(request: Request, upload: Upload, context: JobContext) -> bytes
             request.server,
             upload.lazy or bool(upload.inline),
             context,
+            request.client,
         )
     )
     if len(head) > MAX_HEAD:

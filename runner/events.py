@@ -45,16 +45,34 @@ class WorkerEnded(msgspec.Struct, frozen=True):
 
 
 class JobStarted(msgspec.Struct, frozen=True):
-    """A job was given to a worker."""
+    """A job was given to a worker, after its caller had waited so many seconds for one.
+
+    It is told in the caller's own thread or task. A job that its worker never took is told once for each try.
+    """
 
     job_id: str
     provider: str
     source: str
     worker: int | None
+    waited: float
+
+
+class JobAnswered(msgspec.Struct, frozen=True):
+    """The head of a job's response is there, so many seconds after it started, and its body is still to come."""
+
+    job_id: str
+    provider: str
+    source: str
+    worker: int | None
+    status: int
+    seconds: float
 
 
 class JobEnded(msgspec.Struct, frozen=True):
-    """A job is over for its caller: the status it saw, if any, how it ended, and after how many seconds."""
+    """A job is over for its caller: the status it saw, if any, how it ended, and after how many seconds.
+
+    `detail` says in a sentence what went wrong, where something did.
+    """
 
     job_id: str
     provider: str
@@ -63,9 +81,20 @@ class JobEnded(msgspec.Struct, frozen=True):
     status: int | None
     outcome: Outcome
     seconds: float
+    detail: str = ""
 
 
-Event = WorkerStarted | WorkerReady | WorkerEnded | JobStarted | JobEnded
+class JobRefused(msgspec.Struct, frozen=True):
+    """A caller got no worker, after so many seconds: the queue was full or its time up, or none can be started."""
+
+    job_id: str
+    provider: str
+    source: str
+    waited: float
+    detail: str
+
+
+Event = WorkerStarted | WorkerReady | WorkerEnded | JobStarted | JobAnswered | JobEnded | JobRefused
 Subscriber = Callable[[Event], object]
 
 

@@ -85,6 +85,9 @@ class Inspector:
             since = worker.idle_since
             try:
                 process = psutil.Process(worker.pid)
+                if process.status() == psutil.STATUS_STOPPED:
+                    found.append((worker, since, "was stopped"))
+                    continue
                 used = _processor_time(process)
                 limit = self._limits.memory_bytes
                 taken = _memory(process, limit) if limit is not None else 0

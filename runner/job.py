@@ -42,7 +42,7 @@ class Job(RoundTrip):
         except BaseException as error:
             self.close(error)
             raise
-        self.head = head
+        self._answered(head)
 
     def _await_head(self, call: Call) -> None:
         self._send_request(call)

@@ -54,6 +54,7 @@ class RequestHead(msgspec.Struct, array_like=True, frozen=True, gc=False):
     server: tuple[str, int]
     has_body: bool
     context: JobContext
+    client: tuple[str, int]
 
 
 class ResponseHead(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -146,6 +147,12 @@ class Died(msgspec.Struct, array_like=True, frozen=True, tag=True):
     status: int | None
 
 
+class Stopped(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Zygote to host: a worker was stopped, as by SIGSTOP."""
+
+    worker: int
+
+
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Zygote to host: it can't do what it is for, and why."""
 
@@ -158,7 +165,7 @@ class Lacking(msgspec.Struct, array_like=True, frozen=True, tag=True):
     layers: list[str]
 
 
-News = Born | Died | Failed | Lacking
+News = Born | Died | Stopped | Failed | Lacking
 """What a zygote tells its host."""
 
 

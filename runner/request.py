@@ -40,7 +40,8 @@ class Request:
     """One request.
 
     `target` is the origin-form target, path and query byte for byte as they should arrive; `headers` are
-    (name, value) pairs; `scheme` and `server` (host, port) tell the handler the URL that it stands behind.
+    (name, value) pairs; `scheme` and `server` (host, port) tell the handler the URL that it stands behind, and
+    `client` (host, port) who asks: this host, where it is not a server that asks on somebody's behalf.
     Raises InvalidRequest for what can't be sent.
     """
 
@@ -50,6 +51,7 @@ class Request:
     body: Body = None
     scheme: str = "http"
     server: tuple[str, int] = ("localhost", 80)
+    client: tuple[str, int] = ("127.0.0.1", 0)
 
     def __post_init__(self) -> None:
         if not is_token(self.method):

@@ -32,7 +32,7 @@ from runner.errors import (
     WriteTimeout,
     closed_by,
 )
-from runner.events import JobEnded, JobStarted, Outcome
+from runner.events import JobAnswered, JobEnded, JobStarted, Outcome
 from runner.exchange import ResponseExchange
 from runner.failures import over_limit, response_failure, worker_death
 from runner.frames import BODY, END, STOP, Frame, encode, pack_header
@@ -141,7 +141,8 @@ class RoundTrip:
         else:
             self._uploading = self._upload.lazy or not self._channel.flushed
         if supervisor.events.subscribers:
-            supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid))
+            waited = self.began - call.asked_at
+            supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
 
     def __del__(self) -> None:
         if not getattr(self, "_settled", True) and not self._supervisor.forgotten:
@@ -159,6 +160,16 @@ class RoundTrip:
     def settled(self) -> bool:
         """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
         return self._settled
+
+    def _answered(self, head: ResponseHead) -> None:
+        """The head is there: hand it out, and tell of it where the body is still to come."""
+        self.head = head
+        events = self._supervisor.events
+        if events.subscribers and not self._settled:
+            context, seconds = self._context, time.monotonic() - self.began
+            events.emit(
+                JobAnswered(self.job_id, context.provider, context.source, self._worker.pid, head.status, seconds)
+            )
 
     def _watch_scope(self, scope: CancelScope) -> None:
         scope.watch(id(self), _closer(self))
@@ -467,9 +478,30 @@ class RoundTrip:
             seconds = time.monotonic() - self.began
             status = None if head is None else head.status
             ended = JobEnded(
-                self.job_id, context.provider, context.source, self._worker.pid, status, self._outcome, seconds
+                self.job_id,
+                context.provider,
+                context.source,
+                self._worker.pid,
+                status,
+                self._outcome,
+                seconds,
+                self._what_went_wrong(),
             )
             events.emit(ended)
+
+    def _what_went_wrong(self) -> str:
+        if self._outcome == "ok":
+            return ""
+        if self._outcome in ("died", "not taken"):
+            return worker_death(self._worker.status, self.job_id).fault.detail
+        if self._outcome == "memory" and self._worker.verdict:
+            return self._worker.verdict
+        failure = response_failure(self._exchange, self.job_id)
+        if failure is None and isinstance(self._closed_by, JobFailed):
+            failure = self._closed_by
+        if failure is not None:
+            return failure.fault.detail
+        return "" if self._closed_by is None else str(self._closed_by)
 
 
 def _sooner(timeout: float | None, moment: float | None) -> float | None:

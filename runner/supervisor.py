@@ -13,8 +13,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import Final
 
 import msgspec
 
@@ -26,24 +26,16 @@ from runner.frames import FAULT, READY
 from runner.leases import Leases
 from runner.left_jobs import LeftJobs, Rest
 from runner.logs import LogPipe
-from runner.messages import Born, Died, FaultReport, Lacking, Ready, ZygoteConfig, describe_exit
+from runner.messages import Born, Died, FaultReport, Lacking, Ready, Stopped, ZygoteConfig, describe_exit
+from runner.oversight import Oversight
 from runner.reactor import Reactor
 from runner.worker_record import Worker
 from runner.zygote_process import ZygoteProcess
-
-if TYPE_CHECKING:
-    from runner.inspection import Inspector, Subject
 
 logger = logging.getLogger("blastdoor")
 
 _decode_ready = msgspec.msgpack.Decoder(Ready).decode
 _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
-
-INSPECTION_INTERVAL: Final = 0.05
-"""Seconds between two looks at the jobs under way, where limits are set."""
-
-IDLE_INTERVAL: Final = 0.5
-"""Seconds between two looks at the idle workers of a sandboxed pool."""
 
 _SETTLED: Final = 2.0
 """Seconds that a worker has to live after READY to count as a start that has succeeded."""
@@ -84,8 +76,6 @@ class Supervisor:
         stop_timeout: float,
     ) -> None:
         self.limits = config.limits
-        self.inspecting = False
-        self._inspector: Inspector | None = None
         self.leases = leases
         self.events = events
         self._config = config
@@ -110,10 +100,10 @@ class Supervisor:
         self._closing = False
         self._stopping = False
         self._respawn_is_due = False
-        self._inspection_is_due = False
         self.forgotten = False
         self._reactor = Reactor()
         self._left = LeftJobs(self._reactor, leases, grace, config.limits.wall_seconds)
+        self.oversight = Oversight(self._reactor, leases, self._left, config.limits)
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
 
     # -- called from other threads -------------------------------------------------------------------
@@ -125,7 +115,7 @@ class Supervisor:
         """
         self._reactor.call(self._start_zygote)
         if self._config.sandbox is not None:
-            self._reactor.call(self._look_at_idle)
+            self._reactor.call(self.oversight.look_at_idle)
         try:
             self._thread.start()
         except RuntimeError:
@@ -145,12 +135,6 @@ class Supervisor:
         """
         if not self._reactor.call(lambda: self._take_left(worker, rest)):
             self.leases.discard(worker)
-
-    def look_after_jobs(self) -> None:
-        """Begin to watch the jobs under way, where the limits ask for it; it ends by itself when there are none."""
-        if self.limits.watched and not self.inspecting:
-            self.inspecting = True
-            self._reactor.call(self._begin_inspecting)
 
     def stop(self, grace: float) -> None:
         """End all workers, the held ones too, and then the zygote and this thread. `leases` is closed by now.
@@ -244,6 +228,8 @@ class Supervisor:
                 self._born(self._workers[news.worker], news.pid, pidfd)
         elif isinstance(news, Died):
             self._bury(self._workers[news.worker], news.status)
+        elif isinstance(news, Stopped):
+            self.oversight.look_at_stopped(self._workers[news.worker])
         elif isinstance(news, Lacking):
             for layer in news.layers:
                 logger.warning("the sandbox goes without a layer on this machine: %s", layer)
@@ -318,55 +304,7 @@ class Supervisor:
         if self._wanted > least:
             self._reactor.after(self._size.shrink_after / 4, self._shrink)
 
-    # -- limits --------------------------------------------------------------------------------------
-
-    def _begin_inspecting(self) -> None:
-        if not self._inspection_is_due:  # a caller that came in between two looks began it anew
-            self._inspect()
-
-    def _inspect(self) -> None:
-        self._inspection_is_due = False
-        inspector = self._make_inspector()
-        self.inspecting = False
-        leased = self.leases.leased()
-        if not leased or self._stopping:
-            return  # the next job begins it anew
-        self.inspecting = True
-        self._inspection_is_due = True
-        self._reactor.after(INSPECTION_INTERVAL, self._inspect)
-        for excess in inspector.look(self._jobs_of(leased)):
-            if excess.kind == "timeout":
-                excess.job.over_time(excess.detail)
-            elif not excess.job.settled:
-                excess.worker.verdict = excess.detail
-                logger.error("job %s: %s: worker %s is killed", *excess.words())
-                self.leases.kill(excess.worker)
-
-    def _look_at_idle(self) -> None:
-        """Kill the sandboxed workers that go on without a job."""
-        if self._stopping:
-            return
-        self._reactor.after(IDLE_INTERVAL, self._look_at_idle)
-        for worker, since, words in self._make_inspector().look_at_idle(self.leases.idle()):
-            if self.leases.expel(worker, since):
-                logger.error("worker %s %s without a job, and is killed", worker.pid, words)
-
-    def _make_inspector(self) -> Inspector:
-        if self._inspector is None:
-            from runner.inspection import Inspector  # psutil is loaded where limits are set
-
-            self._inspector = Inspector(self.limits)
-        return self._inspector
-
-    def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, Subject]]:
-        """The jobs that are to be held to the limits. A caller's is held fast before anything is found out about it."""
-        for worker in workers:
-            if worker in self._left:
-                left = self._left.in_background(worker)
-                if left is not None:
-                    yield worker, left
-            elif (reference := worker.job) is not None and (job := reference()) is not None:
-                yield worker, job
+    # -- what is left behind ----------------------------------------------------------------------
 
     def _sweep(self, inodes: set[int]) -> None:
         """What the workers of a dead zygote have started is nobody's child now: find it by the pipes that it holds."""
@@ -573,6 +511,7 @@ class Supervisor:
 
     def _begin_stop(self, grace: float) -> None:
         self._closing = self._stopping = True
+        self.oversight.end()
         for worker in self._workers.values():
             if worker.ready and not self.leases.is_leased(worker):
                 worker.channel.end_requests()

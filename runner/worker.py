@@ -41,13 +41,13 @@ _encode = msgspec.msgpack.Encoder().encode
 class Birth(msgspec.Struct, frozen=True):
     """How a worker is born: its parent's pid, its descriptors, and those that a preload had opened before.
 
-    Where it is sandboxed, `enter` shuts it in, given its parent's pid, and `nest` takes it into its own namespaces.
+    Where it is sandboxed, `enter` shuts it in, and `nest` takes it into its own namespaces.
     """
 
     parent: int
     fds: list[int]
     inherited: frozenset[int]
-    enter: Callable[[int], None] | None = None
+    enter: Callable[[], None] | None = None
     nest: Callable[[], None] | None = None
 
 
@@ -63,7 +63,7 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
     try:
         config.limits.apply()
         if birth.enter is not None:
-            birth.enter(birth.parent)
+            birth.enter()
             sys.path[:] = config.path  # the app's directories too, now that its modules run in the cage
         handler = handler or load(config)
         life = _begin(handler, config, pipes, cancellation)

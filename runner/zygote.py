@@ -29,7 +29,7 @@ import multiprocess
 from runner import linux, worker
 from runner.handlers.bridge import AsyncBridge, Bridge
 from runner.handlers.load import HandlerError, load
-from runner.messages import Born, Died, Failed, Lacking, News, Spawn, ZygoteConfig
+from runner.messages import Born, Died, Failed, Lacking, News, Spawn, Stopped, ZygoteConfig
 from runner.reports import explain
 from runner.zygote_process import MAX_MESSAGE
 
@@ -57,6 +57,14 @@ def main() -> None:
     if not zygote.prepare():
         os._exit(1)
     zygote.run()
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether this child was stopped since the last look. A nested worker's first process is not the worker."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG) is not None
+    except ChildProcessError:
+        return False
 
 
 class Zygote:
@@ -173,11 +181,12 @@ class Zygote:
             process.start()
             return process, process.pid, os.pidfd_open(process.pid)
         try:
-            enter = functools.partial(cage.enter, cage.seat(number))
+            seat = cage.seat(number)
             if cage.nested:
                 from runner.sandbox.nest import Nested, nest  # loaded where it is used
 
                 def begin(control: socket.socket) -> Any:
+                    enter = functools.partial(cage.enter, seat, 1)
                     birth = worker.Birth(
                         1, fds, self._inherited, enter, functools.partial(nest, control, network=cage.network)
                     )
@@ -185,7 +194,9 @@ class Zygote:
 
                 nested = Nested(begin)
                 return nested, nested.worker_pid, nested.pidfd
-            process = self._process(name, worker.Birth(os.getpid(), fds, self._inherited, enter))
+            parent = os.getpid()
+            enter = functools.partial(cage.enter, seat, parent)
+            process = self._process(name, worker.Birth(parent, fds, self._inherited, enter))
             process.start()
             return process, process.pid, os.pidfd_open(process.pid)
         except BaseException:
@@ -213,6 +224,8 @@ class Zygote:
                 if self._cage is not None:
                     self._clear(number)
                 self._send(Died(number, status))
+            elif _is_stopped(pid):
+                self._send(Stopped(number))
         for pid in linux.children():
             if pid not in self._workers and pid not in self._kept:
                 self._kill(pid)

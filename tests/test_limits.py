@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from requests.exceptions import ChunkedEncodingError
 
 from runner import ConfigurationError, JobTimedOut, Limits, MemoryExceeded, Pool, Request
 from runner.limits import parse_size
-from tests.processes import kill
 from transport.requests import Transport
 
 URL = "http://app.local"
@@ -179,10 +177,8 @@ def test_wall_time_of_a_job_that_nobody_waits_for(start: Callable[..., Pool]) ->
 def test_a_stopped_worker_is_found(start: Callable[..., Pool]) -> None:
     """W7, I10: SIGSTOP: the job's time runs out, the worker is killed, and the next one serves."""
     pool = start(workers=1, grace=0.1, limits=Limits(wall_seconds=0.2))
-    (worker,) = pool._leases._idle
-    kill(worker.pid, signal.SIGSTOP)
     with pytest.raises(JobTimedOut):
-        get(pool, "/hello")
+        get(pool, "/die?how=SIGSTOP")
     assert get(pool, "/hello") == b"hello"
 
 
@@ -213,10 +209,10 @@ def test_a_worker_that_was_idle_for_long_is_over_no_time(start: Callable[..., Po
     time.sleep(0.15)
     assert pool._supervisor is not None
     worker = pool._supervisor.leases.lease(None)
-    assert list(pool._supervisor._jobs_of([worker])) == []
+    assert list(pool._supervisor.oversight._jobs_of([worker])) == []
     pool._supervisor.leases.give_back(worker)
     with pool.open(Request("GET", "/endless")) as job:
-        assert list(pool._supervisor._jobs_of([worker])) == [(worker, job)]
+        assert list(pool._supervisor.oversight._jobs_of([worker])) == [(worker, job)]
 
 
 def test_one_inspection_at_a_time(start: Callable[..., Pool]) -> None:
@@ -238,10 +234,14 @@ def test_one_inspection_at_a_time(start: Callable[..., Pool]) -> None:
     with pool.open(Request("GET", "/endless")):
         looked = threading.Event()
         for _ in range(5):
-            supervisor._reactor.call(supervisor._begin_inspecting)
+            supervisor._reactor.call(supervisor.oversight._begin_inspecting)
         supervisor._reactor.call(looked.set)
         assert looked.wait(20)
-        due = [callback for _, _, callback in list(supervisor._reactor._timers) if callback == supervisor._inspect]
+        due = [
+            callback
+            for _, _, callback in list(supervisor._reactor._timers)
+            if callback == supervisor.oversight._inspect
+        ]
         assert len(due) == 1
 
 
@@ -255,4 +255,4 @@ def test_nobody_looks_where_nothing_is_limited(pool: Pool) -> None:
     """F5: without limits there are no looks at jobs; with them, none while no job runs."""
     assert pool._supervisor is not None
     get(pool, "/hello")
-    assert not pool._supervisor.inspecting
+    assert not pool._supervisor.oversight._inspecting

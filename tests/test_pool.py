@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import queue
 import resource
 import signal
 import sys
@@ -19,7 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
-from runner import JobClosed, LeaseTimeout, Pool, PoolClosed, ReadTimeout, Request, StartError, WorkerDied
+from runner import JobClosed, LeaseTimeout, Pool, PoolClosed, ReadTimeout, Request, Sandbox, StartError, WorkerDied
+from runner.events import WorkerEnded
 from tests.processes import is_gone, kill, wait_gone
 from tests.waiting import wait_until
 
@@ -232,14 +234,40 @@ def test_a_read_timeout_ends_the_job(start: Callable[..., Pool], log: pytest.Log
 
 
 def test_a_stopped_worker(start: Callable[..., Pool]) -> None:
-    """W7: a worker that was stopped is found by the caller's own limit, and killed after the grace time."""
+    """W7: a worker that was stopped in its job is found by the caller's own limit, and killed after the grace time."""
     pool = start(workers=1)
     (worker,) = pool._leases._idle
-    kill(worker.pid, signal.SIGSTOP)
     with pytest.raises(ReadTimeout):
-        get(pool, "/hello", read_timeout=0.05)
+        get(pool, "/die?how=SIGSTOP", read_timeout=0.05)
     assert get(pool, "/hello", read_timeout=10) == b"hello"
     assert is_gone(worker.pid or 0)
+
+
+@pytest.mark.parametrize("sandbox", [None, Sandbox.default(), Sandbox.strict()], ids=["plain", "default", "strict"])
+def test_an_idle_worker_is_stopped(
+    start: Callable[..., Pool], sandbox: Sandbox | None, log: pytest.LogCaptureFixture
+) -> None:
+    """I10, W7: a worker that is stopped while it has no job is killed and replaced, before anybody is given it."""
+    pool = start(workers=1, sandbox=sandbox)
+    (worker,) = pool._leases._idle
+    ended: queue.Queue[object] = queue.Queue()
+    pool.subscribe(lambda event: ended.put(event) if isinstance(event, WorkerEnded) else None)
+    kill(worker.pid, signal.SIGSTOP)
+    assert ended.get(timeout=20) == WorkerEnded(worker.pid, None, "SIGKILL", 0)
+    assert get(pool, "/hello") == b"hello"
+    assert "stopped without a job" in log.text
+
+
+def test_a_worker_that_was_stopped_goes_on(start: Callable[..., Pool]) -> None:
+    """W7: one that is stopped in its job, and continued, has lost nothing but time."""
+    pool = start(workers=1)
+    (worker,) = pool._leases._idle
+    with pool.open(Request("GET", "/endless")) as job:
+        kill(worker.pid, signal.SIGSTOP)
+        wait_until(lambda: psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED)
+        kill(worker.pid, signal.SIGCONT)
+        assert [job.read() for _ in range(100)]
+    assert get(pool, "/pid") == str(worker.pid).encode()
 
 
 def test_idle_workers_that_die(start: Callable[..., Pool]) -> None:

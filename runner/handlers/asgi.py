@@ -215,7 +215,7 @@ def build_scope(request: AsyncRequest, root_path: str) -> dict[str, Any]:
         "query_string": query.encode("ascii"),
         "root_path": root_path,
         "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in head.headers],
-        "client": ("127.0.0.1", 0),
+        "client": head.client,
         "server": head.server,
         "extensions": {"blastdoor": {"context": head.context}},
     }

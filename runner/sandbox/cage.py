@@ -85,6 +85,7 @@ class Cage:
         self._memory = memory
         self._group_parent = cgroup.delegated()
         self._groups: dict[int, Group] = {}
+        self._dying: list[Group] = []
         layers = {layer.name: layer for layer in machine.survey()}
         wanted = wanted_layers(sandbox, own_user=machine.OWN_USER in layers)
         self._rights = _rights(sandbox, handler, path)
@@ -150,7 +151,8 @@ class Cage:
     def clear(self, number: int) -> None:
         """Remove what was a worker's own."""
         if number in self._groups:
-            self._groups.pop(number).remove()
+            self._dying.append(self._groups.pop(number))
+        self._dying = [group for group in self._dying if not group.remove()]
         if self._stage is not None and self._sandbox.scratch is not None:
             self._stage.remove_scratch(number)
 

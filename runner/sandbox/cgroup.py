@@ -54,12 +54,17 @@ class Group:
             os.rmdir(self._path)
             raise
 
-    def remove(self) -> None:
-        """Kill what is in it, and remove it."""
+    def remove(self) -> bool:
+        """Kill what is in it, and remove it. False where something in it is still dying: ask again later."""
         with contextlib.suppress(OSError):
             self._set("cgroup.kill", 1)
-        with contextlib.suppress(OSError):
+        try:
             os.rmdir(self._path)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return False
+        return True
 
     def _set(self, name: str, value: int) -> None:
         with open(f"{self._path}/{name}", "w", encoding="ascii") as file:

@@ -66,7 +66,16 @@ class Framed:
     def ping(self) -> None:
         """One request with a body there, one response with it back."""
         head = _encode(
-            RequestHead("POST", "/echo", [], "http", ("localhost", 80), True, JobContext("a-1", "", "", "", {}, None))
+            RequestHead(
+                "POST",
+                "/echo",
+                [],
+                "http",
+                ("localhost", 80),
+                True,
+                JobContext("a-1", "", "", "", {}, None),
+                ("127.0.0.1", 0),
+            )
         )
         os.write(self.write, b"".join((pack_header(REQUEST, 1, len(head)), head, *body_and_end(SMALL))))
         self.poll.poll()

@@ -1,0 +1,122 @@
+"""Looking after the workers of a pool while it runs: jobs held to their limits, idle workers held to idleness.
+
+All of it happens in the supervisor's thread, at intervals, and only while there is something to look at.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from runner.inspection import Inspector, Subject
+    from runner.leases import Leases
+    from runner.left_jobs import LeftJobs
+    from runner.limits import Limits
+    from runner.reactor import Reactor
+    from runner.worker_record import Worker
+
+logger = logging.getLogger("blastdoor")
+
+INSPECTION_INTERVAL: Final = 0.05
+"""Seconds between two looks at the jobs under way, where limits are set."""
+
+IDLE_INTERVAL: Final = 0.5
+"""Seconds between two looks at the idle workers of a sandboxed pool."""
+
+
+class Oversight:
+    """Ends what is over the pool's limits."""
+
+    def __init__(self, reactor: Reactor, leases: Leases, left: LeftJobs, limits: Limits) -> None:
+        self._reactor = reactor
+        self._leases = leases
+        self._left = left
+        self._limits = limits
+        self._inspector: Inspector | None = None
+        self._inspecting = False
+        self._inspection_is_due = False
+        self._ended = False
+
+    def look_after_jobs(self) -> None:
+        """Begin to watch the jobs under way, where the limits ask for it; it ends by itself when there are none.
+
+        May be called from any thread.
+        """
+        if self._limits.watched and not self._inspecting:
+            self._inspecting = True
+            self._reactor.call(self._begin_inspecting)
+
+    def look_at_idle(self) -> None:
+        """Kill the sandboxed workers that go on without a job, from now on."""
+        if self._ended:
+            return
+        self._reactor.after(IDLE_INTERVAL, self.look_at_idle)
+        for worker, since, words in self._make_inspector().look_at_idle(self._leases.idle()):
+            if self._leases.expel(worker, since):
+                logger.error("worker %s %s without a job, and is killed", worker.pid, words)
+
+    def look_at_stopped(self, worker: Worker) -> None:
+        """Kill a worker that was stopped while it is idle: no job's limit would find it until it is given one.
+
+        One that has a job is that job's concern, and is looked at again.
+        """
+        if self._ended or worker.dead or not _is_stopped(worker.pid):
+            return
+        if self._leases.expel(worker, worker.idle_since):
+            logger.error("worker %s was stopped without a job, and is killed", worker.pid)
+        else:
+            self._reactor.after(IDLE_INTERVAL, lambda: self.look_at_stopped(worker))
+
+    def end(self) -> None:
+        """Look no more."""
+        self._ended = True
+
+    def _begin_inspecting(self) -> None:
+        if not self._inspection_is_due:  # a caller that came in between two looks began it anew
+            self._inspect()
+
+    def _inspect(self) -> None:
+        self._inspection_is_due = False
+        inspector = self._make_inspector()
+        self._inspecting = False
+        leased = self._leases.leased()
+        if not leased or self._ended:
+            return  # the next job begins it anew
+        self._inspecting = True
+        self._inspection_is_due = True
+        self._reactor.after(INSPECTION_INTERVAL, self._inspect)
+        for excess in inspector.look(self._jobs_of(leased)):
+            if excess.kind == "timeout":
+                excess.job.over_time(excess.detail)
+            elif not excess.job.settled:
+                excess.worker.verdict = excess.detail
+                logger.error("job %s: %s: worker %s is killed", *excess.words())
+                self._leases.kill(excess.worker)
+
+    def _make_inspector(self) -> Inspector:
+        if self._inspector is None:
+            from runner.inspection import Inspector  # psutil is loaded where limits are set
+
+            self._inspector = Inspector(self._limits)
+        return self._inspector
+
+    def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, Subject]]:
+        """The jobs that are to be held to the limits. A caller's is held fast before anything is found out about it."""
+        for worker in workers:
+            if worker in self._left:
+                left = self._left.in_background(worker)
+                if left is not None:
+                    yield worker, left
+            elif (reference := worker.job) is not None and (job := reference()) is not None:
+                yield worker, job
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a process that is not reaped yet is stopped (proc_pid_stat(5))."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="latin-1") as file:
+            return file.read().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
