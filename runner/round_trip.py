@@ -161,6 +161,11 @@ class RoundTrip:
         """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
         return self._settled
 
+    @property
+    def finished(self) -> bool:
+        """Whether the response has ended well, and all of its body was read."""
+        return self._settled and self._outcome == "ok" and not self._exchange.body
+
     def _answered(self, head: ResponseHead) -> None:
         """The head is there: hand it out, and tell of it where the body is still to come."""
         self.head = head

@@ -48,6 +48,7 @@ def do_echo(request: HandlerRequest, response: HandlerResponse) -> bytes:
         "headers": request.headers.pairs(),
         "scheme": request.scheme,
         "server": request.server,
+        "client": request.client,
         "size": len(body),
         "sha256": hashlib.sha256(body).hexdigest(),
         "body": body[:200].decode("latin-1"),

@@ -1,8 +1,8 @@
 """The contract: real frameworks answer through a pool as they do behind a real server.
 
 Each case is sent twice to the same URL: by the stock client to gunicorn or uvicorn on loopback, and by the same
-client with our transport to a pool that runs the same app. Both answers must agree, but for the headers in HOP,
-which belong to the one connection or are the server's own.
+client with our transport to a pool that runs the same app, or over HTTP to the gateway in front of one. Both answers
+must agree, but for the headers in HOP, which belong to the one connection or are the server's own.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import psutil
 import pytest
 import requests
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
 
 from runner import Pool
+from tests.serving import Process
 from tests.waiting import wait_until
 from transport.httpx2 import Transport as Httpx2Transport
 from transport.requests import Transport as RequestsTransport
@@ -100,13 +104,41 @@ def pool(app: App, url: str) -> Iterator[Pool]:
         yield pool
 
 
-@pytest.fixture(params=["requests", "httpx2"])
-def clients(request: pytest.FixtureRequest, url: str, pool: Pool) -> Iterator[Clients]:
+@pytest.fixture(scope="module")
+def gateway(app: App, url: str) -> Iterator[str]:
+    """The base URL of the app behind the gateway."""
+    with Process(app.spec, "--workers=1", "--port=0", "--admin=none", "--no-access-log", env=HASHES) as served:
+        yield served.url
+
+
+class ToGateway(HTTPAdapter):
+    """Sends what is meant for one server to another, which can't tell the difference."""
+
+    def __init__(self, meant: str, gateway: str) -> None:
+        super().__init__()
+        self._meant, self._gateway = meant, gateway
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **settings: Any) -> requests.Response:
+        url = request.url or ""
+        sent = request.copy()
+        sent.url = url.replace(self._meant, self._gateway, 1)
+        sent.headers = CaseInsensitiveDict({"Host": urlsplit(url).netloc, **request.headers})
+        response = super().send(sent, *args, **settings)
+        response.url, response.request = url, request
+        return response
+
+
+@pytest.fixture(params=["requests", "httpx2", "gateway"])
+def clients(request: pytest.FixtureRequest, url: str, pool: Pool, gateway: str) -> Iterator[Clients]:
     """The stock client, and the same with our transport."""
     with contextlib.ExitStack() as stack:
         if request.param == "requests":
             stock, ours = stack.enter_context(requests.Session()), stack.enter_context(requests.Session())
             ours.mount(url, RequestsTransport(pool))
+            yield stock, ours
+        elif request.param == "gateway":
+            stock, ours = stack.enter_context(requests.Session()), stack.enter_context(requests.Session())
+            ours.mount(url, ToGateway(url, gateway))
             yield stock, ours
         else:
             yield (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Final
 
@@ -28,7 +29,7 @@ def problem(error: JobFailed | WorkersUnavailable | LeaseTimeout, *, debug: bool
     The handler's own words and its traceback are told in debug mode only. `x-should-retry: false` asks SDKs
     not to run a job again that may have had effects; a job that no worker saw may be sent again.
     """
-    headers: list[Header] = [("content-type", "application/problem+json")]
+    headers: list[Header] = []
     details: dict[str, object]
     if isinstance(error, LeaseTimeout):
         kind = "overload"
@@ -51,8 +52,12 @@ def problem(error: JobFailed | WorkersUnavailable | LeaseTimeout, *, debug: bool
         if debug and fault.traceback:
             details["traceback"] = fault.traceback
         headers.append(("x-should-retry", "false"))
-    status = STATUS[kind]
-    details = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, **details}
-    body = json.dumps(details).encode()
-    headers.append(("content-length", str(len(body))))
-    return ResponseHead(status, headers), body
+    return refusal(STATUS[kind], details, headers)
+
+
+def refusal(status: int, details: Mapping[str, object], headers: Sequence[Header] = ()) -> tuple[ResponseHead, bytes]:
+    """Head and body of an `application/problem+json` response with these details."""
+    problem_details = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, **details}
+    body = json.dumps(problem_details).encode()
+    own: list[Header] = [("content-type", "application/problem+json"), ("content-length", str(len(body)))]
+    return ResponseHead(status, [*own, *headers]), body

@@ -71,6 +71,11 @@ class RequestView:
         return self._view.head.server
 
     @property
+    def client(self) -> tuple[str, int]:
+        """Host and port of who asks: behind the gateway its client, else this host."""
+        return self._view.head.client
+
+    @property
     def headers(self) -> Headers:
         """The headers: by name whatever the case, with order and repeats kept."""
         if self._headers is None:

@@ -1,0 +1,111 @@
+"""The pools of a process as Prometheus metrics: counts and times from their events, gauges as they are asked for.
+
+    metrics = PoolMetrics(prometheus_client.REGISTRY)
+    metrics.watch("shop", pool)
+
+Names and units follow Prometheus: seconds, bytes, `_total`. Needs prometheus_client (the extra `serve`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from runner.events import Event, JobAnswered, JobEnded, JobRefused, JobStarted, WorkerEnded, WorkerReady
+
+if TYPE_CHECKING:
+    from runner.pool import Pool
+
+SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+"""Buckets of times: from a small round trip to a long stream."""
+
+
+class PoolMetrics(Collector):
+    """Metrics of pools, each by the name that it is watched under."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        who = ("pool", "provider")
+        self._jobs = Histogram(
+            "blastdoor_job_duration_seconds",
+            "Time from a worker's taking a job to its end, by how it ended.",
+            (*who, "outcome"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._waits = Histogram(
+            "blastdoor_job_wait_seconds",
+            "Time that a job waited for a worker.",
+            who,
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._heads = Histogram(
+            "blastdoor_job_head_seconds",
+            "Time to the head of a response whose body was still to come.",
+            who,
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._refused = Counter("blastdoor_jobs_refused_total", "Callers that got no worker.", who, registry=registry)
+        self._starts = Histogram(
+            "blastdoor_worker_start_seconds",
+            "Time from the order of a worker to its readiness.",
+            ("pool",),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._ends = Counter(
+            "blastdoor_worker_ends_total",
+            "Workers that ended, by signal or exit code.",
+            ("pool", "how"),
+            registry=registry,
+        )
+        self._pools: dict[str, Pool] = {}
+        registry.register(self)
+
+    def watch(self, name: str, pool: Pool) -> Callable[[], None]:
+        """Count what happens in a pool, under this name; gives what ends that."""
+        self._pools[name] = pool
+
+        unsubscribe = pool.subscribe(lambda event: self._count(name, event))
+
+        def end() -> None:
+            unsubscribe()
+            if self._pools.get(name) is pool:
+                del self._pools[name]
+
+        return end
+
+    def collect(self) -> Iterable[Metric]:
+        """The gauges of this moment."""
+        workers = GaugeMetricFamily("blastdoor_workers", "Worker processes by state.", labels=("pool", "state"))
+        waiting = GaugeMetricFamily("blastdoor_queue_length", "Callers that wait for a worker.", labels=("pool",))
+        memory = GaugeMetricFamily(
+            "blastdoor_workers_resident_memory_bytes", "Resident memory of the workers, summed.", labels=("pool",)
+        )
+        for name, pool in list(self._pools.items()):
+            stats = pool.stats()
+            for state in ("starting", "idle", "busy"):
+                workers.add_metric((name, state), getattr(stats, state))
+            waiting.add_metric((name,), stats.waiting)
+            memory.add_metric((name,), sum(worker.rss for worker in pool.workers()))
+        return workers, waiting, memory
+
+    def _count(self, pool: str, event: Event) -> None:
+        if isinstance(event, JobEnded):
+            self._jobs.labels(pool, event.provider, event.outcome).observe(event.seconds)
+        elif isinstance(event, JobStarted):
+            self._waits.labels(pool, event.provider).observe(event.waited)
+        elif isinstance(event, JobAnswered):
+            self._heads.labels(pool, event.provider).observe(event.seconds)
+        elif isinstance(event, JobRefused):
+            self._refused.labels(pool, event.provider).inc()
+        elif isinstance(event, WorkerReady):
+            self._starts.labels(pool).observe(event.seconds)
+        elif isinstance(event, WorkerEnded):
+            how = event.signal or ("unknown" if event.exit_code is None else f"exit {event.exit_code}")
+            self._ends.labels(pool, how).inc()

@@ -1,0 +1,17 @@
+"""The `blastdoor` command. It needs typer, which the extra `cli` brings."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command that the terminal's user has typed."""
+    try:
+        from transport.cli.commands import app
+    except ModuleNotFoundError as error:
+        if error.name != "typer":
+            raise
+        print("blastdoor: the command needs typer: pip install 'blastdoor[cli]', or [serve]", file=sys.stderr)
+        sys.exit(2)
+    app()

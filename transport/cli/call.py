@@ -1,0 +1,79 @@
+"""`blastdoor call` and `blastdoor check`: a handler tried from a terminal, as isolated as in an application."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from runner.errors import InvalidRequest
+from runner.limits import Limits
+from runner.messages import Header, JobContext
+from runner.pool import Pool
+from runner.request import Body, Request
+from transport.errors import MissingIdentity
+from transport.route import Route
+from transport.serving.settings import parse_sandbox
+
+
+def call_once(
+    handler: str,
+    method: str,
+    target: str,
+    data: str | None,
+    headers: list[str],
+    identity: tuple[Route, str] | None,
+    timeout: float | None,
+    settings: dict[str, Any],
+) -> None:
+    """One round trip; the body is written as it comes. Raises what the pool raises."""
+    context = JobContext()
+    if identity is not None:
+        route, key = identity
+        if not key:
+            raise MissingIdentity("a provider's requests act for somebody: give the id of an API key with --key")
+        context = JobContext("", route.provider, route.source, key)
+        target = route.rewrite(target)
+    request = Request(method, target, [_header(text) for text in headers], _body(data))
+    with _pool(handler, settings) as pool, pool.open(request, context=context, read_timeout=timeout) as job:
+        print(f"HTTP/1.1 {job.head.status} {job.head.reason}", file=sys.stderr)
+        for name, value in job.head.headers:
+            print(f"{name}: {value}", file=sys.stderr)
+        print(file=sys.stderr, flush=True)
+        for piece in job:
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+
+
+def check_handler(handler: str, kind: str) -> None:
+    """Load it in a worker. StartError, with the worker's traceback, where that fails."""
+    with _pool(handler, {"kind": kind}):
+        print(f"{handler}: loaded, and ready for requests")
+
+
+def _pool(handler: str, settings: dict[str, Any]) -> Pool:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    return Pool(
+        handler,
+        kind=settings["kind"],
+        workers=1,
+        root_path=settings.get("root_path", ""),
+        limits=Limits(memory=settings.get("memory")),
+        sandbox=parse_sandbox(settings.get("sandbox", "none")),
+    )
+
+
+def _header(text: str) -> Header:
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise InvalidRequest(f"header {text!r} has no colon: write it as 'name: value'")
+    return name.strip(), value.strip()
+
+
+def _body(data: str | None) -> Body:
+    if data is None or not data.startswith("@"):
+        return data
+    try:
+        return sys.stdin.buffer if data == "@-" else open(data[1:], "rb")
+    except OSError as error:
+        raise InvalidRequest(f"the body can't be read: {error}") from error

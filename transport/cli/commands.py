@@ -1,0 +1,209 @@
+"""The commands, their options and their exit codes. What they do is in the rooms beside this one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Annotated, Any, Final, Literal
+
+import typer
+
+from runner.errors import BlastdoorError, ConfigurationError, InvalidRequest
+from runner.messages import Kind
+from transport.errors import MissingIdentity, TargetEscapes
+from transport.route import DEFAULT_ROOT
+
+OK: Final = 0
+FAULT: Final = 1
+USAGE: Final = 2
+"""Exit codes: it worked; the handler or its worker failed; what was asked for makes no sense."""
+
+app = typer.Typer(
+    name="blastdoor",
+    help="Run request handlers in worker processes that may crash without hurting you.",
+    epilog="Exit codes: 0 it worked; 1 the handler or its worker failed; 2 what was asked for makes no sense.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+def _option(words: str, metavar: str | None = None, *names: str, least: float | None = None) -> Any:
+    return typer.Option(*names, help=words, metavar=metavar, min=least, show_default=False)
+
+
+Handler = Annotated[
+    str, typer.Argument(help="Import string of the handler, such as `shop:app`.", metavar="APP", show_default=False)
+]
+HowCalled = Annotated[Kind | None, _option("How the app is called. [default: auto]")]
+Seconds = Annotated[float | None, _option("Seconds that a job may take.", "SECONDS", least=0)]
+Memory = Annotated[str | None, _option("Memory of a worker, such as 512MiB.", "SIZE")]
+Profile = Annotated[Literal["none", "default", "strict"] | None, _option("What the app may reach. [default: none]")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"blastdoor {version('blastdoor')}")
+        raise typer.Exit
+
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    apps: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PATH=]APP...",
+            help="Apps, each with its mount: `shop:app`, or `/openai=app1:app /tools=app2:app`. "
+            "Without any those of the configuration file.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        str | None, _option("TOML file; else blastdoor.toml, or [tool.blastdoor] in pyproject.toml.", "FILE")
+    ] = None,
+    workers: Annotated[str | None, _option("How many, or least:most. [default: one per core]", "N[:N]")] = None,
+    spares: Annotated[int | None, _option("Warm workers beyond the demand.", "N", least=0)] = None,
+    timeout: Seconds = None,
+    memory: Memory = None,
+    cpu_seconds: Annotated[float | None, _option("Processor time that a job may take.", "SECONDS", least=0)] = None,
+    sandbox: Profile = None,
+    queue: Annotated[int | None, _option("Requests that wait at most. [default: 100]", "N", least=0)] = None,
+    queue_timeout: Annotated[float | None, _option("How long they wait. [default: 10]", "SECONDS", least=0)] = None,
+    preload: Annotated[list[str] | None, _option("To import once for all workers. Repeatable.", "MODULE")] = None,
+    env: Annotated[
+        list[str] | None, _option("Variable that the workers see, and no others. Repeatable.", "NAME[=VALUE]")
+    ] = None,
+    kind: HowCalled = None,
+    host: Annotated[str | None, _option("Address to listen at. [default: 127.0.0.1]", "HOST")] = None,
+    port: Annotated[int | None, _option("Port to listen at, 0 for any. [default: 8000]", "PORT", least=0)] = None,
+    uds: Annotated[str | None, _option("Unix socket to listen at instead.", "PATH")] = None,
+    admin: Annotated[
+        str | None, _option("Where status and metrics are, or none. [default: 127.0.0.1:9180]", "HOST:PORT")
+    ] = None,
+    drain: Annotated[
+        float | None, _option("Time for requests under way at the end. [default: 30]", "SECONDS", least=0)
+    ] = None,
+    max_body: Annotated[str | None, _option("Largest request body, such as 10MiB.", "SIZE")] = None,
+    connections: Annotated[int | None, _option("Connections at most. [default: 1000]", "N", least=1)] = None,
+    reload: Annotated[
+        bool | None, _option("For development: reload when a Python file changes.", None, "--reload")
+    ] = None,
+    debug: Annotated[bool | None, _option("For development: tell clients the tracebacks.", None, "--debug")] = None,
+    access_log: Annotated[bool | None, _option("Log each request. [default: yes]")] = None,
+    log_level: Annotated[LogLevel | None, _option("What is logged. [default: info]")] = None,
+) -> None:
+    """Serve apps over HTTP, each request in a worker process.
+
+    SIGTERM drains and ends, SIGHUP reloads the handlers without dropping a request.
+    """
+    from transport.cli.serve import serve_until_stopped
+
+    given = {name: value for name, value in locals().items() if name not in ("apps", "config", "serve_until_stopped")}
+    with _explained():
+        serve_until_stopped(apps or [], config, {name: value for name, value in given.items() if value is not None})
+
+
+@app.command()
+def call(
+    handler: Handler,
+    method: Annotated[str, typer.Argument(help="Such as GET.", show_default=False)],
+    target: Annotated[str, typer.Argument(help="Path and query, such as /v1/models?limit=3.", show_default=False)],
+    data: Annotated[
+        str | None, _option("The body; @FILE sends a file, @- standard input.", "DATA", "-d", "--data")
+    ] = None,
+    header: Annotated[
+        list[str] | None, _option("Such as 'content-type: text/plain'. Repeatable.", "HEADER", "-H", "--header")
+    ] = None,
+    provider: Annotated[str, _option("Send it to this provider's mount, as a TransportFactory does.", "NAME")] = "",
+    key: Annotated[str, _option("Id of the API key that it acts for, with --provider.", "ID")] = "",
+    source: Annotated[str, _option("Where it comes from, for logs.", "NAME")] = "",
+    root: Annotated[str, _option("Providers' root. [default: /api/v2/aibridge]", "PATH")] = DEFAULT_ROOT,
+    root_path: Annotated[str, _option("The path that a web app lies under.", "PATH")] = "",
+    timeout: Annotated[float | None, _option("Seconds without any progress.", "SECONDS", least=0)] = None,
+    memory: Memory = None,
+    sandbox: Profile = None,
+    kind: HowCalled = None,
+) -> None:
+    """Do one round trip: head and log on stderr, the body on stdout as it comes."""
+    from transport.cli.call import call_once
+
+    with _explained():
+        call_once(
+            handler,
+            method,
+            target,
+            data,
+            header or [],
+            _route(provider, key, source, root),
+            timeout,
+            {"kind": kind or "auto", "root_path": root_path, "memory": memory, "sandbox": sandbox or "none"},
+        )
+
+
+@app.command()
+def check(handler: Handler, kind: HowCalled = None) -> None:
+    """Load a handler in a worker, and say whether it can be called."""
+    from transport.cli.call import check_handler
+
+    with _explained():
+        check_handler(handler, kind or "auto")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can enforce of a sandbox, and what each profile would give."""
+    from runner.sandbox.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="The admin address of a `blastdoor serve`.")] = "http://127.0.0.1:9180",
+    once: Annotated[bool, typer.Option("--once", help="Print it once and exit.")] = False,
+) -> None:
+    """Watch a server's workers, requests and faults."""
+    from transport.cli.top import watch
+
+    raise typer.Exit(watch(url, once=once))
+
+
+def _route(provider: str, key: str, source: str, root: str) -> tuple[Any, str] | None:
+    from transport.route import Route
+
+    if not provider:
+        if key:
+            raise typer.BadParameter("--key goes with --provider")
+        return None
+    with _explained():
+        return Route(provider, source, root), key
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Errors as words on stderr and an exit code; the working directory as a place to import from."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: the handler is looked for here too
+    try:
+        yield
+    except (ConfigurationError, InvalidRequest, MissingIdentity, TargetEscapes) as error:
+        print(f"blastdoor: {error}", file=sys.stderr)
+        raise typer.Exit(USAGE) from error
+    except BlastdoorError as error:
+        print(f"blastdoor: {error}", file=sys.stderr)
+        raise typer.Exit(FAULT) from error

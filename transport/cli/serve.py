@@ -1,0 +1,44 @@
+"""`blastdoor serve`: settings from the file and the terminal, logs to stderr, and the service until it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from typing import Any
+
+from runner.errors import ConfigurationError
+
+
+def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, Any]) -> None:
+    """Run it. ConfigurationError for what can't work, StartError where a handler can't be loaded."""
+    try:
+        from transport.serving.server import Service
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"serving needs {error.name}: pip install 'blastdoor[serve]'") from error
+    from transport.serving.settings import load_settings, parse_mounts
+
+    if apps:
+        given["mounts"] = parse_mounts(apps)
+    if "env" in given:
+        given["env"] = _environment(given["env"])
+    settings = load_settings(config, given)
+    level = getattr(logging, settings.log_level.upper())
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
+    logging.getLogger("watchfiles").setLevel(max(level, logging.WARNING))
+    try:
+        asyncio.run(Service(settings).run())
+    except KeyboardInterrupt:
+        pass  # before it had started: what it had begun is ended by now
+
+
+def _environment(given: list[str]) -> dict[str, str]:
+    env = {}
+    for entry in given:
+        name, equals, value = entry.partition("=")
+        if not equals and name not in os.environ:
+            raise ConfigurationError(f"env: {name!r} is not set here: give its value too, as in {name}=...")
+        env[name] = value if equals else os.environ[name]
+    return env

@@ -1,0 +1,377 @@
+"""The gateway's ASGI app: a request comes in, a job of a pool answers it, a client that leaves ends its job.
+
+It streams both ways and passes on what belongs to the message, not to the connection. Faults are problem+json before
+the head; after it the app raises, so that its server breaks the connection off and no client takes the part for the
+whole. Every request ends in one `Answered`, which logs and metrics subscribe to.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import quote
+
+import anyio
+import msgspec
+
+from runner.errors import (
+    BlastdoorError,
+    ConfigurationError,
+    InvalidRequest,
+    JobClosed,
+    JobFailed,
+    LeaseTimeout,
+    PoolClosed,
+    StartError,
+    WorkersUnavailable,
+)
+from runner.messages import Header, JobContext, ResponseHead
+from runner.request import INLINE, Request
+from transport.errors import TargetEscapes
+from transport.faults import problem, refusal
+from transport.gateway.answer import MOST, Answer, Send, TooSlow, end_to_end
+from transport.gateway.caller import BodyTooLarge, BodyTooSlow, Caller, ClientGone, Receive
+from transport.gateway.mounts import Mount, Mounts, Unauthorized
+from transport.gateway.traces import Span, span_of
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from runner.async_job import AsyncJob
+    from runner.pool import Pool
+
+logger = logging.getLogger("blastdoor")
+
+Scope = Mapping[str, Any]
+
+_PORTS: Final = {"http": 80, "https": 443}
+_PATH_CHARACTERS: Final = "/!$&'()*+,;=:@~"
+
+EXTENSION: Final = "blastdoor.connection"
+"""Under this key of a scope's extensions the server of our own hands over a `Connection`."""
+
+
+class Connection(Protocol):
+    """What a server may tell of a connection beyond ASGI, which says that a client has gone only to who receives."""
+
+    def on_lost(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called once the connection is lost, during the request under way."""
+
+    def abort(self) -> None:
+        """Drop the connection with what is still to be sent on it."""
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """A request at the gateway is over: what was asked, by whom, what was sent of the answer, in how many seconds.
+
+    `status` is None where the client had gone before there was one; `whole` tells whether all of the answer was sent.
+    `target` and `request_id` (the client's X-Request-ID) are the client's words.
+    """
+
+    mount: str
+    method: str
+    target: str
+    client: str
+    status: int | None
+    sent: int
+    whole: bool
+    seconds: float
+    job_id: str
+    request_id: str
+
+
+class BrokenOff(Exception):
+    """Raised to the ASGI server so that it breaks the connection off: the answer has failed after its head."""
+
+
+class Gateway:
+    """An ASGI app that has pools answer plain HTTP requests.
+
+    `mounts` is a pool, or a `Mount`, or a mapping of paths to these. Bodies over `max_body` bytes are refused (413). A
+    client has `body_timeout` seconds to send its body, and a second more for each 500 bytes (408); it may take
+    `send_timeout` seconds for a piece of the response. The pools are their owners', but where the server
+    speaks the lifespan protocol they are started before the first request. ConfigurationError for what can't work.
+    """
+
+    def __init__(
+        self,
+        mounts: Pool | Mount | Mapping[str, Pool | Mount],
+        *,
+        max_body: int | None = None,
+        body_timeout: float = 20.0,
+        send_timeout: float | None = 60.0,
+    ) -> None:
+        if not isinstance(mounts, Mapping):
+            mounts = {"/": mounts}
+        for name, limit in (("max_body", max_body), ("send_timeout", send_timeout), ("body_timeout", body_timeout)):
+            if limit is not None and not limit >= 0:
+                raise ConfigurationError(f"{name} is zero or more, or None, not {limit!r}")
+        self._mounts = Mounts({path: m if isinstance(m, Mount) else Mount(m) for path, m in mounts.items()})
+        self._max_body = max_body
+        self._body_timeout = body_timeout
+        self._send_timeout = send_timeout
+        self._subscribers: tuple[Callable[[Answered], object], ...] = ()
+        self.active = 0
+
+    @property
+    def pools(self) -> dict[str, Pool]:
+        """The pools by the path of their mount."""
+        return {path or "/": mount.pool for path, mount in self._mounts.by_path.items()}
+
+    def replace(self, path: str, pool: Pool) -> Pool:
+        """Have another pool serve a mount from now on; gives the one that did.
+
+        Requests that wait for a worker of the old one go to the new one as it closes.
+        """
+        mount = self._mounts.by_path["" if path == "/" else path]
+        mount.pool, old = pool, mount.pool
+        return old
+
+    def subscribe(self, subscriber: Callable[[Answered], object]) -> None:
+        """Have `subscriber` called with each request that is over, in the event loop: it should be quick."""
+        self._subscribers = (*self._subscribers, subscriber)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection of ASGI's: HTTP requests and the lifespan. WebSockets are refused."""
+        if scope["type"] == "http":
+            self.active += 1
+            try:
+                await _Service(self, scope, receive, send).run()
+            finally:
+                self.active -= 1
+        elif scope["type"] == "lifespan":
+            await self._live(receive, send)
+        else:
+            await receive()
+            await send({"type": "websocket.close", "code": 1002, "reason": "only HTTP requests are served"})
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        while True:
+            kind = (await receive())["type"]
+            if kind == "lifespan.startup":
+                try:
+                    for pool in self.pools.values():
+                        await anyio.to_thread.run_sync(pool.start)
+                except BlastdoorError as error:
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
+            await send({"type": f"{kind}.complete"})
+            if kind == "lifespan.shutdown":
+                return
+
+    def _tell(self, answered: Answered) -> None:
+        for subscriber in self._subscribers:
+            try:
+                subscriber(answered)
+            except Exception:
+                logger.exception("a subscriber failed at the end of a request")
+
+
+class _Refused(Exception):
+    """The request goes to no pool; this is its answer."""
+
+    def __init__(self, status: int, detail: str, *headers: Header) -> None:
+        self.head, self.body = refusal(status, {"detail": detail}, headers)
+
+
+class _Service:
+    """One request, from its scope to the end of its answer."""
+
+    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
+        self._gateway = gateway
+        self._scope = scope
+        self._receive = receive
+        self._began = time.monotonic()
+        self._answer = Answer(send, gateway._send_timeout)
+        self._method: str = scope["method"]
+        self._mount = ""
+        self._job_id = ""
+        self._span: Span | None = None
+        self._connection: Connection | None = (scope.get("extensions") or {}).get(EXTENSION)
+        self._headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        raw: bytes = scope.get("raw_path") or quote(scope["path"], safe=_PATH_CHARACTERS).encode()
+        query: bytes = scope["query_string"]
+        self._path = raw.decode("latin-1")
+        self._target = f"{self._path}?{query.decode('latin-1')}" if query else self._path
+        self._length = _body_length(scope)
+
+    async def run(self) -> None:
+        """Serve it. BrokenOff where the server has to break off what it has begun to send."""
+        failure: BaseException | None = None
+        try:
+            try:
+                mount, request, context = self._prepare()
+            except _Refused as refused:
+                await self._give(refused.head, refused.body)
+                return
+            async with anyio.create_task_group() as group:
+                caller = self._listen(group)
+                try:
+                    with self._span.active() if self._span is not None else nullcontext():
+                        await self._serve(mount, request, context, caller)
+                except (BlastdoorError, BodyTooLarge, BodyTooSlow, ClientGone, TooSlow, OSError) as error:
+                    failure = error
+                group.cancel_scope.cancel()
+            if failure is not None and not caller.gone:
+                if isinstance(failure, TooSlow) and self._connection is not None:
+                    self._connection.abort()
+                raise BrokenOff(f"{self._job_id or self._path[:200]}: {failure}") from failure
+        finally:
+            self._finish()
+
+    # -- the request ---------------------------------------------------------------------------------
+
+    def _prepare(self) -> tuple[Mount, Request, JobContext]:
+        """What goes to which pool. _Refused for what goes to none, before anybody waits for a worker or a body."""
+        found = self._gateway._mounts.find(self._path)
+        if found is None:
+            raise _Refused(404, "nothing is mounted here")
+        prefix, mount = found
+        self._mount = prefix or "/"
+        try:
+            headers, context = mount.admit(end_to_end(self._headers))
+        except Unauthorized as error:
+            raise _Refused(401, str(error)) from error
+        most = self._gateway._max_body
+        if self._length and most is not None and self._length > most:
+            raise _Refused(413, f"the body is over {most} bytes")
+        self._span = span_of(self._method, self._path, self._headers, self._mount, context)
+        if self._span is not None:
+            headers = self._span.pass_on(headers)
+        scope, target = self._scope, self._target
+        scheme = "https" if scope.get("scheme") == "https" else "http"
+        server, client = scope.get("server"), scope.get("client")
+        try:
+            if mount.route is not None:
+                rest = target[len(prefix) :]
+                target = mount.route.rewrite(rest if rest.startswith("/") else f"/{rest}")
+            request = Request(
+                self._method,
+                target,
+                headers,
+                scheme=scheme,
+                server=(server[0], server[1] or 0) if server else ("localhost", _PORTS[scheme]),
+                client=(client[0], client[1] or 0) if client else ("127.0.0.1", 0),
+            )
+        except (TargetEscapes, InvalidRequest) as error:
+            raise _Refused(400, str(error)) from error
+        return mount, request, context
+
+    def _listen(self, group: TaskGroup) -> Caller:
+        """Begin to listen to the client; its going ends all that is done for it."""
+        gateway = self._gateway
+        expects = any(name == "expect" for name, _ in self._headers)
+        caller = Caller(
+            self._receive, group.cancel_scope.cancel, gateway._body_timeout, gateway._max_body, hold=expects
+        )
+        if self._connection is not None:
+            self._connection.on_lost(caller.lost)
+        group.start_soon(caller.listen)
+        return caller
+
+    # -- the job -------------------------------------------------------------------------------------
+
+    async def _serve(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> None:
+        """Have a job answer. Raises what ends the answer after its head."""
+        try:
+            job = await self._open(mount, request, context, caller)
+        except BodyTooSlow:
+            await self._give(*refusal(408, {"detail": "the body came too slowly"}, [("connection", "close")]))
+        except BodyTooLarge:
+            await self._give(*refusal(413, {"detail": f"the body is over {self._gateway._max_body} bytes"}))
+        except ClientGone:
+            return
+        except InvalidRequest as error:
+            await self._give(*refusal(431, {"detail": str(error)}))
+        except (JobFailed, LeaseTimeout, WorkersUnavailable) as error:
+            if isinstance(error, JobFailed):
+                self._job_id = error.fault.job_id
+            await self._give(*problem(error, debug=mount.pool.debug))
+        except (PoolClosed, StartError):
+            details = {"detail": "the service is not there at the moment", "fault": "unavailable"}
+            await self._give(*refusal(503, details, [("retry-after", "1")]))
+        except JobClosed:
+            details = {"detail": "the job was ended before its answer", "fault": "closed"}
+            await self._give(*refusal(503, details, [("x-should-retry", "false")]))
+        else:
+            self._job_id = job.job_id
+            async with job:
+                await self._pass_on(mount, job)
+
+    async def _open(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> AsyncJob:
+        """Have a worker take the request. A small body is there before one is leased: it can't be held by it."""
+        small = await caller.whole() if self._length and self._length <= INLINE and not caller.held else None
+        while True:
+            pool = mount.pool
+            if self._length != 0:
+                request = replace(request, body=caller.body() if small is None else small)
+            try:
+                return await pool.aopen(request, context=context, write_timeout=math.inf)
+            except PoolClosed:
+                if mount.pool is pool:
+                    raise
+                # The pool was replaced while this request waited for a worker; nothing of it was taken.
+
+    async def _pass_on(self, mount: Mount, job: AsyncJob) -> None:
+        head, answer = job.head, self._answer
+        headers = end_to_end(head.headers)
+        if head.status > MOST:
+            job.close()
+            details = {"detail": f"the handler's status {head.status} is none of HTTP's", "fault": "protocol"}
+            await self._give(*refusal(502, details))
+            return
+        if mount.route is not None:
+            host = next((value for name, value in self._headers if name == "host"), "")
+            headers = mount.route.restore_locations(headers, self._scope.get("scheme", "http"), host)
+        await answer.start(ResponseHead(head.status, headers))
+        while piece := await job.read():
+            if job.finished:
+                await answer.end(piece)
+                return
+            await answer.piece(piece)
+        await answer.end()
+
+    # -- the answer ----------------------------------------------------------------------------------
+
+    async def _give(self, head: ResponseHead, body: bytes) -> None:
+        """All of a response that is the gateway's own."""
+        await self._answer.start(head)
+        await self._answer.end(b"" if self._method == "HEAD" else body)
+
+    def _finish(self) -> None:
+        answer = self._answer
+        client = self._scope.get("client")
+        if self._span is not None:
+            self._span.end(answer.status, self._job_id)
+        self._gateway._tell(
+            Answered(
+                self._mount,
+                self._method,
+                self._target,
+                client[0] if client else "",
+                answer.status,
+                answer.sent,
+                answer.whole,
+                time.monotonic() - self._began,
+                self._job_id,
+                next((value for name, value in self._headers if name == "x-request-id"), ""),
+            )
+        )
+
+
+def _body_length(scope: Scope) -> int | None:
+    """How long a request's body is: 0 for none, None where that is not known beforehand (RFC 9112, 6)."""
+    length: int | None = 0
+    for name, value in scope["headers"]:
+        if name == b"transfer-encoding":
+            return None
+        if name == b"content-length":
+            length = int(value) if value.isdigit() and len(value) < 19 else None
+    if length == 0 and not scope.get("http_version", "1.1").startswith("1"):
+        return None  # HTTP/2 and 3 have bodies without either header
+    return length

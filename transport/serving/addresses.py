@@ -1,0 +1,57 @@
+"""Sockets to listen at, bound before anything else is done, so that an address that is taken is told at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+from runner.errors import ConfigurationError
+
+
+def bind_port(host: str, port: int, option: str) -> socket.socket:
+    """A socket at a host's port, 0 for any. ConfigurationError, which names the command's option, where it is taken."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigurationError(
+            f"{host}:{port} can't be listened at: {error}; choose another with --{option}"
+        ) from error
+    return listener
+
+
+def bind_path(path: str) -> socket.socket:
+    """A socket at a path, in the place of one that nobody listens at any more. ConfigurationError for another."""
+    if _is_served(path):
+        raise ConfigurationError(f"somebody listens at {path!r} already: stop it first, or choose another with --uds")
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if Path(path).is_socket():
+            Path(path).unlink()
+        listener.bind(path)
+        os.chmod(path, 0o666)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(f"{path!r} can't be listened at: {error}; choose another with --uds") from error
+    return listener
+
+
+def name_of(listener: socket.socket) -> str:
+    """The address as a URL, or as unix:PATH."""
+    address = listener.getsockname()
+    if isinstance(address, str):
+        return f"unix:{address}"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"http://{host}:{address[1]}"
+
+
+def _is_served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+        client.settimeout(1)
+        client.connect(path)
+        return True
+    return False

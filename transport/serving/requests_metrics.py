@@ -1,0 +1,48 @@
+"""The gateway's requests as Prometheus metrics, by the names of OpenTelemetry's conventions for HTTP servers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from runner.metrics import SECONDS
+
+if TYPE_CHECKING:
+    from transport.gateway.app import Answered, Gateway
+
+METHODS: Final = frozenset(("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"))
+"""Others are counted as `_OTHER`: a client must not make up labels."""
+
+
+class RequestMetrics:
+    """Counts what a gateway has answered."""
+
+    def __init__(self, gateway: Gateway, registry: CollectorRegistry) -> None:
+        self._durations = Histogram(
+            "http_server_request_duration_seconds",
+            "Time from a request's head to the end of its answer.",
+            ("http_request_method", "http_response_status_code", "http_route"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._cut = Counter(
+            "blastdoor_answers_cut_off_total",
+            "Answers that were not sent whole: broken off, or left by their client.",
+            ("http_route",),
+            registry=registry,
+        )
+        self._sent = Counter(
+            "blastdoor_answer_body_bytes_total", "Bytes of answers' bodies.", ("http_route",), registry=registry
+        )
+        active = Gauge("http_server_active_requests", "Requests under way.", registry=registry)
+        active.set_function(lambda: gateway.active)
+        gateway.subscribe(self._count)
+
+    def _count(self, answered: Answered) -> None:
+        method = answered.method if answered.method in METHODS else "_OTHER"
+        status = "" if answered.status is None else str(answered.status)
+        self._durations.labels(method, status, answered.mount).observe(answered.seconds)
+        self._sent.labels(answered.mount).inc(answered.sent)
+        if not answered.whole:
+            self._cut.labels(answered.mount).inc()

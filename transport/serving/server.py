@@ -1,0 +1,286 @@
+"""`blastdoor serve`: pools, the gateway, the page of status, and the signals that drain and reload them.
+
+The sockets are bound first, so that a port that is taken is told at once; then the pools start; only then is anybody
+answered. SIGTERM and SIGINT drain: no new connections, `drain` seconds for the requests under way, then their jobs are
+ended. SIGHUP reloads: each mount gets a new pool, which starts before the old one is let go of. Where it does not
+start, the old one stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import uvicorn
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+
+from runner.errors import BlastdoorError
+from runner.metrics import PoolMetrics
+from transport.gateway import Answered, Gateway
+from transport.gateway.app import BrokenOff
+from transport.serving.addresses import bind_path, bind_port, name_of
+from transport.serving.admin import make_admin
+from transport.serving.connection import BoundedConnection
+from transport.serving.requests_metrics import RequestMetrics
+from transport.serving.status import Status
+
+if TYPE_CHECKING:
+    from runner.pool import Pool
+    from transport.serving.settings import Settings
+
+logger = logging.getLogger("blastdoor")
+access_logger = logging.getLogger("blastdoor.access")
+
+_SETTLE: Final = 5.0
+"""Seconds for what is left to be sent once the jobs under way were ended."""
+
+
+class Service:
+    """All that one `blastdoor serve` runs. ConfigurationError, or OSError for an address that can't be had."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._defaults = settings.defaults
+        self._mounts = settings.all_mounts
+        self.gateway = Gateway(
+            {path: mount.mount(path, self._defaults) for path, mount in self._mounts.items()},
+            max_body=settings.max_body_bytes,
+            body_timeout=settings.body_timeout,
+            send_timeout=settings.send_timeout,
+        )
+        self.status = Status(self.gateway)
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._metrics = PoolMetrics(self.registry)
+        RequestMetrics(self.gateway, self.registry)
+        if settings.access_log:
+            self.gateway.subscribe(_log_access)
+        self._ends: dict[str, list[Callable[[], None]]] = {}
+        self._reloading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._servers: list[_Server] = []
+        admin = settings.admin_address
+        with contextlib.ExitStack() as stack:
+            made = bind_path(settings.uds) if settings.uds else bind_port(settings.host, settings.port, "port")
+            self.socket = stack.enter_context(made)
+            self.admin_socket = None if admin is None else stack.enter_context(bind_port(*admin, "admin"))
+            stack.pop_all()
+
+    async def run(self, started: Callable[[], object] = lambda: None) -> None:
+        """Serve until `stop` is called, or a signal says so where this is the main thread.
+
+        StartError where a handler can't be loaded: nothing is left running then.
+        """
+        pools = self.gateway.pools
+        quiet = _QuietBreaks()
+        logging.getLogger("uvicorn.error").addFilter(quiet)
+        logger.addHandler(self.status.log)
+        try:
+            for path, pool in pools.items():
+                self._watch(path, pool)
+                await asyncio.to_thread(pool.start)
+            await self._serve(started)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for pool in self.gateway.pools.values():
+                await pool.aclose(drain=0)
+            logger.removeHandler(self.status.log)
+            logging.getLogger("uvicorn.error").removeFilter(quiet)
+            self.socket.close()
+            if self._settings.uds:
+                Path(self._settings.uds).unlink(missing_ok=True)
+            if self.admin_socket is not None:
+                self.admin_socket.close()
+
+    def stop(self) -> None:
+        """Drain, and end; the second time at once. In the event loop's thread."""
+        if self.status.draining:
+            logger.warning("stopping at once")
+            self._spawn(self._end_jobs(0))
+            return
+        self.status.draining = True
+        logger.info("draining: requests under way have %g s", self._settings.drain)
+        self._servers[0].should_exit = True
+        self._spawn(self._end_jobs(self._settings.drain))
+
+    async def reload(self) -> bool:
+        """Have new pools serve the mounts; whether all could be started. One reload at a time."""
+        async with self._reloading:
+            whole = True
+            for path, mount in self._mounts.items():
+                began = time.monotonic()
+                pool = mount.pool_with(path, self._defaults)
+                ends = self._ends.get(path, [])
+                try:
+                    self._watch(path, pool)
+                    await asyncio.to_thread(pool.start)
+                except BlastdoorError as error:
+                    self._unwatch(self._ends[path])
+                    self._ends[path] = ends
+                    await pool.aclose(drain=0)
+                    logger.error("%s: the handler can't be reloaded, the old one goes on: %s", path, error)
+                    whole = False
+                    continue
+                except BaseException:
+                    await pool.aclose(drain=0)
+                    raise
+                old = self.gateway.replace(path, pool)
+                logger.info("%s: reloaded in %.1f s", path, time.monotonic() - began)
+                self._spawn(self._retire(old, ends))
+            return whole
+
+    # ------------------------------------------------------------------------------------------------
+
+    async def _serve(self, started: Callable[[], object]) -> None:
+        settings = self._settings
+        main = _Server(
+            self._config(
+                self.gateway,
+                http=BoundedConnection,
+                limit_concurrency=settings.connections,
+                forwarded_allow_ips=list(settings.trusted_proxies),
+                timeout_graceful_shutdown=settings.drain + _SETTLE,
+            )
+        )
+        self._servers = [main]
+        running = [asyncio.create_task(main.serve(sockets=[self.socket]))]
+        if self.admin_socket is not None:
+            host = self.admin_socket.getsockname()[0]
+            app = make_admin(self.status, self.registry, host)
+            admin = _Server(self._config(app, timeout_graceful_shutdown=1))
+            self._servers.append(admin)
+            running.append(asyncio.create_task(admin.serve(sockets=[self.admin_socket])))
+        with self._signals():
+            while not all(server.started for server in self._servers) and not any(task.done() for task in running):
+                await asyncio.sleep(0.01)
+            if settings.reload:
+                self._spawn(self._reload_on_changes())
+            self._log_started()
+            started()
+            await running[0]
+            for server in self._servers:
+                server.should_exit = True
+            await asyncio.gather(*running)
+
+    def _config(self, app: Any, **settings: Any) -> uvicorn.Config:
+        return uvicorn.Config(
+            app,
+            **{
+                "loop": "asyncio",
+                "ws": "none",
+                "lifespan": "off",
+                "log_config": None,
+                "access_log": False,
+                "server_header": False,
+                **settings,
+            },
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        handlers = {
+            signal.SIGTERM: self.stop,
+            signal.SIGINT: self.stop,
+            signal.SIGHUP: lambda: self._spawn(self.reload()),
+        }
+        try:
+            for number, handler in handlers.items():
+                loop.add_signal_handler(number, handler)
+        except (ValueError, RuntimeError):  # not in the main thread: `stop` and `reload` are called there
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number in handlers:
+                loop.remove_signal_handler(number)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end_jobs(self, seconds: float) -> None:
+        """End the jobs that are still under way after so many seconds: their callers are told."""
+        await asyncio.sleep(seconds)
+        logger.warning("%d requests were not done in time, and are ended", self.gateway.active)
+        for pool in self.gateway.pools.values():
+            await pool.aclose(drain=0)
+
+    async def _retire(self, pool: Pool, ends: list[Callable[[], None]]) -> None:
+        await pool.aclose(drain=self._settings.drain)
+        self._unwatch(ends)
+
+    def _watch(self, path: str, pool: Pool) -> None:
+        ends = [self.status.watch(path, pool), self._metrics.watch(path, pool)]
+        if "opentelemetry.trace" in sys.modules:
+            from runner.traces import trace_jobs
+
+            ends.append(trace_jobs(pool))
+        self._ends[path] = ends
+
+    @staticmethod
+    def _unwatch(ends: list[Callable[[], None]]) -> None:
+        for end in ends:
+            end()
+
+    async def _reload_on_changes(self) -> None:
+        from watchfiles import PythonFilter, awatch
+
+        logger.info("files below %s are watched", os.getcwd())
+        async for changes in awatch(os.getcwd(), watch_filter=PythonFilter()):
+            logger.info("changed: %s", ", ".join(sorted({os.path.relpath(path) for _, path in changes})[:5]))
+            await self.reload()
+
+    def _log_started(self) -> None:
+        apps = ", ".join(f"{path} {mount.app}" for path, mount in self._mounts.items())
+        logger.info("serving %s at %s", apps, name_of(self.socket))
+        if self.admin_socket is not None:
+            logger.info("status at %s/-/status", name_of(self.admin_socket))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which leaves the signals to the `Service`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _QuietBreaks(logging.Filter):
+    """Drops uvicorn's traceback of an answer that was broken off on purpose: its reason is in the log already."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, (BrokenOff, asyncio.CancelledError))
+
+
+def _log_access(answered: Answered) -> None:
+    target = answered.target if answered.target.isprintable() else repr(answered.target)
+    access_logger.info(
+        '%s "%s %s" %s %d %.1f ms%s',
+        answered.client or "-",
+        answered.method,
+        target,
+        answered.status or "-",
+        answered.sent,
+        answered.seconds * 1000,
+        "" if answered.whole else " cut off",
+        extra={
+            "job_id": answered.job_id,
+            "mount": answered.mount,
+            "request_id": answered.request_id,
+        },
+    )

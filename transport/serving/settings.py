@@ -1,0 +1,272 @@
+"""What `blastdoor serve` takes: from a TOML file, and from the command line, whose word counts.
+
+A file has the same names as the command line's options, with an underscore for a hyphen. What stands at its top holds
+for all mounts, unless a mount's own table says otherwise.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from runner.errors import ConfigurationError
+from runner.limits import Limits, parse_size
+from runner.messages import Kind
+from runner.pool import Pool
+from runner.recycle import Recycle
+from runner.sandbox.profile import Sandbox
+from transport.gateway.mounts import Mount, TrustedHeaders
+from transport.route import DEFAULT_ROOT, Route
+
+QUEUE: Final = 100
+"""How many requests wait for a worker at most, where nothing is said."""
+
+QUEUE_TIMEOUT: Final = 10.0
+"""How many seconds a request waits for a worker at most, where nothing is said."""
+
+FILES: Final = ("blastdoor.toml", "pyproject.toml")
+"""Where the settings are looked for, in the working directory."""
+
+
+class TrustedHeadersSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`transport.gateway.TrustedHeaders`, with the secret in a file of its own."""
+
+    secret_file: str
+    secret_header: str = "x-blastdoor-secret"
+    key_id: str = "x-delegated-api-key-id"
+    source: str = ""
+    attribution: dict[str, str] = {}
+
+    def made(self) -> TrustedHeaders:
+        """With the secret, as it stands in its file now."""
+        try:
+            secret = Path(self.secret_file).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"the secret of the trusted headers can't be read: {error}") from error
+        return TrustedHeaders(
+            secret=secret,
+            secret_header=self.secret_header,
+            key_id=self.key_id,
+            source=self.source,
+            attribution=self.attribution,
+        )
+
+
+class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Settings of one pool. What is not set is as at the top of the file, and else as `runner.Pool` has it."""
+
+    kind: Kind | UnsetType = UNSET
+    workers: int | str | UnsetType = UNSET
+    spares: int | UnsetType = UNSET
+    queue: int | UnsetType = UNSET
+    queue_timeout: float | UnsetType = UNSET
+    timeout: float | UnsetType = UNSET
+    memory: int | str | UnsetType = UNSET
+    cpu_seconds: float | UnsetType = UNSET
+    open_files: int | UnsetType = UNSET
+    sandbox: str | Sandbox | UnsetType = UNSET
+    preload: bool | list[str] | UnsetType = UNSET
+    env: dict[str, str] | UnsetType = UNSET
+    recycle: Recycle | UnsetType = UNSET
+    grace: float | UnsetType = UNSET
+    start_timeout: float | UnsetType = UNSET
+    debug: bool | UnsetType = UNSET
+
+    def pool(self, app: str, root_path: str) -> Pool:
+        """A pool with these settings, which is not started."""
+        limits = _given(
+            memory=self.memory, wall_seconds=self.timeout, cpu_seconds=self.cpu_seconds, open_files=self.open_files
+        )
+        return Pool(
+            app,
+            root_path=root_path,
+            workers=None if self.workers is UNSET else parse_workers(self.workers),
+            queue=QUEUE if self.queue is UNSET else self.queue,
+            queue_timeout=QUEUE_TIMEOUT if self.queue_timeout is UNSET else self.queue_timeout,
+            limits=Limits(**limits),
+            sandbox=None if self.sandbox is UNSET else parse_sandbox(self.sandbox),
+            **_given(
+                kind=self.kind,
+                spares=self.spares,
+                preload=self.preload,
+                env=self.env,
+                recycle=self.recycle,
+                grace=self.grace,
+                start_timeout=self.start_timeout,
+                debug=self.debug,
+            ),
+        )
+
+
+class MountSettings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One mount: the app, its pool, and for whom its requests act. With a `provider` requests go to its route."""
+
+    app: str
+    provider: str = ""
+    root: str = DEFAULT_ROOT
+    source: str = ""
+    key_id: str = ""
+    attribution: dict[str, str] = {}
+    trusted_headers: TrustedHeadersSettings | None = None
+
+    def mount(self, path: str, defaults: Mapping[str, Any]) -> Mount:
+        """The mount, with a pool that is not started."""
+        route = Route(self.provider, self.source, self.root) if self.provider else None
+        return Mount(
+            self.pool_with(path, defaults),
+            route=route,
+            source=self.source,
+            key_id=self.key_id,
+            attribution=self.attribution,
+            trusted_headers=None if self.trusted_headers is None else self.trusted_headers.made(),
+        )
+
+    def pool_with(self, path: str, defaults: Mapping[str, Any]) -> Pool:
+        """A new pool for this mount, with what it does not say from `defaults`."""
+        if self.provider:
+            path = Route(self.provider, self.source, self.root).mount
+        own = {name: getattr(self, name) for name in PoolSettings.__struct_fields__}
+        settings = PoolSettings(**{**defaults, **_given(**own)})
+        return settings.pool(self.app, "" if path == "/" else path)
+
+
+class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """All that is served, and where. `app` is short for a mount at "/"."""
+
+    app: str = ""
+    mounts: dict[str, MountSettings] = {}
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str = ""
+    admin: str = "127.0.0.1:9180"
+    drain: float = 30.0
+    reload: bool = False
+    max_body: int | str | None = None
+    body_timeout: float = 20.0
+    send_timeout: float = 60.0
+    connections: int = 1000
+    trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")
+    access_log: bool = True
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def all_mounts(self) -> dict[str, MountSettings]:
+        """The mounts by path. ConfigurationError where there is none."""
+        mounts = dict(self.mounts)
+        if self.app:
+            if "/" in mounts:
+                raise ConfigurationError("app is short for a mount at '/', and there is such a mount already")
+            mounts["/"] = MountSettings(app=self.app)
+        if not mounts:
+            raise ConfigurationError(
+                "there is nothing to serve: name an app, as in 'blastdoor serve shop:app', or mounts in blastdoor.toml"
+            )
+        return mounts
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the mounts' pools have in common."""
+        return _given(**{name: getattr(self, name) for name in PoolSettings.__struct_fields__})
+
+    @property
+    def admin_address(self) -> tuple[str, int] | None:
+        """Where the page of status is served; None for nowhere."""
+        return None if self.admin in ("", "none") else parse_address(self.admin)
+
+    @property
+    def max_body_bytes(self) -> int | None:
+        """The most bytes of a request's body."""
+        return None if self.max_body is None else parse_size(self.max_body)
+
+
+def load_settings(file: str | None, given: Mapping[str, Any]) -> Settings:
+    """The settings of a file, or of the first of FILES that has some, with what was `given` instead.
+
+    Apps that are given take the place of all mounts of the file, and what is given of a pool holds for every mount.
+    ConfigurationError names what is wrong, and where.
+    """
+    where, found = (file, _read(Path(file))) if file is not None else _look_for()
+    if "mounts" in given:
+        found.pop("app", None)
+    elif isinstance(mounts := found.get("mounts"), dict):
+        pools = set(PoolSettings.__struct_fields__) & set(given)
+        found["mounts"] = {path: _without(table, pools) for path, table in mounts.items()}
+    try:
+        return msgspec.convert({**found, **given}, Settings)
+    except (msgspec.ValidationError, ConfigurationError) as error:
+        raise ConfigurationError(f"{where}: {error}") from error
+
+
+def parse_workers(workers: int | str) -> int | tuple[int, int]:
+    """A number of workers, or a text such as "4" or "2:16". ConfigurationError for another."""
+    if isinstance(workers, int):
+        return workers
+    least, colon, most = workers.partition(":")
+    try:
+        return (int(least), int(most)) if colon else int(least)
+    except ValueError:
+        raise ConfigurationError(
+            f"workers is a number, or the least and the most, as in '2:16', not {workers!r}"
+        ) from None
+
+
+def parse_sandbox(sandbox: str | Sandbox) -> Sandbox | None:
+    """A sandbox by the name of its profile. ConfigurationError for another."""
+    if isinstance(sandbox, Sandbox):
+        return sandbox
+    if sandbox == "none":
+        return None
+    if sandbox not in ("default", "strict"):
+        raise ConfigurationError(f"sandbox is 'none', 'default' or 'strict', not {sandbox!r}")
+    return Sandbox.strict() if sandbox == "strict" else Sandbox.default()
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """A host and a port, as in "127.0.0.1:9180" or "[::1]:9180". ConfigurationError for another."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535 or not host:
+        raise ConfigurationError(f"an address has the form HOST:PORT, as in '127.0.0.1:9180', not {address!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def parse_mounts(apps: list[str]) -> dict[str, dict[str, str]]:
+    """The mounts' tables of a command line: 'shop:app', '/openai=app1:app'. ConfigurationError for what is neither."""
+    mounts: dict[str, dict[str, str]] = {}
+    for app in apps:
+        path, equals, spec = app.rpartition("=")
+        path = path if equals else "/"
+        if path in mounts:
+            raise ConfigurationError(f"two apps for {path!r}: give each a path of its own, as in '/tools=tools:app'")
+        mounts[path] = {"app": spec}
+    return mounts
+
+
+def _look_for() -> tuple[str, dict[str, Any]]:
+    for name in FILES:
+        if (path := Path(name)).is_file() and (found := _read(path)):
+            return name, found
+    return "the command line", {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    if path.name == "pyproject.toml":
+        found: dict[str, Any] = content.get("tool", {}).get("blastdoor", {})
+        return found
+    return content
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not UNSET}
+
+
+def _without(table: object, names: set[str]) -> object:
+    return {name: value for name, value in table.items() if name not in names} if isinstance(table, dict) else table

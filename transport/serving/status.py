@@ -1,0 +1,183 @@
+"""What the page of status shows: the last minutes, the last faults with their stacks, the workers of this moment.
+
+It subscribes to the gateway, to the pools and to the log. All of it is bounded, whatever the handlers do.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from runner.events import Event, JobEnded, JobRefused
+
+if TYPE_CHECKING:
+    from runner.pool import Pool
+    from transport.gateway.app import Answered, Gateway
+
+SPAN: Final = 300
+"""How many seconds the page looks back."""
+
+_SAMPLES: Final = 1000
+_FAULTS: Final = 50
+_JOBS: Final = 100
+_LINES: Final = 100
+_LINE: Final = 2000
+
+
+class Second(msgspec.Struct):
+    """What ended in one second: `latencies`, in seconds, are those of the first _SAMPLES answers."""
+
+    at: int
+    answers: int = 0
+    errors: int = 0
+    latencies: list[float] = []
+
+
+class Trouble(msgspec.Struct):
+    """A job that ended badly, or a caller that got no worker."""
+
+    at: float
+    mount: str
+    job_id: str
+    provider: str
+    outcome: str
+    detail: str
+    seconds: float
+    worker: int | None = None
+
+
+class JobLog(logging.Handler):
+    """Keeps what was logged about the last jobs, by the `job_id` that the records carry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._jobs: OrderedDict[str, deque[str]] = OrderedDict()
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        job_id = getattr(record, "job_id", "")
+        if not job_id:
+            return
+        lines = self._jobs.get(job_id)
+        if lines is None:
+            lines = self._jobs[job_id] = deque(maxlen=_LINES)
+            if len(self._jobs) > _JOBS:
+                self._jobs.popitem(last=False)
+        text = self.format(record)
+        if record.name == "blastdoor.worker":
+            text = text.partition(f"job {job_id}: ")[2] or text
+        lines.extend(line[:_LINE] for line in text.splitlines()[-_LINES:])
+
+    def about(self, job_id: str) -> str:
+        """What was logged about a job."""
+        with self.lock or threading.RLock():
+            return "\n".join(self._jobs.get(job_id, ()))
+
+
+class Status:
+    """Collects it, from any thread, and tells it as plain data."""
+
+    def __init__(self, gateway: Gateway, clock: Callable[[], float] = time.time) -> None:
+        self._gateway = gateway
+        self._clock = clock
+        self._began = clock()
+        self._seconds: deque[Second] = deque()
+        self._troubles: deque[Trouble] = deque(maxlen=_FAULTS)
+        self._lock = threading.Lock()
+        self.draining = False
+        self.log = JobLog()
+        gateway.subscribe(self._count)
+
+    def watch(self, mount: str, pool: Pool) -> Callable[[], None]:
+        """Note the faults of a pool under this name; gives what ends that."""
+        return pool.subscribe(lambda event: self._note(mount, event))
+
+    @property
+    def ready(self) -> bool:
+        """Whether each pool has a worker that can be given a job, and requests are still taken."""
+        return not self.draining and all(pool.ready for pool in self._gateway.pools.values())
+
+    def tell(self) -> dict[str, Any]:
+        """All of it, as it goes into JSON. It reads /proc for each worker."""
+        now = int(self._clock())
+        with self._lock:
+            seconds = [second for second in self._seconds if second.at > now - SPAN]
+            history = [_in_short(second) for second in seconds]
+            troubles = list(self._troubles)
+            latencies = [latency for second in seconds if second.at > now - 60 for latency in second.latencies]
+        return {
+            "now": now,
+            "uptime": self._clock() - self._began,
+            "ready": self.ready,
+            "draining": self.draining,
+            "active": self._gateway.active,
+            "span": SPAN,
+            "latency": _quantiles(latencies),
+            "history": history,
+            "pools": {path: _tell_pool(pool) for path, pool in self._gateway.pools.items()},
+            "faults": [
+                {**msgspec.structs.asdict(trouble), "log": self.log.about(trouble.job_id)}
+                for trouble in reversed(troubles)
+            ],
+        }
+
+    def _count(self, answered: Answered) -> None:
+        now = int(self._clock())
+        with self._lock:
+            if not self._seconds or self._seconds[-1].at < now:
+                self._seconds.append(Second(now))
+                while self._seconds[0].at <= now - SPAN:
+                    self._seconds.popleft()
+            second = self._seconds[-1]
+            second.answers += 1
+            second.errors += answered.status is not None and (answered.status >= 500 or not answered.whole)
+            if len(second.latencies) < _SAMPLES:
+                second.latencies.append(answered.seconds)
+
+    def _note(self, mount: str, event: Event) -> None:
+        at = self._clock()
+        if isinstance(event, JobEnded):
+            if event.outcome in ("ok", "left", "not taken"):
+                return
+            trouble = Trouble(
+                at,
+                mount,
+                event.job_id,
+                event.provider,
+                event.outcome,
+                event.detail,
+                event.seconds,
+                event.worker,
+            )
+        elif isinstance(event, JobRefused):
+            trouble = Trouble(at, mount, event.job_id, event.provider, "refused", event.detail, event.waited)
+        else:
+            return
+        with self._lock:
+            self._troubles.append(trouble)
+
+
+def _in_short(second: Second) -> dict[str, float]:
+    short: dict[str, float] = {"at": second.at, "answers": second.answers, "errors": second.errors}
+    return {**short, **_quantiles(second.latencies)}
+
+
+def _quantiles(latencies: list[float]) -> dict[str, float]:
+    if len(latencies) < 2:
+        value = latencies[0] if latencies else 0.0
+        return {"p50": value, "p99": value}
+    hundredths = statistics.quantiles(latencies, n=100, method="inclusive")
+    return {"p50": hundredths[49], "p99": hundredths[98]}
+
+
+def _tell_pool(pool: Pool) -> dict[str, Any]:
+    stats = msgspec.structs.asdict(pool.stats())
+    workers = [msgspec.structs.asdict(worker) for worker in pool.workers()]
+    return {**stats, "ready": pool.ready, "workers": workers}
