@@ -65,18 +65,21 @@ class Route:
             _refuse_escape(path)  # what was a separator to the first look, a backslash, was none to the cleaning
         return f"{self.mount}{path}{mark}{query}"
 
-    def restore_locations(self, headers: list[Header], scheme: str, authority: str) -> list[Header]:
-        """The headers with each Location and Content-Location inside the mount mapped to the caller's URL space."""
+    def restore_locations(self, headers: list[Header], scheme: str, authority: str, prefix: str = "") -> list[Header]:
+        """The headers with each Location and Content-Location inside the mount mapped to the caller's URL space.
+
+        That begins with `prefix`, a path, or is empty.
+        """
         if not any(name.lower() in ("location", "content-location") for name, _ in headers):
             return headers
         return [
-            (name, self._restore(value, scheme, authority))
+            (name, self._restore(value, scheme, authority, prefix))
             if name.lower() in ("location", "content-location")
             else (name, value)
             for name, value in headers
         ]
 
-    def _restore(self, location: str, scheme: str, authority: str) -> str:
+    def _restore(self, location: str, scheme: str, authority: str, prefix: str) -> str:
         start = ""
         if (own := _AUTHORITY.match(location)) is not None:
             if (own[1] or scheme).lower() != scheme or own[2].lower() != authority.lower():
@@ -90,7 +93,7 @@ class Route:
             return location  # a neighbour whose name begins alike
         if rest.startswith("//"):
             rest = "/" + rest.lstrip("/")  # it must not turn into another host
-        return start + (rest if rest.startswith("/") else "/" + rest)
+        return start + prefix + (rest if rest.startswith("/") else "/" + rest)
 
 
 def check_provider(provider: object) -> None:

@@ -327,7 +327,8 @@ class _Service:
             return
         if mount.route is not None:
             host = next((value for name, value in self._headers if name == "host"), "")
-            headers = mount.route.restore_locations(headers, self._scope.get("scheme", "http"), host)
+            prefix = self._mount.removesuffix("/")
+            headers = mount.route.restore_locations(headers, self._scope.get("scheme", "http"), host, prefix)
         await answer.start(ResponseHead(head.status, headers))
         while piece := await job.read():
             if job.finished:

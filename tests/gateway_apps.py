@@ -1,0 +1,15 @@
+"""Handlers that only make sense behind the gateway."""
+
+from __future__ import annotations
+
+from runner import HandlerRequest, HandlerResponse
+
+
+def connection_headers(request: HandlerRequest, response: HandlerResponse) -> bytes:
+    """Headers that would be the client's connection's."""
+    response.headers["connection"] = "close, x-named"
+    response.headers["x-named"] = "1"
+    response.headers["keep-alive"] = "timeout=5"
+    response.headers["upgrade"] = "h2c"
+    response.headers["x-kept"] = "1"
+    return b"hello"
