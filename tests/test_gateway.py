@@ -89,6 +89,7 @@ def test_a_request_and_its_answer(serve: Serve, session: requests.Session) -> No
 def test_tokens_come_one_by_one(serve: Serve, tmp_path: Path) -> None:
     """G1, T10: what the handler writes is there at once: it waits for the client to have seen it."""
     served = serve()
+    (tmp_path / "0").touch()
     with httpx2.stream("GET", f"{served.url}/compressed?coding=gzip&go={tmp_path}") as response:
         pieces, decoder = response.iter_raw(), zlib.decompressobj(wbits=31)
         for number in range(3):
@@ -567,16 +568,22 @@ def test_a_client_that_does_not_read(serve: Serve) -> None:
         assert not receive_all(client).endswith(b"0\r\n\r\n")
 
 
-def test_a_half_closed_client(serve: Serve) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["before the head", "after the head"])
+def test_a_half_closed_client(serve: Serve, late: bool) -> None:
     """G7: a client that has shut down its sending half gets its answer, whole, a slow one and a stream as well."""
     served = serve()
     for target, words in (("/hello", b"hello"), ("/slow_count", b"0"), ("/stream?count=5&pause=0.02", b"data: 4 ")):
-        with served.connect() as client:
-            client.sendall(request_of(target))
-            client.shutdown(socket.SHUT_WR)
-            received = receive_all(client)
-            assert words in received
-            assert received.endswith(b"0\r\n\r\n")
+        client = http.client.HTTPConnection(*served.address, timeout=20)
+        client.request("GET", target)
+        if late:
+            response = client.getresponse()
+            assert client.sock is not None
+            client.sock.shutdown(socket.SHUT_WR)
+        else:
+            client.sock.shutdown(socket.SHUT_WR)
+            response = client.getresponse()
+        assert words in response.read()
+        client.close()
 
 
 def test_a_half_closed_client_that_leaves(serve: Serve) -> None:
@@ -588,6 +595,19 @@ def test_a_half_closed_client_that_leaves(serve: Serve) -> None:
     client.shutdown(socket.SHUT_WR)
     receive_until(client, b"data: 1 ")
     client.close()
+    assert ends.get(timeout=20).outcome == "left"
+
+
+@pytest.mark.parametrize("shut", [False, True])
+def test_a_client_that_leaves_a_silent_stream(serve: Serve, tmp_path: Path, shut: bool) -> None:
+    """G7, G2: after the head, while the handler writes nothing: its going is heard all the same."""
+    served = serve(workers=1)
+    ends = ended(served.pool)
+    with served.connect() as client:
+        client.sendall(request_of(f"/head_then_wait?go={tmp_path / 'go'}"))
+        receive_until(client, b"\r\n\r\n")
+        if shut:
+            client.shutdown(socket.SHUT_WR)
     assert ends.get(timeout=20).outcome == "left"
 
 

@@ -2,8 +2,10 @@
 
 - A head has to come within `HEAD_SECONDS`, and in `MOST_HEAD` bytes: slow or endless ones are answered and cut off.
 - A client that has sent all of its request and closed its half of the connection (shutdown(2)) gets its answer. From
-  here it looks like one that has gone. An interim response (RFC 9110, 15.2) tells them apart: the kernel of a client
-  that has gone resets the connection in answer to it, which ends the job.
+  here it looks like one that has gone. Something sent to it tells them apart: the kernel of a client that has gone
+  resets the connection, which ends the job. That is an interim response before the head (RFC 9110, 15.2), and after it
+  a zero that the next chunk's size begins with (RFC 9112, 7.1). In a body of known length only what the handler writes
+  can tell.
 - After an answer that did not wait for the end of the request's body the rest of that is taken for `LINGER` seconds,
   so that the client can read the answer before the connection is reset (RFC 9112, 9.6).
 """
@@ -25,7 +27,8 @@ HEAD_SECONDS: Final = 10.0
 MOST_HEAD: Final = 64 * 1024
 LINGER: Final = 5.0
 
-_PROBE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_ZERO: Final = b"0"
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -59,13 +62,17 @@ class BoundedConnection(HttpToolsProtocol):
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """The client sends no more. Whether the connection stays open for what it is still to be sent."""
         cycle = self.cycle
-        if cycle is None or cycle.response_started or cycle.more_body or self.scheme == "https":
+        if cycle is None or cycle.response_complete or cycle.more_body or self.scheme == "https":
             return None
-        if self.scope.get("http_version") == "1.0":
+        if cycle.response_started:
+            probe = _ZERO if cycle.chunked_encoding else b""
+        elif self.scope.get("http_version") == "1.0":
             return None  # it knows no interim responses, and is taken to have gone
+        else:
+            probe = _INTERIM
         cycle.keep_alive = False
         self._vigil = _Vigil(self.loop, self.transport)
-        self.transport.write(_PROBE)
+        self.transport.write(probe)
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
