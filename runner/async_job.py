@@ -110,6 +110,8 @@ class AsyncJob(RoundTrip):
     async def _advance(self) -> None:
         """Wait for the next frames of the response and take them; the upload goes on meanwhile."""
         frames = await self._wait_for_frames()
+        if frames is None and self._closed_by is not None:
+            return  # the worker may have died of that: `_use` has the rest
         if frames is None:
             await self._wait_for_death()
             self._mourn()

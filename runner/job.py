@@ -86,6 +86,8 @@ class Job(RoundTrip):
     def _advance(self) -> None:
         """Wait for the next frames of the response and take them; the upload goes on meanwhile."""
         frames = self._wait_for_frames()
+        if frames is None and self._closed_by is not None:
+            return  # the worker may have died of that: `_use` has the rest
         if frames is None:
             self._supervisor.leases.kill(self._worker)  # one that lives on without its pipe is of no use
             self._worker.exited.wait(EXIT_LIMIT)

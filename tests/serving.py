@@ -124,7 +124,8 @@ class Process:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "transport.cli", "serve", *self._arguments]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **(self._env or {})}
+        # Sources that change twice in a second must not be taken for the bytecode of the first.
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(self._env or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=self._cwd, env=env)
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
