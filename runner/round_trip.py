@@ -52,6 +52,9 @@ logger = logging.getLogger("blastdoor")
 EXIT_LIMIT: Final = 5.0
 """Seconds to wait for the death of a worker whose stream has ended, and that was killed."""
 
+LAST_WORDS: Final = "; its last output:\n"
+"""In the log, between how a worker has died in its job and what it had printed."""
+
 NOTHING: Final[list[Frame]] = []
 """Instead of frames: there are none yet."""
 
@@ -371,7 +374,7 @@ class RoundTrip:
             self.job_id,
             worker.pid,
             death.fault.detail,
-            f"; its last output:\n{tail}" if tail else "",
+            f"{LAST_WORDS}{tail}" if tail else "",
             extra=self._extra(),
         )
         raise death

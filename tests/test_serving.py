@@ -279,7 +279,7 @@ def test_readiness_goes_and_comes_back(tmp_path: Path, monkeypatch: pytest.Monke
         assert get(f"{served.url}/hello").text == "hello"
 
 
-def test_status(served: Served) -> None:
+def test_status(served: Served, log: pytest.LogCaptureFixture) -> None:
     """G9, W10: workers with state, job, age and memory; what happened; the last faults with their stacks."""
     starts: list[object] = []
     served.pool.subscribe(starts.append)
@@ -303,6 +303,13 @@ def test_status(served: Served) -> None:
     assert sum(second["errors"] for second in told["history"]) == 2
     assert told["latency"]["p99"] > 0
     assert told["active"] == 1
+
+
+def test_a_fault_s_stacks(log: pytest.LogCaptureFixture) -> None:
+    """G9, W12: of a job that was over its time the page tells where it was stuck, once that is in the log."""
+    with Served(workers=1, timeout=0.2, drain=0) as served:
+        assert get(f"{served.url}/never_read").status_code == 504
+        wait_until(lambda: "in do_never_read" in status_of(served)["faults"][0]["log"])
 
 
 def test_status_is_bounded(served: Served) -> None:

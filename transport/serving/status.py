@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from runner.events import Event, JobEnded, JobRefused
+from runner.round_trip import LAST_WORDS
 
 if TYPE_CHECKING:
     from runner.pool import Pool
@@ -72,7 +73,9 @@ class JobLog(logging.Handler):
                 self._jobs.popitem(last=False)
         text = self.format(record)
         if record.name == "blastdoor.worker":
-            text = text.partition(f"job {job_id}: ")[2] or text
+            text = text.partition(f"job {job_id}: ")[2]
+        elif LAST_WORDS in text:
+            lines.clear()  # what the worker has printed stands in it once more
         lines.extend(line[:_LINE] for line in text.splitlines()[-_LINES:])
 
     def about(self, job_id: str) -> str:
