@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
+
+from tests.serving import Served
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,3 +67,98 @@ def test_faults_are_explained(arguments: list[str], code: int, words: bytes) -> 
     done = blastdoor("call", "tests.handlers:app", *arguments)
     assert done.returncode == code
     assert words in done.stderr
+
+
+def test_call_for_a_provider() -> None:
+    """G11, T3, T4: with --provider the path is rewritten, and it acts for the key; without one it is refused."""
+    done = blastdoor(
+        "call", "tests.handlers:app", "GET", "/v1/echo", "--provider=openai", "--key=key-1", "--source=cli"
+    )
+    seen = json.loads(done.stdout)
+    assert seen["target"] == "/api/v2/aibridge/openai/v1/echo"
+    assert seen["context"]["delegated_api_key_id"] == "key-1"
+    assert (seen["context"]["provider"], seen["context"]["source"]) == ("openai", "cli")
+    refused = blastdoor("call", "tests.handlers:app", "GET", "/v1/echo", "--provider=openai")
+    assert (refused.returncode, b"--key" in refused.stderr) == (2, True)
+    assert blastdoor("call", "tests.handlers:app", "GET", "/", "--key=key-1").returncode == 2
+    assert blastdoor("call", "tests.handlers:app", "GET", "/", "--provider=a/b", "--key=k").returncode == 2
+
+
+def test_call_in_a_sandbox_and_with_limits() -> None:
+    """G11, S, F4: the pool's limits and its sandbox, from the command line."""
+    done = blastdoor("call", "tests.handlers:app", "GET", "/hello", "--sandbox=default")
+    assert done.stdout == b"hello", done.stderr
+    done = blastdoor("call", "tests.handlers:app", "GET", "/heap?size=1000000000", "--memory=100MiB")
+    assert (done.returncode, b"memory" in done.stderr) == (1, True)
+
+
+def test_the_body_comes_as_it_is_written(tmp_path: Path) -> None:
+    """G11, T10: a piece is on the terminal before the next one is written."""
+    go = tmp_path / "go"
+    target = f"/head_then_wait?go={go}"
+    command = [str(Path(sys.executable).with_name("blastdoor")), "call", "tests.handlers:app", "GET", target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr.readline() == b"HTTP/1.1 202 Accepted\n"
+        go.touch()
+        assert process.stdout.read() == b"done"
+
+
+def test_top() -> None:
+    """G11, G9: a server's workers, requests and faults as a table; what can't be asked is told."""
+    with Served(drain=0) as served:
+        requests.get(f"{served.url}/raise", timeout=20)
+        shown = blastdoor("top", served.admin, "--once").stdout.decode()
+        pids = [str(worker.pid) for worker in served.pool.workers()]
+        assert all(pid in shown for pid in pids)
+        assert "ready" in shown
+        assert "raised" in shown
+    gone = blastdoor("top", served.admin, "--once")
+    assert (gone.returncode, b"can't be asked" in gone.stderr) == (1, True)
+
+
+def test_live_top() -> None:
+    """G11: live it goes on by itself, until it is interrupted, which is no error."""
+    with Served(drain=0) as served:
+        asked = threading.Semaphore(0)
+        tell = served.service.status.tell
+
+        def count() -> dict[str, Any]:
+            asked.release()
+            return tell()
+
+        served.service.status.tell = count  # type: ignore[method-assign]
+        command = [str(Path(sys.executable).with_name("blastdoor")), "top", served.admin]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT) as process:
+            assert all(asked.acquire(timeout=20) for _ in range(3))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+
+
+def test_serve_refuses_early() -> None:
+    """G11: what makes no sense is told in a line, with exit code 2; a handler that does not load, with 1."""
+    for arguments, words in (
+        (["serve", "tests.handlers:app", "--workers=x"], b"2:16"),
+        (["serve", "tests.handlers:app", "--admin=x"], b"HOST:PORT"),
+        (["serve", "--config=/nowhere"], b"/nowhere"),
+        (["serve", "tests.handlers:app", "--sandbox=some"], b"strict"),
+        (["serve", "tests.handlers:app", "--env=NOT_SET_ANYWHERE"], b"NOT_SET_ANYWHERE"),
+        (["serve"], b"nothing to serve"),
+    ):
+        done = blastdoor(*arguments)
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+        assert b"Traceback" not in done.stderr
+    done = blastdoor("serve", "tests.bad_handlers.raises:app", "--port=0", "--admin=none")
+    assert (done.returncode, b"the import went wrong" in done.stderr) == (1, True)
+
+
+def test_completion() -> None:
+    """G11: the shell's completion is made by the command itself."""
+    env = {**os.environ, "_BLASTDOOR_COMPLETE": "complete_bash", "COMP_WORDS": "blastdoor ser", "COMP_CWORD": "1"}
+    command = Path(sys.executable).with_name("blastdoor")
+    done = subprocess.run([command], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["serve"]
+    env |= {"COMP_WORDS": "blastdoor serve --sandbox st", "COMP_CWORD": "3"}
+    done = subprocess.run([command], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["strict"]
