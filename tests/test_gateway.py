@@ -100,6 +100,16 @@ def test_tokens_come_one_by_one(serve: Serve, tmp_path: Path) -> None:
             assert text == b"event %d\n" % number
 
 
+def test_nothing_waits_for_acknowledgements(serve: Serve) -> None:
+    """G1: connections have TCP_NODELAY: an answer is not held back by Nagle's algorithm."""
+    served = serve()
+    with served.connect() as client:
+        client.sendall(request_of("/hello"))
+        receive_until(client, b"0\r\n\r\n")
+        (ours,) = served.service._servers[0].server_state.connections
+        assert ours.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_both_directions_at_once(serve: Serve) -> None:
     """G1, H6: each piece of a body of unknown length comes back before the next one is sent."""
     with serve().connect() as client:
