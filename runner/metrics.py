@@ -64,6 +64,7 @@ class PoolMetrics(Collector):
             ("pool", "how"),
             registry=registry,
         )
+        self._children: dict[tuple[object, ...], Histogram] = {}
         self._pools: dict[str, Pool] = {}
         registry.register(self)
 
@@ -95,13 +96,21 @@ class PoolMetrics(Collector):
             memory.add_metric((name,), sum(worker.rss for worker in pool.workers()))
         return workers, waiting, memory
 
+    def _child(self, histogram: Histogram, *labels: str) -> Histogram:
+        """The one with these labels: looking it up in the library costs as much as counting does."""
+        key = (id(histogram), *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = histogram.labels(*labels)
+        return child
+
     def _count(self, pool: str, event: Event) -> None:
         if isinstance(event, JobEnded):
-            self._jobs.labels(pool, event.provider, event.outcome).observe(event.seconds)
+            self._child(self._jobs, pool, event.provider, event.outcome).observe(event.seconds)
         elif isinstance(event, JobStarted):
-            self._waits.labels(pool, event.provider).observe(event.waited)
+            self._child(self._waits, pool, event.provider).observe(event.waited)
         elif isinstance(event, JobAnswered):
-            self._heads.labels(pool, event.provider).observe(event.seconds)
+            self._child(self._heads, pool, event.provider).observe(event.seconds)
         elif isinstance(event, JobRefused):
             self._refused.labels(pool, event.provider).inc()
         elif isinstance(event, WorkerReady):

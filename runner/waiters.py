@@ -63,7 +63,7 @@ class ThreadWaiter(Waiter):
 class TaskWaiter(Waiter):
     """A task that waits, of asyncio or trio."""
 
-    __slots__ = ("_call", "_event")
+    __slots__ = ("_call", "_event", "_loop")
 
     def __init__(self, provider: str, caller: Caller | None = None) -> None:
         import anyio
@@ -72,16 +72,28 @@ class TaskWaiter(Waiter):
         super().__init__(provider, caller)
         self._event = anyio.Event()
         loop: Any = current_token().native_token
+        self._loop = loop
         self._call: Callable[[Callable[[], object]], object] = (
             loop.run_sync_soon if hasattr(loop, "run_sync_soon") else loop.call_soon_threadsafe
         )
 
     def wake(self) -> bool:
         try:
+            if self._is_here():
+                self._event.set()  # by another task of the same loop, which needs no waking
+                return True
             self._call(self._event.set)
         except RuntimeError:
             return False  # its loop has ended, and nobody knows when the task will be collected
         return True
+
+    def _is_here(self) -> bool:
+        import asyncio  # anyio has loaded it
+
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
 
     @property
     def woken(self) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-import anyio
-
 from runner.messages import Header, ResponseHead
 from transport.gateway.caller import Message
 
@@ -21,19 +19,11 @@ MOST: Final = 599
 """The highest status code of HTTP (RFC 9110, 15)."""
 
 
-class TooSlow(Exception):
-    """The client takes nothing of the response any more."""
-
-
 class Answer:
-    """Sends one response. `patience` is how many seconds the client may take for each piece.
+    """Sends one response. OSError, from some servers, where the client has gone."""
 
-    TooSlow where it takes longer; OSError, from the server, where it has gone.
-    """
-
-    def __init__(self, send: Send, patience: float | None) -> None:
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._patience = patience
         self.status: int | None = None
         self.sent = 0
         self.whole = False
@@ -42,27 +32,18 @@ class Answer:
         """The head."""
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in head.headers]
         self.status = head.status
-        await self._pass({"type": "http.response.start", "status": head.status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": head.status, "headers": headers})
 
     async def piece(self, data: bytes) -> None:
         """A piece of the body, on its way at once."""
-        await self._pass({"type": "http.response.body", "body": data, "more_body": True})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
         self.sent += len(data)
 
     async def end(self, data: bytes = b"") -> None:
         """The last piece of the body, if there is one left."""
-        await self._pass({"type": "http.response.body", "body": data, "more_body": False})
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
         self.sent += len(data)
         self.whole = True
-
-    async def _pass(self, message: Message) -> None:
-        if self._patience is None:
-            await self._send(message)
-            return
-        with anyio.move_on_after(self._patience) as patience:
-            await self._send(message)
-        if patience.cancelled_caught:
-            raise TooSlow(f"the client took nothing of the response for {self._patience} s")
 
 
 def end_to_end(headers: list[Header]) -> list[Header]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import anyio
@@ -34,14 +34,12 @@ from runner.messages import Header, JobContext, ResponseHead
 from runner.request import INLINE, Request
 from transport.errors import TargetEscapes
 from transport.faults import problem, refusal
-from transport.gateway.answer import MOST, Answer, Send, TooSlow, end_to_end
-from transport.gateway.caller import BodyTooLarge, BodyTooSlow, Caller, ClientGone, Receive
+from transport.gateway.answer import MOST, Answer, Send, end_to_end
+from transport.gateway.caller import AttendedCaller, BodyTooLarge, BodyTooSlow, Caller, ClientGone, Receive
 from transport.gateway.mounts import Mount, Mounts, Unauthorized
 from transport.gateway.traces import Span, span_of
 
 if TYPE_CHECKING:
-    from anyio.abc import TaskGroup
-
     from runner.async_job import AsyncJob
     from runner.pool import Pool
 
@@ -52,18 +50,11 @@ Scope = Mapping[str, Any]
 _PORTS: Final = {"http": 80, "https": 443}
 _PATH_CHARACTERS: Final = "/!$&'()*+,;=:@~"
 
-EXTENSION: Final = "blastdoor.connection"
-"""Under this key of a scope's extensions the server of our own hands over a `Connection`."""
+EXTENSION: Final = "blastdoor.on_lost"
+"""Under this key of a scope's extensions the server of our own has an `OnLost`."""
 
-
-class Connection(Protocol):
-    """What a server may tell of a connection beyond ASGI, which says that a client has gone only to who receives."""
-
-    def on_lost(self, callback: Callable[[], object]) -> None:
-        """Have `callback` called once the connection is lost, during the request under way."""
-
-    def abort(self) -> None:
-        """Drop the connection with what is still to be sent on it."""
+OnLost = Callable[[Callable[[], object]], object]
+"""Has a callback called once the connection is lost in the request under way. ASGI tells that only to who receives."""
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -93,9 +84,9 @@ class Gateway:
     """An ASGI app that has pools answer plain HTTP requests.
 
     `mounts` is a pool, or a `Mount`, or a mapping of paths to these. Bodies over `max_body` bytes are refused (413). A
-    client has `body_timeout` seconds to send its body, and a second more for each 500 bytes (408); it may take
-    `send_timeout` seconds for a piece of the response. The pools are their owners', but where the server
-    speaks the lifespan protocol they are started before the first request. ConfigurationError for what can't work.
+    client has `body_timeout` seconds to send its body, and a second more for each 500 bytes (408). The pools are their
+    owners', but where the server speaks the lifespan protocol they are started before the first request.
+    ConfigurationError for what can't work.
     """
 
     def __init__(
@@ -104,17 +95,15 @@ class Gateway:
         *,
         max_body: int | None = None,
         body_timeout: float = 20.0,
-        send_timeout: float | None = 60.0,
     ) -> None:
         if not isinstance(mounts, Mapping):
             mounts = {"/": mounts}
-        for name, limit in (("max_body", max_body), ("send_timeout", send_timeout), ("body_timeout", body_timeout)):
+        for name, limit in (("max_body", max_body), ("body_timeout", body_timeout)):
             if limit is not None and not limit >= 0:
                 raise ConfigurationError(f"{name} is zero or more, or None, not {limit!r}")
         self._mounts = Mounts({path: m if isinstance(m, Mount) else Mount(m) for path, m in mounts.items()})
         self._max_body = max_body
         self._body_timeout = body_timeout
-        self._send_timeout = send_timeout
         self._subscribers: tuple[Callable[[Answered], object], ...] = ()
         self.active = 0
 
@@ -187,12 +176,13 @@ class _Service:
         self._scope = scope
         self._receive = receive
         self._began = time.monotonic()
-        self._answer = Answer(send, gateway._send_timeout)
+        self._answer = Answer(send)
         self._method: str = scope["method"]
         self._mount = ""
         self._job_id = ""
         self._span: Span | None = None
-        self._connection: Connection | None = (scope.get("extensions") or {}).get(EXTENSION)
+        self._failure: Exception | None = None
+        self._on_lost: OnLost | None = (scope.get("extensions") or {}).get(EXTENSION)
         self._headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         raw: bytes = scope.get("raw_path") or quote(scope["path"], safe=_PATH_CHARACTERS).encode()
         query: bytes = scope["query_string"]
@@ -202,25 +192,27 @@ class _Service:
 
     async def run(self) -> None:
         """Serve it. BrokenOff where the server has to break off what it has begun to send."""
-        failure: BaseException | None = None
         try:
             try:
                 mount, request, context = self._prepare()
             except _Refused as refused:
                 await self._give(refused.head, refused.body)
                 return
-            async with anyio.create_task_group() as group:
-                caller = self._listen(group)
-                try:
-                    with self._span.active() if self._span is not None else nullcontext():
-                        await self._serve(mount, request, context, caller)
-                except (BlastdoorError, BodyTooLarge, BodyTooSlow, ClientGone, TooSlow, OSError) as error:
-                    failure = error
-                group.cancel_scope.cancel()
-            if failure is not None and not caller.gone:
-                if isinstance(failure, TooSlow) and self._connection is not None:
-                    self._connection.abort()
-                raise BrokenOff(f"{self._job_id or self._path[:200]}: {failure}") from failure
+            limits = self._gateway._body_timeout, self._gateway._max_body
+            if self._on_lost is not None:
+                with anyio.CancelScope() as scope:
+                    caller = Caller(self._receive, scope.cancel, *limits)
+                    self._on_lost(caller.lost)
+                    await self._try(mount, request, context, caller)
+            else:
+                expects = any(name == "expect" for name, _ in self._headers)
+                async with anyio.create_task_group() as group:
+                    caller = attended = AttendedCaller(self._receive, group.cancel_scope.cancel, *limits, hold=expects)
+                    group.start_soon(attended.listen)
+                    await self._try(mount, request, context, caller)
+                    group.cancel_scope.cancel()
+            if self._failure is not None and not caller.gone:
+                raise BrokenOff(f"{self._job_id or self._path[:200]}: {self._failure}") from self._failure
         finally:
             self._finish()
 
@@ -262,19 +254,14 @@ class _Service:
             raise _Refused(400, str(error)) from error
         return mount, request, context
 
-    def _listen(self, group: TaskGroup) -> Caller:
-        """Begin to listen to the client; its going ends all that is done for it."""
-        gateway = self._gateway
-        expects = any(name == "expect" for name, _ in self._headers)
-        caller = Caller(
-            self._receive, group.cancel_scope.cancel, gateway._body_timeout, gateway._max_body, hold=expects
-        )
-        if self._connection is not None:
-            self._connection.on_lost(caller.lost)
-        group.start_soon(caller.listen)
-        return caller
-
     # -- the job -------------------------------------------------------------------------------------
+
+    async def _try(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> None:
+        try:
+            with self._span.active() if self._span is not None else nullcontext():
+                await self._serve(mount, request, context, caller)
+        except (BlastdoorError, BodyTooLarge, BodyTooSlow, ClientGone, OSError) as error:
+            self._failure = error
 
     async def _serve(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> None:
         """Have a job answer. Raises what ends the answer after its head."""
@@ -305,7 +292,7 @@ class _Service:
 
     async def _open(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> AsyncJob:
         """Have a worker take the request. A small body is there before one is leased: it can't be held by it."""
-        small = await caller.whole() if self._length and self._length <= INLINE and not caller.held else None
+        small = await caller.whole() if self._length and self._length <= INLINE else None
         while True:
             pool = mount.pool
             if self._length != 0:

@@ -1,7 +1,6 @@
-"""The client of one request at the gateway: what it sends, and that it goes away.
+"""The client of one request at the gateway: its body as the job takes it, and its going away.
 
-One task listens to it all the time, so that its going is heard while the handler works; what it sends waits here, a
-little of it, until the job takes it. A client that sends too slowly, or too much, is cut off: its body holds a worker.
+A client that sends too slowly, or too much, is cut off: its body holds a worker.
 """
 
 from __future__ import annotations
@@ -35,26 +34,71 @@ class ClientGone(Exception):
 
 
 class Caller:
-    """Listens to a client. `leave` is called once it has gone.
+    """A client, of which the server says by itself when it has gone: nothing is received before it is wanted.
 
-    `patience` is how many seconds it may be waited for in all, not counting a second for each MIN_RATE bytes;
-    `most` how many bytes its body may have. With `hold` nothing is read before the body is asked for
-    (RFC 9110, 10.1.1: Expect).
+    `leave` is called once it has gone. `patience` is how many seconds it may be waited for in all, not counting a
+    second for each MIN_RATE bytes; `most` how many bytes its body may have.
+    """
+
+    def __init__(self, receive: Receive, leave: Callable[[], object], patience: float, most: int | None) -> None:
+        self._receive = receive
+        self._leave = leave
+        self._patience = patience
+        self._most = most
+        self._received = 0
+        self._ended = False
+        self.gone = False
+
+    def lost(self) -> None:
+        """The client has gone; in the event loop's thread."""
+        if not self.gone:
+            self.gone = True
+            self._leave()
+
+    async def whole(self) -> bytes:
+        """All of a small body. Raises what `body` raises."""
+        return b"".join([piece async for piece in self.body()])
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """The body as it comes. Raises BodyTooSlow, BodyTooLarge and ClientGone."""
+        while not self._ended:
+            piece = await self._next_in_time()
+            self._received += len(piece)
+            if self._most is not None and self._received > self._most:
+                raise BodyTooLarge
+            if piece:
+                yield piece
+
+    async def _next_in_time(self) -> bytes:
+        began = time.monotonic()
+        with anyio.move_on_after(max(self._patience, 0)):
+            piece = await self._next()
+            self._patience += len(piece) / MIN_RATE - (time.monotonic() - began)
+            return piece
+        raise BodyTooSlow
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.lost()
+            raise ClientGone
+        self._ended = not message.get("more_body", False)
+        piece: bytes = message.get("body", b"")
+        return piece
+
+
+class AttendedCaller(Caller):
+    """A client whose going its server tells only to who receives: `listen`, in a task, does so all the time.
+
+    So a little of the body is received ahead. With `hold` nothing is before it is wanted (RFC 9110, 10.1.1: Expect).
     """
 
     def __init__(
         self, receive: Receive, leave: Callable[[], object], patience: float, most: int | None, *, hold: bool
     ) -> None:
-        self._receive = receive
-        self._leave = leave
-        self._patience = patience
-        self._most = most
-        self._pieces: deque[bytes] = deque()
+        super().__init__(receive, leave, patience, most)
+        self._pieces: deque[tuple[bytes, bool]] = deque()
         self._waiting = 0
-        self._received = 0
-        self._ended = False
-        self.gone = False
-        self.held = hold
         self._arrived = anyio.Event()
         self._taken = anyio.Event()
         self._wanted = anyio.Event()
@@ -69,52 +113,21 @@ class Caller:
             if message["type"] == "http.disconnect":
                 self.lost()
                 return
-            if piece := message.get("body", b""):
-                self._received += len(piece)
-                self._waiting += len(piece)
-                self._pieces.append(piece)
-            if not message.get("more_body", False):
-                self._ended = True
+            piece = message.get("body", b"")
+            self._waiting += len(piece)
+            self._pieces.append((piece, message.get("more_body", False)))
             self._arrived.set()
-            while self._waiting > _AHEAD and not self.gone:
+            while self._waiting > _AHEAD:
                 self._taken = anyio.Event()
                 await self._taken.wait()
 
-    def lost(self) -> None:
-        """The client has gone; in the event loop's thread."""
-        if not self.gone:
-            self.gone = True
-            self._arrived.set()
-            self._taken.set()
-            self._leave()
-
-    async def whole(self) -> bytes:
-        """All of a small body. Raises what `body` raises."""
-        return b"".join([piece async for piece in self.body()])
-
-    async def body(self) -> AsyncIterator[bytes]:
-        """The body as it comes. Raises BodyTooSlow, BodyTooLarge and ClientGone."""
+    async def _next(self) -> bytes:
         self._wanted.set()
-        while True:
-            if self._most is not None and self._received > self._most:
-                raise BodyTooLarge
-            if self._pieces:
-                piece = self._pieces.popleft()
-                self._waiting -= len(piece)
-                self._taken.set()
-                yield piece
-            elif self._ended:
-                return
-            elif self.gone:
-                raise ClientGone
-            else:
-                await self._wait()
-
-    async def _wait(self) -> None:
-        began, before = time.monotonic(), self._received
-        self._arrived = anyio.Event()
-        with anyio.move_on_after(max(self._patience, 0)):
+        while not self._pieces:
+            self._arrived = anyio.Event()
             await self._arrived.wait()
-        self._patience += (self._received - before) / MIN_RATE - (time.monotonic() - began)
-        if self._patience <= 0 and not self._arrived.is_set():
-            raise BodyTooSlow
+        piece, more = self._pieces.popleft()
+        self._ended = not more
+        self._waiting -= len(piece)
+        self._taken.set()
+        return piece

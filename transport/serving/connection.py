@@ -6,6 +6,8 @@
   resets the connection, which ends the job. That is an interim response before the head (RFC 9110, 15.2), and after it
   a zero that the next chunk's size begins with (RFC 9112, 7.1). In a body of known length only what the handler writes
   can tell.
+- A client that does not take what is sent to it is dropped, where so little leaves within `send_timeout` seconds that
+  there is no room for more.
 - After an answer that did not wait for the end of the request's body the rest of that is taken for `LINGER` seconds,
   so that the client can read the answer before the connection is reset (RFC 9112, 9.6).
 """
@@ -32,10 +34,12 @@ _ZERO: Final = b"0"
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """uvicorn's connection, bounded."""
+    """uvicorn's connection, bounded. What uvicorn gives comes after our own `send_timeout`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, send_timeout: float, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._send_timeout = send_timeout
+        self._stall: asyncio.TimerHandle | None = None
         self._in_head = False
         self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -78,10 +82,21 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is over: whoever works for this client is told."""
         self._end_timer()
+        self._end_stall()
         if self._vigil is not None:
             self._vigil.end()
         super().connection_lost(exc)
         self._lost()
+
+    def pause_writing(self) -> None:
+        """There is no room for more: what is there has to leave."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._send_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """There is room again."""
+        self._end_stall()
+        super().resume_writing()
 
     # -- httptools -----------------------------------------------------------------------------------
 
@@ -95,7 +110,7 @@ class BoundedConnection(HttpToolsProtocol):
         """A head is there."""
         self._in_head = False
         self._end_timer()
-        extensions: dict[str, Any] = {EXTENSION: self}
+        extensions: dict[str, Any] = {EXTENSION: self.on_lost}
         self.scope["extensions"] = extensions
         super().on_headers_complete()
 
@@ -116,17 +131,13 @@ class BoundedConnection(HttpToolsProtocol):
             self._end_timer()
         super().on_message_complete()
 
-    # -- transport.gateway.app.Connection ------------------------------------------------------------
+    # -- for the gateway -----------------------------------------------------------------------------
 
     def on_lost(self, callback: Callable[[], object]) -> None:
         """Have `callback` called once the connection is lost, during the request under way."""
         self._on_lost = callback
         if self.transport.is_closing():
             self._lost()
-
-    def abort(self) -> None:
-        """Drop the connection with what is still to be sent on it."""
-        self.transport.abort()
 
     # ------------------------------------------------------------------------------------------------
 
@@ -145,6 +156,11 @@ class BoundedConnection(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _end_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def _head_is_late(self) -> None:
         if self._in_head:

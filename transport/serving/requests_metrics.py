@@ -35,14 +35,21 @@ class RequestMetrics:
         self._sent = Counter(
             "blastdoor_answer_body_bytes_total", "Bytes of answers' bodies.", ("http_route",), registry=registry
         )
+        # Looking a child up by its labels costs as much as counting does.
+        self._children: dict[tuple[str, int | None, str], tuple[Histogram, Counter]] = {}
         active = Gauge("http_server_active_requests", "Requests under way.", registry=registry)
         active.set_function(lambda: gateway.active)
         gateway.subscribe(self._count)
 
     def _count(self, answered: Answered) -> None:
         method = answered.method if answered.method in METHODS else "_OTHER"
-        status = "" if answered.status is None else str(answered.status)
-        self._durations.labels(method, status, answered.mount).observe(answered.seconds)
-        self._sent.labels(answered.mount).inc(answered.sent)
+        key = method, answered.status, answered.mount
+        children = self._children.get(key)
+        if children is None:
+            status = "" if answered.status is None else str(answered.status)
+            duration = self._durations.labels(method, status, answered.mount)
+            children = self._children[key] = duration, self._sent.labels(answered.mount)
+        children[0].observe(answered.seconds)
+        children[1].inc(answered.sent)
         if not answered.whole:
             self._cut.labels(answered.mount).inc()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -54,7 +55,6 @@ class Service:
             {path: mount.mount(path, self._defaults) for path, mount in self._mounts.items()},
             max_body=settings.max_body_bytes,
             body_timeout=settings.body_timeout,
-            send_timeout=settings.send_timeout,
         )
         self.status = Status(self.gateway)
         self.registry = CollectorRegistry()
@@ -147,7 +147,7 @@ class Service:
         main = _Server(
             self._config(
                 self.gateway,
-                http=BoundedConnection,
+                http=functools.partial(BoundedConnection, settings.send_timeout),
                 limit_concurrency=settings.connections,
                 forwarded_allow_ips=list(settings.trusted_proxies),
                 timeout_graceful_shutdown=settings.drain + _SETTLE,
