@@ -36,15 +36,19 @@ def servers(workers: int) -> dict[str, dict[str, list[str]]]:
     ours = ["transport.cli", "serve", "--port={port}", "--admin=none", "--no-access-log", "--log-level=error"]
     many = [f"--workers={workers}"]
     gunicorn = ["gunicorn", "--bind=127.0.0.1:{port}", "--log-level=critical", *many]
+    uvicorn = ["uvicorn", "--port={port}", "--log-level=critical", "--no-access-log"]
     return {
         "Flask": {
             "blastdoor serve": [*ours, *many, FLASK],
+            "the same, preloaded": [*ours, *many, FLASK, "--preload=scripts.measure.served_flask"],
             "gunicorn, sync": [*gunicorn, FLASK],
             "gunicorn, 8 threads": [*gunicorn, "--threads=8", FLASK],
         },
         "FastAPI": {
             "blastdoor serve": [*ours, *many, FASTAPI],
-            "uvicorn": ["uvicorn", "--port={port}", "--log-level=critical", "--no-access-log", *many, FASTAPI],
+            "the same, preloaded": [*ours, *many, FASTAPI, "--preload=scripts.measure.served_fastapi"],
+            "uvicorn": [*uvicorn, *many, FASTAPI],
+            "uvicorn, 1 process": [*uvicorn, FASTAPI],
         },
     }
 
@@ -88,7 +92,7 @@ def load(url: str, seconds: float, connections: int, every: int) -> Result:
     )
     result: Result = json.loads(done.stdout.strip().splitlines()[-1])
     result["rate"] = result["ok"] / result["seconds"]
-    healthy = result["sent"] - result["fatal"]
+    healthy = result["sent"] - result["fatal"] - 1  # wrk asks for one before it begins, to look at it
     result["lost"] = max(healthy - result["ok"] - connections, 0)
     result["healthy"] = healthy
     return result
