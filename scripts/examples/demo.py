@@ -1,9 +1,10 @@
-"""The demo: a provider and a Flask app behind pools, their faults, and a table of what was expected and what came."""
+"""The demo: a provider and a Flask app behind pools and behind a port, their faults, and what came of it all."""
 
 from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 import time
 
@@ -43,7 +44,38 @@ def main() -> int:
             outcomes.append(fail(session, "raise", "an exception is raised", "500 raised"))
             outcomes.append(leave_half_way(session))
             outcomes.append(stream_tokens(session))
+    outcomes += serve_it()
     return report(outcomes)
+
+
+def serve_it() -> list[Outcome]:
+    """Both apps behind a real port, as a process of its own; one of them is killed by a request, and goes on."""
+    say("The same two behind a real HTTP port, by the command:")
+    apps = ["/ai=scripts.examples.provider:handler", "/shop=scripts.examples.shop:app"]
+    command = [sys.executable, "-m", "transport.cli", "serve", *apps, "--port=0", "--admin=127.0.0.1:0"]
+    print(f"  blastdoor serve {' '.join(apps)}")
+    with subprocess.Popen([*command, "--workers=1"], stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        url, admin = (
+            next(line.split()[-1] for line in server.stderr if word in line) for word in ("serving", "status")
+        )
+        pages = [requests.get(url + path, timeout=30) for path in ("/shop/", "/ai/segfault", "/ai/hello")]
+        for page in pages:
+            print(f"  GET {page.url.removeprefix(url):<12} -> {page.status_code} {page.text.splitlines()[0][:80]}")
+        faults = requests.get(f"{admin}.json", timeout=30).json()["faults"]
+        print(f"  {admin} tells of it: {faults[0]['detail']}")
+        server.terminate()
+        server.stderr.read()
+    print(f"  SIGTERM: it drained, and exited with {server.returncode}")
+    return [
+        ("serve a Flask app", "200 <h1>Shop</h1>", f"{pages[0].status_code} {pages[0].text}"),
+        (
+            "crash one over HTTP",
+            "500 SIGSEGV, then 200",
+            f"500 {pages[1].json()['signal']}, then {pages[2].status_code}",
+        ),
+        ("stop the server", "exit code 0", f"exit code {server.returncode}"),
+    ]
 
 
 class Indented(logging.Formatter):
