@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -172,7 +174,7 @@ def test_a_reload_that_fails(tmp_path: Path) -> None:
         served.process.send_signal(signal.SIGHUP)
         served.wait_for(": reloaded in")
         assert get(served.url).text.startswith("three ")
-        assert len(children(served.process.pid)) == 2
+        wait_until(lambda: len(children(served.process.pid)) == 2)  # the old pool is closed by and by
 
 
 def test_reloads_under_load() -> None:
@@ -506,6 +508,33 @@ def test_a_unix_socket(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="somebody listens"):
             addresses.bind_path(str(path))
     assert not path.exists()
+
+
+def test_modules_beside_a_sandboxed_app_never_run_in_the_server(tmp_path: Path) -> None:
+    """G11, S: the working directory is the app's: what lies there by the name of a library is not the server's."""
+    mark = tmp_path / "mark"
+    names = "psutil watchfiles starlette multiprocessing asyncio anyio dill runner transport pyseccomp uvloop h11 ssl"
+    app = tmp_path / "app"
+    app.mkdir()
+    for name in names.split():
+        (app / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r})\nraise SystemExit(3)\n")
+    (app / "plain.py").write_text("def app(request, response):\n    return b'plain'\n")
+    command = [Path(sys.executable).with_name("blastdoor"), "serve", "plain:app", "--sandbox=default", "--workers=1"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(
+        [*map(str, command), "--port=0", "--admin=127.0.0.1:0"], cwd=app, env=env, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        url = next(line for line in process.stderr if "serving" in line).split()[-1]
+        admin = next(line for line in process.stderr if "status" in line).split()[-1]
+        assert get(url).text == "plain"
+        assert get(f"{admin}.json").json()["ready"]
+        process.send_signal(signal.SIGHUP)
+        next(line for line in process.stderr if ": reloaded in" in line)
+        assert get(url).text == "plain"
+        process.terminate()
+        process.stderr.read()
+    assert not mark.exists(), mark.read_text()
 
 
 def test_a_sandboxed_app_is_served(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from runner.pool import Pool
 from runner.request import Body, Request
 from transport.errors import MissingIdentity
 from transport.route import Route
-from transport.serving.settings import parse_sandbox
+from transport.serving.settings import import_from_here, parse_sandbox
 
 
 def call_once(
@@ -53,13 +53,16 @@ def check_handler(handler: str, kind: str) -> None:
 
 def _pool(handler: str, settings: dict[str, Any]) -> Pool:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    sandbox = parse_sandbox(settings.get("sandbox", "none"))
+    if sandbox is None:
+        import_from_here()
     return Pool(
         handler,
         kind=settings["kind"],
         workers=1,
         root_path=settings.get("root_path", ""),
         limits=Limits(memory=settings.get("memory")),
-        sandbox=parse_sandbox(settings.get("sandbox", "none")),
+        sandbox=sandbox,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -196,9 +195,7 @@ def _route(provider: str, key: str, source: str, root: str) -> tuple[Any, str] |
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Errors as words on stderr and an exit code; the working directory as a place to import from."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: the handler is looked for here too
+    """Errors as words on stderr and an exit code."""
     try:
         yield
     except (ConfigurationError, InvalidRequest, MissingIdentity, TargetEscapes) as error:

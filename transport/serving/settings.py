@@ -6,6 +6,9 @@ for all mounts, unless a mount's own table says otherwise.
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,6 +129,10 @@ class MountSettings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit
             trusted_headers=None if self.trusted_headers is None else self.trusted_headers.made(),
         )
 
+    def sandboxed(self, defaults: Mapping[str, Any]) -> bool:
+        """Whether its pool has a sandbox."""
+        return (defaults.get("sandbox", "none") if self.sandbox is UNSET else self.sandbox) != "none"
+
     def pool_with(self, path: str, defaults: Mapping[str, Any]) -> Pool:
         """A new pool for this mount, with what it does not say from `defaults`."""
         if self.provider:
@@ -216,14 +223,23 @@ def parse_workers(workers: int | str) -> int | tuple[int, int]:
 
 
 def parse_sandbox(sandbox: str | Sandbox) -> Sandbox | None:
-    """A sandbox by the name of its profile. ConfigurationError for another."""
-    if isinstance(sandbox, Sandbox):
-        return sandbox
+    """A sandbox by the name of its profile, or itself. ConfigurationError for another.
+
+    Its handler is looked for in the working directory too, from which this process then imports nothing.
+    """
     if sandbox == "none":
         return None
-    if sandbox not in ("default", "strict"):
+    if sandbox in ("default", "strict"):
+        return Sandbox(profile="strict" if sandbox == "strict" else "default", path=(os.getcwd(),))
+    if not isinstance(sandbox, Sandbox):
         raise ConfigurationError(f"sandbox is 'none', 'default' or 'strict', not {sandbox!r}")
-    return Sandbox.strict() if sandbox == "strict" else Sandbox.default()
+    return sandbox if sandbox.path else dataclasses.replace(sandbox, path=(os.getcwd(),))
+
+
+def import_from_here() -> None:
+    """Have handlers without a sandbox looked for in the working directory, as `python -m` does."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def parse_address(address: str) -> tuple[str, int]:
