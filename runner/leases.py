@@ -7,6 +7,7 @@ descriptors: a pidfd is never used after it was closed, a channel is closed by w
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -60,6 +61,7 @@ class Leases:
         self.pressed: Callable[[], object] | None = None
         self._lock = threading.RLock()  # reentrant: a finaliser may give a worker up in the middle of anything
         self._quiet = threading.Condition(self._lock)
+        self._quiet_by = math.inf
         self._idle: list[Worker] = []
         self._waiters: deque[Waiter] = deque()
         self._leased: set[Worker] = set()
@@ -326,6 +328,7 @@ class Leases:
         """In a forked child: nobody holds the lock any more."""
         self._lock = threading.RLock()
         self._quiet = threading.Condition(self._lock)
+        self._quiet_by = math.inf
 
     def _signal(self, worker: Worker) -> None:
         worker.doomed = True
@@ -376,10 +379,21 @@ class Leases:
             waiter.error = refusal()
             waiter.wake()
 
-    def wait_quiet(self, timeout: float) -> bool:
-        """After `close`: wait until nobody holds a worker, up to `timeout` seconds; whether that is so."""
+    def wait_quiet(self, timeout: float) -> None:
+        """After `close`: wait until nobody holds a worker, up to `timeout` seconds, or less where `hurry` says so."""
         with self._quiet:
-            return self._quiet.wait_for(lambda: not self._leased, timeout)
+            self._hurry(timeout)
+            while self._leased and (left := self._quiet_by - time.monotonic()) > 0:
+                self._quiet.wait(min(left, threading.TIMEOUT_MAX))
+
+    def hurry(self, timeout: float) -> None:
+        """Have `wait_quiet`, which another thread may be in, end after `timeout` seconds at the latest."""
+        with self._quiet:
+            self._hurry(timeout)
+            self._quiet.notify_all()
+
+    def _hurry(self, timeout: float) -> None:
+        self._quiet_by = min(self._quiet_by, time.monotonic() + timeout)
 
     def leased(self) -> list[Worker]:
         """The workers that are held now."""

@@ -65,19 +65,17 @@ class PoolMetrics(Collector):
             registry=registry,
         )
         self._children: dict[tuple[object, ...], Histogram] = {}
-        self._pools: dict[str, Pool] = {}
+        self._pools: list[tuple[str, Pool]] = []
         registry.register(self)
 
     def watch(self, name: str, pool: Pool) -> Callable[[], None]:
-        """Count what happens in a pool, under this name; gives what ends that."""
-        self._pools[name] = pool
-
+        """Count what happens in a pool, under this name, which several may share; gives what ends that."""
+        self._pools.append((name, pool))
         unsubscribe = pool.subscribe(lambda event: self._count(name, event))
 
         def end() -> None:
             unsubscribe()
-            if self._pools.get(name) is pool:
-                del self._pools[name]
+            self._pools.remove((name, pool))
 
         return end
 
@@ -88,12 +86,15 @@ class PoolMetrics(Collector):
         memory = GaugeMetricFamily(
             "blastdoor_workers_resident_memory_bytes", "Resident memory of the workers, summed.", labels=("pool",)
         )
-        for name, pool in list(self._pools.items()):
-            stats = pool.stats()
+        pools: dict[str, list[Pool]] = {}
+        for name, pool in list(self._pools):
+            pools.setdefault(name, []).append(pool)
+        for name, together in pools.items():
+            stats = [pool.stats() for pool in together]
             for state in ("starting", "idle", "busy"):
-                workers.add_metric((name, state), getattr(stats, state))
-            waiting.add_metric((name,), stats.waiting)
-            memory.add_metric((name,), sum(worker.rss for worker in pool.workers()))
+                workers.add_metric((name, state), sum(getattr(one, state) for one in stats))
+            waiting.add_metric((name,), sum(one.waiting for one in stats))
+            memory.add_metric((name,), sum(worker.rss for pool in together for worker in pool.workers()))
         return workers, waiting, memory
 
     def _child(self, histogram: Histogram, *labels: str) -> Histogram:

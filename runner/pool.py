@@ -230,7 +230,8 @@ class Pool:
     def close(self, drain: float | None = None) -> None:
         """Take no more requests, wait up to `drain` seconds for the jobs under way, then end all workers.
 
-        When it returns, no process, thread or descriptor of the pool is left. Closing again does nothing.
+        When it returns, no process, thread or descriptor of the pool is left. Closing again does nothing, but that a
+        close that another thread is still waiting in takes no longer than this one would.
         """
         if self._forked:
             return
@@ -238,10 +239,12 @@ class Pool:
             self._closed = True
             self._leases.close(lambda: PoolClosed("the pool is closed: open a new one"))
             supervisor, self._supervisor = self._supervisor, None
+        drain = self._drain if drain is None else drain
         if supervisor is None:
+            self._leases.hurry(drain)
             return
         try:
-            self._leases.wait_quiet(self._drain if drain is None else drain)
+            self._leases.wait_quiet(drain)
         finally:
             for job in self._leases.jobs():
                 job.close(PoolClosed("the pool was closed before the job's end"))

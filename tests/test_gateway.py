@@ -21,6 +21,7 @@ import requests
 
 from runner import ConfigurationError, Pool
 from runner.events import JobEnded, JobStarted
+from tests.processes import kill
 from tests.serving import Served, receive_all, receive_until
 from tests.waiting import wait_until
 from transport import Route
@@ -723,3 +724,205 @@ def test_pipelined_requests(serve: Serve) -> None:
         received = receive_all(client)
     assert received.count(b"HTTP/1.1 200 OK") == 21
     assert received.count(b"hello") == 20
+
+
+# -- what a hostile review has found ------------------------------------------------------------------
+
+
+def test_trailers_are_no_headers(serve: Serve, tmp_path: Path) -> None:
+    """G5, G7: what comes after a chunked body is not seen by a handler, and tells nothing of who acts."""
+    (tmp_path / "secret").write_text(SECRET)
+    trusted = {"secret_file": str(tmp_path / "secret"), "key_id": "X-Key", "source": "X-Source"}
+    served = serve({"/": {**MOUNT, "trusted_headers": trusted}})
+    headers = [f"X-Blastdoor-Secret: {SECRET}", "X-Key: key-9", "Transfer-Encoding: chunked", "Connection: close"]
+    with served.connect() as client:
+        client.sendall(request_of("/echo", *headers, method="POST") + b"0\r\nX-Source: forged\r\nX-Evil: 1\r\n\r\n")
+        received = receive_all(client)
+    seen = json.loads(received[received.index(b"{") : received.rindex(b"}") + 1])
+    assert seen["context"]["source"] == "front"
+    assert "x-evil" not in dict(seen["headers"])
+
+
+@pytest.mark.parametrize("what", ["trailers", "one trailer", "chunk extensions"])
+def test_endless_things_after_a_head(serve: Serve, what: str) -> None:
+    """G7: trailers and chunks' extensions are bounded as heads are."""
+    start, more = {
+        "trailers": (b"0\r\n", b"a: b\r\n" * 1000),
+        "one trailer": (b"0\r\nx: ", b"x" * 10_000),
+        "chunk extensions": (b"5;x=", b"x" * 10_000),
+    }[what]
+    with serve().connect() as client:
+        client.sendall(request_of("/echo", "Transfer-Encoding: chunked", method="POST") + start)
+        with pytest.raises(ConnectionError):
+            for _ in range(10_000):
+                client.sendall(more)
+
+
+def test_endless_pipelining(serve: Serve) -> None:
+    """G7: requests behind a slow one are not taken without bound."""
+    served = serve(workers=1)
+    state = served.service._servers[0].server_state
+    with served.connect() as client:
+        client.sendall(request_of("/stream?count=50&pause=0.01"))
+        receive_until(client, b"data: 1 ")
+        client.settimeout(0.3)
+        with pytest.raises((ConnectionError, TimeoutError)):
+            for _ in range(100_000):
+                client.sendall(request_of("/hello") * 100)
+        for connected in list(state.connections):
+            assert len(getattr(connected, "pipeline")) <= connection.PIPELINED  # noqa: B009
+    wait_until(lambda: served.service.gateway.active == 0)
+
+
+@pytest.mark.parametrize("then", [b"", request_of("/hello"), request_of("/hello") + b"\x16\x03 nonsense\r\n\r\n"])
+def test_nothing_is_written_into_another_answer(serve: Serve, tmp_path: Path, then: bytes) -> None:
+    """G7: neither a probe of a half-closed client nor an error is taken for a part of the answer under way."""
+    served = serve("tests.gateway_apps:by_and_by")
+    with served.connect() as client:
+        client.sendall(request_of(f"/slow?{tmp_path}") + then)
+        received = receive_until(client, b"0" * 10) if b"nonsense" not in then else b""
+        client.shutdown(socket.SHUT_WR)
+        for number in range(1, 5):
+            (tmp_path / str(number)).touch()
+        try:
+            received += receive_all(client)
+        except ConnectionError:
+            assert b"nonsense" in then
+        body = received.partition(b"\r\n\r\n")[2]
+    if b"nonsense" in then:
+        assert b"HTTP" not in body[:50]
+    else:
+        assert body.startswith(b"".join(b"%d" % number * 10 for number in range(5)))
+        assert body.endswith(b"hello\r\n0\r\n\r\n") == bool(then)
+
+
+def test_a_truncated_answer_to_a_half_closed_client(serve: Serve, tmp_path: Path) -> None:
+    """G3, G7: the zero that it was probed with is not taken for the end by a client that is lenient."""
+    served = serve(workers=1)
+    client = http.client.HTTPConnection(*served.address, timeout=20)
+    client.request("GET", f"/head_then_wait?go={tmp_path / 'go'}")
+    response = client.getresponse()
+    assert client.sock is not None
+    client.sock.shutdown(socket.SHUT_WR)
+    (connected,) = served.service._servers[0].server_state.connections
+    wait_until(lambda: getattr(connected, "_vigil", None) is not None)
+    kill(served.pool.workers()[0].pid)
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        response.read()
+    client.close()
+
+
+def test_a_client_that_was_not_told_to_go_on(serve: Serve) -> None:
+    """G7: its body, which may or may not come, is never taken for a request: the connection ends."""
+    served = serve(max_body=1000)
+    with served.connect() as client:
+        client.sendall(request_of("/echo", "Content-Length: 2000", "Expect: 100-continue", method="POST"))
+        head = receive_until(client, b"\r\n\r\n")
+        assert b" 413 " in head
+        assert b"connection: close" in head
+        assert b"HTTP" not in receive_all(client)
+    with served.connect() as client:
+        client.sendall(b"POST /echo HTTP/1.0\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nhi")
+        assert receive_all(client).startswith(b"HTTP/1.1 200 ")  # HTTP/1.0 knows no 100
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_client_that_leaves_while_reading_is_paused(
+    serve: Serve, pipelined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G2: with more of its body, or of its requests, than is taken, its going is heard all the same."""
+    monkeypatch.setattr(connection, "PROBE_SECONDS", 0.1)
+    served = serve(workers=2)
+    starts, ends = started(served.pool), ended(served.pool)
+    with served.connect() as client:
+        if pipelined:
+            client.sendall(request_of("/never_read") * 2)
+        else:
+            client.sendall(request_of("/never_read", "Content-Length: 50000000", method="POST"))
+            client.setblocking(False)
+            sent = 0
+            try:
+                while True:
+                    sent += client.send(b"x" * 100_000)
+            except BlockingIOError:
+                assert sent > 100_000
+        starts.get(timeout=20)
+    assert ends.get(timeout=20).outcome == "left"
+    wait_until(lambda: served.service.gateway.active == 0)
+
+
+def test_a_slow_client_of_a_connection_that_closes(serve: Serve) -> None:
+    """G7: what is left to be sent after the last piece does not keep a connection for ever."""
+    served = serve(workers=1, send_timeout=0.3)
+    state = served.service._servers[0].server_state
+    with served.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(request_of("/big?size=7000000", "Connection: close"))
+        receive_until(client, b"\r\n\r\n")
+        wait_until(lambda: not state.connections)
+
+
+def test_connections_that_go_on_after_an_early_answer(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G7: the rest of a body is taken for a while; then the connection is idle, or gone; no other request suffers."""
+    monkeypatch.setattr(connection, "LINGER", 0.3)
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+    served = serve()
+    early = request_of("/answer_early", "Transfer-Encoding: chunked", method="POST") + b"5\r\nhello\r\n"
+    with served.connect() as ends, served.connect() as stays:
+        for client in (ends, stays):
+            client.sendall(early)
+            receive_until(client, b"0\r\n\r\n")
+        ends.sendall(b"0\r\n\r\n")
+        assert receive_all(ends) == b""
+        assert receive_all(stays) == b""
+    with served.connect() as client:
+        client.sendall(request_of("/hello") + request_of("/echo_body", "Content-Length: 4", method="POST") + b"ha")
+        receive_until(client, b"0\r\n\r\n")
+        time.sleep(0.6)  # longer than what is left of the first request could be waited for: there is none
+        client.sendall(b"lf")
+        assert b"half" in receive_until(client, b"0\r\n\r\n")
+
+
+def test_many_requests_and_a_half(serve: Serve) -> None:
+    """G7: only what is not complete counts as a head that may be too long."""
+    with serve().connect() as client:
+        one = request_of("/hello", f"X-Long: {'x' * 1000}")
+        client.sendall(one * 80 + one[:40])
+        received = b""
+        while received.count(b"hello") < 80:
+            received += client.recv(1 << 16)
+        client.sendall(one[40:])
+        receive_until(client, b"hello")
+
+
+def test_connection_has_no_say_in_who_acts(serve: Serve, session: requests.Session, tmp_path: Path) -> None:
+    """G5: naming a trusted header in Connection does not make a request act for the mount's own key."""
+    (tmp_path / "secret").write_text(SECRET)
+    trusted = {"secret_file": str(tmp_path / "secret"), "key_id": "X-Key"}
+    served = serve({"/": {**MOUNT, "trusted_headers": trusted}})
+    headers = {"X-Blastdoor-Secret": SECRET, "X-Key": "key-9", "Connection": "x-key, x-blastdoor-secret"}
+    seen = session.get(f"{served.url}/echo", headers=headers).json()
+    assert seen["context"]["delegated_api_key_id"] == "key-9"
+
+
+def test_one_connection_at_a_time(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G7: the limit is the number of connections that are served; far more are not even taken."""
+    monkeypatch.setattr(connection, "SURPLUS", 2)
+    served = serve(connections=1)
+    with served.connect() as client:
+        client.sendall(request_of("/hello"))
+        assert b" 200 " in receive_until(client, b"0\r\n\r\n")
+        others = [served.connect() for _ in range(3)]
+        assert any(other.recv(1) == b"" for other in reversed(others))
+        for other in others:
+            other.close()
+
+
+def test_not_modified(serve: Serve, session: requests.Session) -> None:
+    """G1, H5: a 304 that tells of a length is sent whole, and the connection goes on."""
+    served = serve("tests.gateway_apps:not_modified")
+    answers: queue.Queue[Any] = queue.Queue()
+    served.service.gateway.subscribe(answers.put)
+    for _ in range(2):
+        assert session.get(served.url).status_code == 304
+        assert answers.get(timeout=20).whole

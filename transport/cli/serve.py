@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import sys
 from typing import Any
 
@@ -30,10 +31,26 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
     logging.getLogger("watchfiles").setLevel(max(level, logging.WARNING))
+    _make_room(settings.connections)
     try:
         asyncio.run(Service(settings).run())
     except KeyboardInterrupt:
         pass  # before it had started: what it had begun is ended by now
+
+
+def _make_room(connections: int) -> None:
+    """Have as many descriptors as the connections and the workers need, where the hard limit lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * connections + 1024
+    if soft < needed:
+        given = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (given, hard))
+        if given < needed:
+            logging.getLogger("blastdoor").warning(
+                "%d descriptors may be too few for %d connections: raise the limit, or lower --connections",
+                given,
+                connections,
+            )
 
 
 def _environment(given: list[str]) -> dict[str, str]:

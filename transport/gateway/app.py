@@ -11,9 +11,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import quote
 
 import anyio
@@ -50,11 +50,18 @@ Scope = Mapping[str, Any]
 _PORTS: Final = {"http": 80, "https": 443}
 _PATH_CHARACTERS: Final = "/!$&'()*+,;=:@~"
 
-EXTENSION: Final = "blastdoor.on_lost"
-"""Under this key of a scope's extensions the server of our own has an `OnLost`."""
+EXTENSION: Final = "blastdoor.connection"
+"""Under this key of a scope's extensions the server of our own has a `Connection`."""
 
-OnLost = Callable[[Callable[[], object]], object]
-"""Has a callback called once the connection is lost in the request under way. ASGI tells that only to who receives."""
+
+class Connection(Protocol):
+    """What the server of our own does for a request beyond ASGI."""
+
+    def on_lost(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called once the connection is lost. ASGI tells that only to who receives."""
+
+    def break_off(self) -> None:
+        """What was begun of the answer comes to no end."""
 
 
 class Answered(msgspec.Struct, frozen=True):
@@ -182,13 +189,18 @@ class _Service:
         self._job_id = ""
         self._span: Span | None = None
         self._failure: Exception | None = None
-        self._on_lost: OnLost | None = (scope.get("extensions") or {}).get(EXTENSION)
+        self._connection: Connection | None = (scope.get("extensions") or {}).get(EXTENSION)
+        self._caller: Caller | None = None
+        self._version: str = scope.get("http_version", "1.1")
         self._headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         raw: bytes = scope.get("raw_path") or quote(scope["path"], safe=_PATH_CHARACTERS).encode()
         query: bytes = scope["query_string"]
         self._path = raw.decode("latin-1")
         self._target = f"{self._path}?{query.decode('latin-1')}" if query else self._path
         self._length = _body_length(scope)
+        self._expects = self._length != 0 and ("expect", "100-continue") in [
+            (name, value.lower()) for name, value in self._headers if name == "expect"
+        ]
 
     async def run(self) -> None:
         """Serve it. BrokenOff where the server has to break off what it has begun to send."""
@@ -196,24 +208,28 @@ class _Service:
             try:
                 mount, request, context = self._prepare()
             except _Refused as refused:
-                await self._give(refused.head, refused.body)
+                with suppress(OSError):  # the client has gone
+                    await self._give(refused.head, refused.body)
                 return
             limits = self._gateway._body_timeout, self._gateway._max_body
-            if self._on_lost is not None:
+            if self._connection is not None:
                 with anyio.CancelScope() as scope:
-                    caller = Caller(self._receive, scope.cancel, *limits)
-                    self._on_lost(caller.lost)
+                    caller = self._caller = Caller(self._receive, scope.cancel, *limits)
+                    self._connection.on_lost(caller.lost)
                     await self._try(mount, request, context, caller)
             else:
-                expects = any(name == "expect" for name, _ in self._headers)
                 async with anyio.create_task_group() as group:
-                    caller = attended = AttendedCaller(self._receive, group.cancel_scope.cancel, *limits, hold=expects)
+                    leave = group.cancel_scope.cancel
+                    attended = AttendedCaller(self._receive, leave, *limits, hold=self._expects)
+                    caller = self._caller = attended
                     group.start_soon(attended.listen)
                     await self._try(mount, request, context, caller)
                     group.cancel_scope.cancel()
             if self._failure is not None and not caller.gone:
                 raise BrokenOff(f"{self._job_id or self._path[:200]}: {self._failure}") from self._failure
         finally:
+            if self._connection is not None and self._answer.status is not None and not self._answer.whole:
+                self._connection.break_off()
             self._finish()
 
     # -- the request ---------------------------------------------------------------------------------
@@ -226,7 +242,8 @@ class _Service:
         prefix, mount = found
         self._mount = prefix or "/"
         try:
-            headers, context = mount.admit(end_to_end(self._headers))
+            headers, context = mount.admit(self._headers)  # first: Connection has no say in what tells who acts
+            headers = end_to_end(headers)
         except Unauthorized as error:
             raise _Refused(401, str(error)) from error
         most = self._gateway._max_body
@@ -316,7 +333,9 @@ class _Service:
             host = next((value for name, value in self._headers if name == "host"), "")
             prefix = self._mount.removesuffix("/")
             headers = mount.route.restore_locations(headers, self._scope.get("scheme", "http"), host, prefix)
-        await answer.start(ResponseHead(head.status, headers))
+        if head.status == 304:  # servers would wait for as many bytes as it tells of (RFC 9110, 8.6)
+            headers = [header for header in headers if header[0].lower() != "content-length"]
+        await self._start(ResponseHead(head.status, headers))
         while piece := await job.read():
             if job.finished:
                 await answer.end(piece)
@@ -328,8 +347,17 @@ class _Service:
 
     async def _give(self, head: ResponseHead, body: bytes) -> None:
         """All of a response that is the gateway's own."""
-        await self._answer.start(head)
+        await self._start(head)
         await self._answer.end(b"" if self._method == "HEAD" else body)
+
+    async def _start(self, head: ResponseHead) -> None:
+        """The answer's head. A client that was not told to go on may or may not send its body: that ends here."""
+        caller = self._caller
+        if self._expects and self._version.startswith("1") and (caller is None or not caller.asked):
+            head = ResponseHead(head.status, [*head.headers, ("connection", "close")])
+        await self._answer.start(head)
+        if isinstance(caller, AttendedCaller):
+            caller.want()
 
     def _finish(self) -> None:
         answer = self._answer

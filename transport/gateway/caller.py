@@ -36,8 +36,8 @@ class ClientGone(Exception):
 class Caller:
     """A client, of which the server says by itself when it has gone: nothing is received before it is wanted.
 
-    `leave` is called once it has gone. `patience` is how many seconds it may be waited for in all, not counting a
-    second for each MIN_RATE bytes; `most` how many bytes its body may have.
+    `leave` is called once it has gone. `patience` is how many seconds it may be waited for; each MIN_RATE bytes win a
+    second of what was used back. `most` is how many bytes its body may have. `asked` tells whether any of it was.
     """
 
     def __init__(self, receive: Receive, leave: Callable[[], object], patience: float, most: int | None) -> None:
@@ -47,6 +47,8 @@ class Caller:
         self._most = most
         self._received = 0
         self._ended = False
+        self._most_patience = patience
+        self.asked = False
         self.gone = False
 
     def lost(self) -> None:
@@ -73,11 +75,13 @@ class Caller:
         began = time.monotonic()
         with anyio.move_on_after(max(self._patience, 0)):
             piece = await self._next()
-            self._patience += len(piece) / MIN_RATE - (time.monotonic() - began)
+            left = self._patience + len(piece) / MIN_RATE - (time.monotonic() - began)
+            self._patience = min(left, self._most_patience)
             return piece
         raise BodyTooSlow
 
     async def _next(self) -> bytes:
+        self.asked = True
         message = await self._receive()
         if message["type"] == "http.disconnect":
             self.lost()
@@ -109,6 +113,7 @@ class AttendedCaller(Caller):
         """Take what the client sends, until it goes away."""
         await self._wanted.wait()
         while not self.gone:
+            self.asked = True
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 self.lost()
@@ -121,8 +126,12 @@ class AttendedCaller(Caller):
                 self._taken = anyio.Event()
                 await self._taken.wait()
 
-    async def _next(self) -> bytes:
+    def want(self) -> None:
+        """Begin to listen, if that was held."""
         self._wanted.set()
+
+    async def _next(self) -> bytes:
+        self.want()
         while not self._pieces:
             self._arrived = anyio.Event()
             await self._arrived.wait()

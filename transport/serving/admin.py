@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import ipaddress
 import re
 from importlib.resources import files
 from typing import TYPE_CHECKING, Final
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from transport.serving.status import Status
-
-LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 _FRESH: Final = {"cache-control": "no-store"}
 
@@ -58,7 +57,8 @@ def make_admin(status: Status, registry: CollectorRegistry, host: str) -> Starle
 
     names = {"/": go_to_page, "/-/status": show_page, "/-/status.json": tell_status, "/-/healthz": tell_health}
     names |= {"/-/readyz": tell_readiness, "/-/metrics": tell_metrics}
-    hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
+    loopback = ipaddress.ip_address(host).is_loopback
+    hosts = ["localhost", "127.0.0.1", "[::1]", host] if loopback else ["*"]
     return Starlette(
         routes=[Route(path, endpoint) for path, endpoint in names.items()],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],

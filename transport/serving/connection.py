@@ -1,15 +1,18 @@
 """One connection of a client, as uvicorn has it, with the bounds that uvicorn leaves to a proxy in front of it.
 
-- A head has to come within `HEAD_SECONDS`, and in `MOST_HEAD` bytes: slow or endless ones are answered and cut off.
+- A head has to come within `HEAD_SECONDS`; of a head, of trailers or of chunks' sizes `MOST_HEAD` bytes may come that
+  make nothing complete. Slow or endless ones are answered and cut off. Trailers are dropped: they are no headers.
+- At most `PIPELINED` requests wait behind the one that is being answered.
+- A client that does not take what is sent to it within `send_timeout` seconds is dropped, also one that is closed.
 - A client that has sent all of its request and closed its half of the connection (shutdown(2)) gets its answer. From
   here it looks like one that has gone. Something sent to it tells them apart: the kernel of a client that has gone
   resets the connection, which ends the job. That is an interim response before the head (RFC 9110, 15.2), and after it
   a zero that the next chunk's size begins with (RFC 9112, 7.1). In a body of known length only what the handler writes
-  can tell.
-- A client that does not take what is sent to it is dropped, where so little leaves within `send_timeout` seconds that
-  there is no room for more.
+  can tell. The same is done where reading is paused and could not tell that the client has gone; before the head every
+  `PROBE_SECONDS`, since the end of what it sends may be stuck behind what nobody takes.
 - After an answer that did not wait for the end of the request's body the rest of that is taken for `LINGER` seconds,
   so that the client can read the answer before the connection is reset (RFC 9112, 9.6).
+- No answer of the server's own, and no probe, is ever written into another answer.
 """
 
 from __future__ import annotations
@@ -17,66 +20,80 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+import struct
 from collections.abc import Callable
 from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from transport.faults import refusal
 from transport.gateway.app import EXTENSION
 
 HEAD_SECONDS: Final = 10.0
 MOST_HEAD: Final = 64 * 1024
+PIPELINED: Final = 256
 LINGER: Final = 5.0
+PROBE_SECONDS: Final = 5.0
+
+SURPLUS: Final = 100
+"""How many connections beyond the limit are answered with a 503; more are dropped at once."""
 
 _INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _ZERO: Final = b"0"
+_RESET: Final = struct.pack("ii", 1, 0)
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """uvicorn's connection, bounded. What uvicorn gives comes after our own `send_timeout`."""
+    """uvicorn's connection, bounded. What uvicorn gives comes after what is our own."""
 
-    def __init__(self, send_timeout: float, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, send_timeout: float, most: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._send_timeout = send_timeout
+        self._most = most
         self._stall: asyncio.TimerHandle | None = None
-        self._in_head = False
-        self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._in_head = False
+        self._progress = False
+        self._fruitless = 0
+        self._answered: RequestResponseCycle | None = None
         self._on_lost: Callable[[], object] | None = None
         self._vigil: _Vigil | None = None
+        self._next_probe: asyncio.TimerHandle | None = None
 
     # -- asyncio.Protocol ----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected: the time of its first head begins."""
         super().connection_made(transport)
+        self.flow = _WatchedFlow(transport, self._watch)
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of anything that has not left
+        if len(self.connections) > self._most + SURPLUS:
+            transport.abort()
+            return
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come, of a head no more than there may be."""
+        """Take what has come, of what completes nothing no more than there may be."""
         if self._timer is None and self._is_idle():
             self._await_head()
+        self._progress = False
         super().data_received(data)
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MOST_HEAD:
-                self._refuse(431, f"the request's head is over {MOST_HEAD} bytes")
+        self._fruitless = 0 if self._progress else self._fruitless + len(data)
+        if self._fruitless > MOST_HEAD:
+            self._refuse(431, f"over {MOST_HEAD} bytes of head, or of trailers")
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """The client sends no more. Whether the connection stays open for what it is still to be sent."""
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body or self.scheme == "https":
+        cycle = self._answered
+        if cycle is None or cycle.response_complete or self._in_head or self.cycle.more_body or self.scheme == "https":
             return None
-        if cycle.response_started:
-            probe = _ZERO if cycle.chunked_encoding else b""
-        elif self.scope.get("http_version") == "1.0":
+        if not cycle.response_started and cycle.scope["http_version"] == "1.0":
             return None  # it knows no interim responses, and is taken to have gone
-        else:
-            probe = _INTERIM
-        cycle.keep_alive = False
-        self._vigil = _Vigil(self.loop, self.transport)
-        self.transport.write(probe)
+        self.cycle.keep_alive = False
+        if self._vigil is None:
+            self._vigil = _Vigil(self.loop, self.transport, half_closed=None)
+            self._probe()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -85,16 +102,20 @@ class BoundedConnection(HttpToolsProtocol):
         self._end_stall()
         if self._vigil is not None:
             self._vigil.end()
+        if self._next_probe is not None:
+            self._next_probe.cancel()
+        self.pipeline.clear()
         super().connection_lost(exc)
         self._lost()
 
     def pause_writing(self) -> None:
-        """There is no room for more: what is there has to leave."""
+        """Something waits to be sent: it has to leave."""
         super().pause_writing()
+        self._end_stall()
         self._stall = self.loop.call_later(self._send_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """There is room again."""
+        """All has left."""
         self._end_stall()
         super().resume_writing()
 
@@ -102,36 +123,66 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A head begins."""
+        if len(self.pipeline) >= PIPELINED:
+            raise ValueError("too many requests wait for their turn")  # ends the parsing: see `send_400_response`
         super().on_message_begin()
         self._in_head = True
-        self._head_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; or a trailer, which no handler may take for one."""
+        if self._in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """A head is there."""
         self._in_head = False
+        self._progress = True
         self._end_timer()
-        extensions: dict[str, Any] = {EXTENSION: self.on_lost}
+        if self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False
+        extensions: dict[str, Any] = {EXTENSION: self}
         self.scope["extensions"] = extensions
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answered = self.cycle
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        self._progress = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The end of a request is there."""
+        self._progress = True
+        if self.cycle.response_complete:  # the rest of a body, after its answer
+            self.cycle.more_body = False
+            self._end_timer()
+            self._await_head()
+        super().on_message_complete()
 
     # -- uvicorn -------------------------------------------------------------------------------------
 
     def on_response_complete(self) -> None:
         """An answer was sent."""
         self._on_lost = None
-        unread = self.cycle.more_body
+        unread = not self.pipeline and self.cycle.more_body
+        following = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
-        if unread and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if following is not None:
+            self._answered = following
+        if self.pipeline:
+            self.flow.pause_reading()
+        if unread:
             self._end_timer()
             self._timer = self.loop.call_later(LINGER, self.transport.abort)
 
-    def on_message_complete(self) -> None:
-        """The end of a request's body is there."""
-        if self.cycle.response_complete:
-            self._end_timer()
-        super().on_message_complete()
+    def send_400_response(self, msg: str) -> None:
+        """What has come is no request."""
+        self._refuse(400, msg)
 
-    # -- for the gateway -----------------------------------------------------------------------------
+    # -- transport.gateway.app.Connection ------------------------------------------------------------
 
     def on_lost(self, callback: Callable[[], object]) -> None:
         """Have `callback` called once the connection is lost, during the request under way."""
@@ -139,10 +190,42 @@ class BoundedConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             self._lost()
 
+    def break_off(self) -> None:
+        """The answer under way comes to no end: a probe that was sent in it must not be taken for one."""
+        if self._vigil is not None and not self.transport.is_closing():
+            sock: socket.socket = self.transport.get_extra_info("socket")
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self.transport.abort()
+
     # ------------------------------------------------------------------------------------------------
 
     def _is_idle(self) -> bool:
         return self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)
+
+    def _watch(self) -> None:
+        """Reading is paused: a client that goes away meanwhile is heard of otherwise, from now on."""
+        if self._vigil is None and self.scheme != "https":
+            self._vigil = _Vigil(self.loop, self.transport, half_closed=self._probe)
+        if self._next_probe is None:
+            self._next_probe = self.loop.call_later(PROBE_SECONDS, self._probe_again)
+
+    def _probe_again(self) -> None:
+        self._next_probe = None
+        if self.flow.read_paused and self._answered is not None and not self._answered.response_started:
+            self._probe()
+            self._next_probe = self.loop.call_later(PROBE_SECONDS, self._probe_again)
+
+    def _probe(self) -> None:
+        """Send what does no harm to a client that listens, and is answered by a reset where nobody does."""
+        cycle = self._answered
+        if cycle is None or cycle.response_complete:
+            return
+        if cycle.response_started:
+            if cycle.chunked_encoding:
+                self.transport.write(_ZERO)
+        elif cycle.scope["http_version"] != "1.0":
+            self.transport.write(_INTERIM)
 
     def _lost(self) -> None:
         callback, self._on_lost = self._on_lost, None
@@ -169,33 +252,62 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: int, detail: str) -> None:
-        """Answer in the server's own name, and close."""
+        """Answer in the server's own name, and close; without an answer where that could be taken for another's."""
         self._end_timer()
         self._in_head = False
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:  # not into the midst of another answer
-            head, body = refusal(status, {"detail": detail}, [("connection", "close")])
-            lines = [f"HTTP/1.1 {head.status} {head.reason}", *(f"{name}: {value}" for name, value in head.headers)]
-            self.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        cycle = self._answered
+        if cycle is not None and not cycle.response_complete:
+            if cycle.response_started or cycle is not self.cycle or not cycle.more_body:
+                self.transport.abort()
+                return
+            cycle.disconnected = True  # it is the one that is refused, in the midst of its body
+        head, body = refusal(status, {"detail": detail}, [("connection", "close")])
+        lines = [f"HTTP/1.1 {head.status} {head.reason}", *(f"{name}: {value}" for name, value in head.headers)]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
         self.transport.close()
 
 
-class _Vigil:
-    """Waits for the reset of a connection that is read no more, and drops it then."""
+class _WatchedFlow(FlowControl):
+    """uvicorn's flow control, which says that reading is paused."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, paused: Callable[[], object]) -> None:
+        super().__init__(transport)
+        self._paused = paused
+
+    def pause_reading(self) -> None:
+        super().pause_reading()
+        self._paused()
+
+
+class _Vigil:
+    """Hears of a connection what reading would tell, where nobody reads: `half_closed`, once, and its reset.
+
+    asyncio reads no more after the end of what a client sends, nor while reading is paused.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, half_closed: Callable[[], object] | None
+    ) -> None:
         sock: socket.socket = transport.get_extra_info("socket")
+        self._fd = sock.fileno()
         self._loop = loop
         self._transport = transport
+        self._half_closed = half_closed
         self._epoll = select.epoll(1)
-        self._epoll.register(sock.fileno(), 0)  # EPOLLERR and EPOLLHUP are always told (epoll_ctl(2))
-        loop.add_reader(self._epoll.fileno(), self._is_reset)
+        # EPOLLERR and EPOLLHUP are always told (epoll_ctl(2)).
+        self._epoll.register(self._fd, 0 if half_closed is None else select.EPOLLRDHUP)
+        loop.add_reader(self._epoll.fileno(), self._look)
 
-    def _is_reset(self) -> None:
-        if self._epoll.poll(0):
-            self.end()
-            self._transport.abort()
+    def _look(self) -> None:
+        for _, events in self._epoll.poll(0):
+            if events & (select.EPOLLERR | select.EPOLLHUP):
+                self.end()
+                self._transport.abort()
+            elif self._half_closed is not None:
+                self._epoll.modify(self._fd, 0)
+                self._half_closed()
 
     def end(self) -> None:
         if not self._epoll.closed:

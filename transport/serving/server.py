@@ -35,10 +35,13 @@ from transport.serving.status import Status
 
 if TYPE_CHECKING:
     from runner.pool import Pool
-    from transport.serving.settings import Settings
+    from transport.serving.settings import MountSettings, Settings
 
 logger = logging.getLogger("blastdoor")
 access_logger = logging.getLogger("blastdoor.access")
+
+_PATIENCE: Final = 86400.0
+"""Seconds that the jobs of a pool that was replaced may take, unless the service ends."""
 
 _SETTLE: Final = 5.0
 """Seconds for what is left to be sent once the jobs under way were ended."""
@@ -68,6 +71,8 @@ class Service:
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._servers: list[_Server] = []
+        self._retired: set[Pool] = set()
+        self._path = settings.uds
         admin = settings.admin_address
         with contextlib.ExitStack() as stack:
             made = bind_path(settings.uds) if settings.uds else bind_port(settings.host, settings.port, "port")
@@ -85,21 +90,25 @@ class Service:
         logging.getLogger("uvicorn.error").addFilter(quiet)
         logger.addHandler(self.status.log)
         try:
-            for path, pool in pools.items():
-                self._watch(path, pool)
-                await asyncio.to_thread(pool.start)
-            await self._serve(started)
+            with self._signals():
+                for path, pool in pools.items():
+                    self._watch(path, pool)
+                    if not self.status.draining:
+                        await asyncio.to_thread(pool.start)
+                if not self.status.draining:
+                    await self._serve(started)
+        except BlastdoorError:
+            if not self.status.draining:  # else it was told to stop before it had started
+                raise
         finally:
+            await self._close_pools()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            for pool in self.gateway.pools.values():
-                await pool.aclose(drain=0)
             logger.removeHandler(self.status.log)
             logging.getLogger("uvicorn.error").removeFilter(quiet)
+            self._unlink()
             self.socket.close()
-            if self._settings.uds:
-                Path(self._settings.uds).unlink(missing_ok=True)
             if self.admin_socket is not None:
                 self.admin_socket.close()
 
@@ -110,35 +119,45 @@ class Service:
             self._spawn(self._end_jobs(0))
             return
         self.status.draining = True
+        self._unlink()  # now, while nobody can have taken the path over
+        if not self._servers:
+            logger.info("stopping before the start was over")
+            self._spawn(self._close_pools())
+            return
         logger.info("draining: requests under way have %g s", self._settings.drain)
         self._servers[0].should_exit = True
         self._spawn(self._end_jobs(self._settings.drain))
 
     async def reload(self) -> bool:
-        """Have new pools serve the mounts; whether all could be started. One reload at a time."""
+        """Have new pools serve the mounts; whether all could be started. One reload at a time, none at the end."""
         async with self._reloading:
             whole = True
             for path, mount in self._mounts.items():
-                began = time.monotonic()
-                pool = mount.pool_with(path, self._defaults)
-                ends = self._ends.get(path, [])
-                try:
-                    self._watch(path, pool)
-                    await asyncio.to_thread(pool.start)
-                except BlastdoorError as error:
-                    self._unwatch(self._ends[path])
-                    self._ends[path] = ends
-                    await pool.aclose(drain=0)
-                    logger.error("%s: the handler can't be reloaded, the old one goes on: %s", path, error)
-                    whole = False
-                    continue
-                except BaseException:
-                    await pool.aclose(drain=0)
-                    raise
-                old = self.gateway.replace(path, pool)
-                logger.info("%s: reloaded in %.1f s", path, time.monotonic() - began)
-                self._spawn(self._retire(old, ends))
+                if self.status.draining or not self._servers:
+                    return False
+                whole &= await self._reload(path, mount)
             return whole
+
+    async def _reload(self, path: str, mount: MountSettings) -> bool:
+        began = time.monotonic()
+        pool = mount.pool_with(path, self._defaults)
+        before = self._ends[path]
+        self._watch(path, pool)
+        try:
+            await asyncio.to_thread(pool.start)
+        except BaseException as error:
+            self._unwatch(self._ends[path])
+            self._ends[path] = before
+            await pool.aclose(drain=0)
+            if not isinstance(error, BlastdoorError):
+                raise
+            logger.error("%s: the handler can't be reloaded, the old one goes on: %s", path, error)
+            return False
+        old = self.gateway.replace(path, pool)
+        logger.info("%s: reloaded in %.1f s", path, time.monotonic() - began)
+        self._retired.add(old)
+        self._spawn(self._retire(old, before))
+        return True
 
     # ------------------------------------------------------------------------------------------------
 
@@ -147,9 +166,10 @@ class Service:
         main = _Server(
             self._config(
                 self.gateway,
-                http=functools.partial(BoundedConnection, settings.send_timeout),
-                limit_concurrency=settings.connections,
-                forwarded_allow_ips=list(settings.trusted_proxies),
+                http=functools.partial(BoundedConnection, settings.send_timeout, settings.connections),
+                limit_concurrency=settings.connections + 1,  # uvicorn counts the connection that asks
+                # Who reaches a unix socket is on this host, and let in by its directory.
+                forwarded_allow_ips="*" if settings.uds else list(settings.trusted_proxies),
                 timeout_graceful_shutdown=settings.drain + _SETTLE,
             )
         )
@@ -161,17 +181,16 @@ class Service:
             admin = _Server(self._config(app, timeout_graceful_shutdown=1))
             self._servers.append(admin)
             running.append(asyncio.create_task(admin.serve(sockets=[self.admin_socket])))
-        with self._signals():
-            while not all(server.started for server in self._servers) and not any(task.done() for task in running):
-                await asyncio.sleep(0.01)
-            if settings.reload:
-                self._spawn(self._reload_on_changes())
-            self._log_started()
-            started()
-            await running[0]
-            for server in self._servers:
-                server.should_exit = True
-            await asyncio.gather(*running)
+        while not all(server.started for server in self._servers) and not any(task.done() for task in running):
+            await asyncio.sleep(0.01)
+        if settings.reload:
+            self._spawn(self._reload_on_changes())
+        self._log_started()
+        started()
+        await running[0]
+        for server in self._servers:
+            server.should_exit = True
+        await asyncio.gather(*running)
 
     def _config(self, app: Any, **settings: Any) -> uvicorn.Config:
         return uvicorn.Config(
@@ -210,18 +229,34 @@ class Service:
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("something beside the serving failed", exc_info=error)
 
     async def _end_jobs(self, seconds: float) -> None:
         """End the jobs that are still under way after so many seconds: their callers are told."""
         await asyncio.sleep(seconds)
         logger.warning("%d requests were not done in time, and are ended", self.gateway.active)
-        for pool in self.gateway.pools.values():
+        await self._close_pools()
+
+    async def _close_pools(self) -> None:
+        for pool in [*self.gateway.pools.values(), *self._retired]:
             await pool.aclose(drain=0)
 
     async def _retire(self, pool: Pool, ends: list[Callable[[], None]]) -> None:
-        await pool.aclose(drain=self._settings.drain)
+        """Let the jobs of a pool that was replaced come to their ends, however long they take."""
+        await pool.aclose(drain=_PATIENCE)
+        self._retired.discard(pool)
         self._unwatch(ends)
+
+    def _unlink(self) -> None:
+        """Remove the unix socket's path, once."""
+        path, self._path = self._path, ""
+        if path:
+            Path(path).unlink(missing_ok=True)
 
     def _watch(self, path: str, pool: Pool) -> None:
         ends = [self.status.watch(path, pool), self._metrics.watch(path, pool)]

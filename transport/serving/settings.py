@@ -32,6 +32,8 @@ QUEUE: Final = 100
 QUEUE_TIMEOUT: Final = 10.0
 """How many seconds a request waits for a worker at most, where nothing is said."""
 
+_LONGEST: Final = 86400.0
+
 FILES: Final = ("blastdoor.toml", "pyproject.toml")
 """Where the settings are looked for, in the working directory."""
 
@@ -160,6 +162,16 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")
     access_log: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __post_init__(self) -> None:
+        for name in ("drain", "body_timeout", "send_timeout"):
+            seconds = getattr(self, name)
+            if not 0 <= seconds <= _LONGEST:
+                raise ConfigurationError(f"{name} is a time in seconds, from 0 to {_LONGEST:g}, not {seconds!r}")
+        if not 0 <= self.port <= 65535:
+            raise ConfigurationError(f"port is a number from 0 to 65535, not {self.port!r}")
+        if self.connections < 1:
+            raise ConfigurationError(f"connections is a number, 1 or more, not {self.connections!r}")
 
     @property
     def all_mounts(self) -> dict[str, MountSettings]:

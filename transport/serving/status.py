@@ -39,6 +39,7 @@ class Second(msgspec.Struct):
     answers: int = 0
     errors: int = 0
     latencies: list[float] = []
+    short: dict[str, float] | None = None
 
 
 class Trouble(msgspec.Struct):
@@ -64,7 +65,7 @@ class JobLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         job_id = getattr(record, "job_id", "")
-        if not job_id:
+        if not job_id or record.name == "blastdoor.access":
             return
         lines = self._jobs.get(job_id)
         if lines is None:
@@ -112,9 +113,9 @@ class Status:
         now = int(self._clock())
         with self._lock:
             seconds = [second for second in self._seconds if second.at > now - SPAN]
-            history = [_in_short(second) for second in seconds]
             troubles = list(self._troubles)
-            latencies = [latency for second in seconds if second.at > now - 60 for latency in second.latencies]
+        latencies = [latency for second in seconds if second.at > now - 60 for latency in second.latencies]
+        history = [_in_short(second, over=second.at < now) for second in seconds]
         return {
             "now": now,
             "uptime": self._clock() - self._began,
@@ -167,9 +168,14 @@ class Status:
             self._troubles.append(trouble)
 
 
-def _in_short(second: Second) -> dict[str, float]:
-    short: dict[str, float] = {"at": second.at, "answers": second.answers, "errors": second.errors}
-    return {**short, **_quantiles(second.latencies)}
+def _in_short(second: Second, *, over: bool) -> dict[str, float]:
+    if second.short is not None:
+        return second.short
+    counts: dict[str, float] = {"at": second.at, "answers": second.answers, "errors": second.errors}
+    short = {**counts, **_quantiles(list(second.latencies))}
+    if over:
+        second.short = short
+    return short
 
 
 def _quantiles(latencies: list[float]) -> dict[str, float]:
