@@ -52,10 +52,11 @@ def test_what_goes_through(url: str) -> None:
         with pytest.raises(httpx2.RemoteProtocolError):
             client.get("/die?late=1")
         host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), 20) as leaver:
-            leaver.sendall(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
-            receive_until(leaver, b"xxxx")
-        assert client.get("/hello").text == "hello"  # by the one worker there is
+        for headers in (b"", b"Expect: 100-continue\r\n"):
+            with socket.create_connection((host, int(port)), 20) as leaver:
+                leaver.sendall(b"GET /endless HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n")
+                receive_until(leaver, b"xxxx")
+            assert client.get("/hello").text == "hello"  # by the one worker there is
 
 
 @pytest.mark.parametrize("url", ["hypercorn-asyncio", "hypercorn-trio"], indirect=True)

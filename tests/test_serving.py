@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from runner import ConfigurationError, StartError
+from runner import ConfigurationError, JobClosed, Pool, Request, StartError
 from runner.events import WorkerEnded
 from tests.processes import kill, wait_gone
 from tests.serving import Process, Served, receive_all, receive_until
@@ -205,14 +206,14 @@ def test_reloads_under_load() -> None:
 
 def test_callers_in_the_queue_move_on(tmp_path: Path) -> None:
     """G8: who waits for a worker of the old pool as that closes is served by the new one."""
-    here = tmp_path / "here"
+    here, go = tmp_path / "here", tmp_path / "go"
     with Served(workers=1, drain=0) as served:
         answers: list[int] = []
 
         def call(target: str) -> None:
             answers.append(get(served.url + target).status_code)
 
-        threads = [threading.Thread(target=call, args=(f"/wait_for?here={here}&go={tmp_path / 'never'}",))]
+        threads = [threading.Thread(target=call, args=(f"/wait_for?here={here}&go={go}",))]
         threads[0].start()
         wait_until(here.exists)
         threads += [threading.Thread(target=call, args=("/hello",)) for _ in range(3)]
@@ -220,9 +221,12 @@ def test_callers_in_the_queue_move_on(tmp_path: Path) -> None:
             thread.start()
         wait_until(lambda: served.pool.stats().waiting == 3)
         assert served.reload()
-        for thread in threads:
+        for thread in threads[1:]:
             thread.join()
-        assert sorted(answers) == [200, 200, 200, 503]
+        assert answers == [200, 200, 200]
+        go.touch()
+        threads[0].join()
+        assert answers[-1] == 200
 
 
 def test_reload_watches_files(tmp_path: Path) -> None:
@@ -457,6 +461,11 @@ def test_files_that_make_no_sense(tmp_path: Path, text: str, words: str) -> None
         ({"app": "a:b"}, "short for a mount"),
         ({"host": "203.0.113.1"}, "--port"),
         ({"uds": "/nowhere/at/all"}, "--uds"),
+        ({"drain": float("inf")}, "drain is a time"),
+        ({"drain": float("nan")}, "drain is a time"),
+        ({"send_timeout": -1}, "send_timeout is a time"),
+        ({"port": 65536}, "port is a number"),
+        ({"connections": 0}, "connections is a number"),
         ({"mounts": {"/x": {"app": "a:b", "provider": "p"}}}, "act for nobody"),
         (
             {
@@ -470,7 +479,7 @@ def test_files_that_make_no_sense(tmp_path: Path, text: str, words: str) -> None
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:
     """G11: they are refused before anything is started."""
-    with pytest.raises(ConfigurationError, match=words), Served(**settings):
+    with pytest.raises((ConfigurationError, msgspec.ValidationError), match=words), Served(**settings):
         pass
 
 
@@ -547,3 +556,119 @@ def test_a_sandboxed_app_is_served(tmp_path: Path) -> None:
         served.pool.subscribe(ends.append)
         get(f"{served.url}/hello")
         wait_until(lambda: any(isinstance(event, WorkerEnded) for event in ends))
+
+
+# -- what a hostile review has found ------------------------------------------------------------------
+
+
+def test_a_path_that_a_successor_has_taken(tmp_path: Path) -> None:
+    """G8, G11: a unix socket is given up as the drain begins: its successor's is not removed at the end."""
+    path, here, go = tmp_path / "socket", tmp_path / "here", tmp_path / "go"
+    with Served(uds=str(path), drain=30, admin="none") as old, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(f"GET /wait_for?here={here}&go={go} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(here.exists)
+        old.stop()
+        wait_until(lambda: not path.exists())
+        with Served(uds=str(path), drain=0, admin="none"):
+            go.touch()
+            assert b"went" in receive_all(client)
+            old.__exit__(None, None, None)
+            assert path.exists()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_jobs_of_a_pool_that_was_replaced_end_with_the_service(tmp_path: Path, twice: bool) -> None:
+    """G8: a reload lets them go on; the end of the drain, or a second signal, ends them too."""
+    here = tmp_path / "here"
+    with Served(workers=1, drain=60 if twice else 0.2) as served, served.connect() as client:
+        client.sendall(f"GET /wait_for?here={here}&go=/nowhere HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(here.exists)
+        assert served.reload()
+        served.stop()
+        wait_until(lambda: served.service.status.draining)
+        assert not served.reload()
+        if twice:
+            served.stop()
+        began = time.monotonic()
+        assert b" 503 " in receive_all(client)
+        assert time.monotonic() - began < 20
+
+
+def test_a_reload_does_not_end_long_jobs(tmp_path: Path) -> None:
+    """G8: jobs of the old pool may take longer than a drain."""
+    here, go = tmp_path / "here", tmp_path / "go"
+    with Served(workers=1, drain=0) as served, served.connect() as client:
+        client.sendall(f"GET /wait_for?here={here}&go={go} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(here.exists)
+        assert served.reload()
+        assert get(f"{served.url}/hello").text == "hello"
+        go.touch()
+        assert b"went" in receive_until(client, b"0\r\n\r\n")
+        wait_until(lambda: not served.service._retired)
+
+
+def test_metrics_after_a_reload_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G9, G8: the gauges are still those of the pool that goes on."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    write_app(tmp_path, "one")
+    with Served("gated_app:app", drain=0) as served:
+        (tmp_path / "gated_app.py").write_text("nonsense(")
+        assert not served.reload()
+        assert samples(served)["blastdoor_workers" + json.dumps({"pool": "/", "state": "idle"})] == 2
+        get(served.url)
+        labels = json.dumps({"outcome": "ok", "pool": "/", "provider": ""})
+        assert samples(served)["blastdoor_job_duration_seconds_count" + labels] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_while_it_starts(tmp_path: Path, number: signal.Signals) -> None:
+    """G8: the end is an orderly one then too; a reload is none yet."""
+    gate, started = tmp_path / "gate", tmp_path / "started"
+    (tmp_path / "slow_app.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\n"
+        f"while not pathlib.Path({str(gate)!r}).exists():\n    time.sleep(0.002)\n"
+        "def app(request, response):\n    return b'slow'\n"
+    )
+    path = tmp_path / "socket"
+    command = [sys.executable, "-m", "transport.cli", "serve", "slow_app:app", f"--uds={path}", "--admin=none"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        wait_until(started.exists)
+        pids = children(process.pid)
+        process.send_signal(number)
+        if number == signal.SIGHUP:
+            gate.touch()
+            next(line for line in process.stderr if "serving" in line)
+            process.terminate()
+        process.stderr.read()
+        assert process.wait(30) == 0
+    wait_gone(pids, 2)
+    assert not path.exists()
+
+
+def test_ordinary_requests_leave_the_story_of_a_fault(log: pytest.LogCaptureFixture) -> None:
+    """G9: the log of requests that went well does not push a fault's stack off the page."""
+    with Served(drain=0, access_log=True) as served:
+        get(f"{served.url}/raise")
+        with requests.Session() as session:
+            for _ in range(150):
+                session.get(f"{served.url}/hello", timeout=20)
+        assert "boom from the handler" in status_of(served)["faults"][0]["log"]
+
+
+def test_closing_a_pool_that_is_being_closed(pool: Pool) -> None:
+    """W11: a second close ends the patience of the first."""
+    job = pool.open(Request("GET", "/endless"))
+    closing = threading.Thread(target=lambda: pool.close(drain=float("inf")))
+    closing.start()
+    wait_until(lambda: pool._supervisor is None)
+    assert closing.is_alive()
+    pool.close(drain=0)
+    closing.join(20)
+    assert not closing.is_alive()
+    with pytest.raises(JobClosed):
+        while job.read():
+            pass
