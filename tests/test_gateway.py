@@ -39,7 +39,7 @@ def serve() -> Iterator[Serve]:
     running: list[Served] = []
 
     def begin(*arguments: Any, **settings: Any) -> Served:
-        served = Served(*arguments, drain=0, **settings)
+        served = Served(*arguments, **{"drain": 0, "admin": "none", **settings})
         running.append(served.__enter__())
         return served
 
