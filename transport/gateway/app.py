@@ -30,7 +30,7 @@ from runner.errors import (
     StartError,
     WorkersUnavailable,
 )
-from runner.messages import Header, JobContext, ResponseHead
+from runner.messages import JobContext, ResponseHead
 from runner.request import INLINE, Request
 from transport.errors import TargetEscapes
 from transport.faults import problem, refusal
@@ -171,8 +171,8 @@ class Gateway:
 class _Refused(Exception):
     """The request goes to no pool; this is its answer."""
 
-    def __init__(self, status: int, detail: str, *headers: Header) -> None:
-        self.head, self.body = refusal(status, {"detail": detail}, headers)
+    def __init__(self, status: int, detail: str) -> None:
+        self.head, self.body = refusal(status, {"detail": detail})
 
 
 class _Service:
