@@ -401,7 +401,7 @@ def test_the_host_is_protected(start: Callable[..., Pool]) -> None:
 
 def test_what_the_doctor_says() -> None:
     """S: each layer, and each profile."""
-    done = subprocess.run([sys.executable, "-m", "runner.cli", "doctor"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "transport.cli", "doctor"], capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, 1)
     for layer in (machine.FILES, machine.CALLS, machine.SCRATCH, machine.NAMESPACES):
         assert f"  {layer}: " in done.stdout

@@ -334,7 +334,7 @@ class _Service:
             prefix = self._mount.removesuffix("/")
             headers = mount.route.restore_locations(headers, self._scope.get("scheme", "http"), host, prefix)
         if head.status == 304:  # servers would wait for as many bytes as it tells of (RFC 9110, 8.6)
-            headers = [header for header in headers if header[0].lower() != "content-length"]
+            headers = [(name, value) for name, value in headers if name.lower() != "content-length" or value == "0"]
         await self._start(ResponseHead(head.status, headers))
         while piece := await job.read():
             if job.finished:
