@@ -33,6 +33,11 @@ def _shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: side by side, nobody then waits for one that was begun last."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[SHARED_MEMORY] = _shared_memory()
 
