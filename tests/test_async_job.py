@@ -37,7 +37,7 @@ from runner import (
     WorkersUnavailable,
     WriteTimeout,
 )
-from tests.processes import wait_gone
+from tests.processes import kill, wait_gone
 from tests.waiting import wait_until
 
 Run = Callable[[Callable[[], Awaitable[Any]]], Any]
@@ -354,6 +354,33 @@ def test_faults(pool: Pool, run: Run) -> None:
         with pytest.raises(WorkerMisbehaved):
             await aget(pool, "/protocol", b"total nonsense", lease_timeout=10)
         assert await aget(pool, "/hello", lease_timeout=10) == b"hello"
+
+    run(main)
+
+
+def test_a_death_beside_a_close(start: Callable[..., Pool], run: Run, tmp_path: Path) -> None:
+    """C2, W11: the worker is dead and the job closed as its reader wakes up: it is told the cause, not the death."""
+    pool = start(workers=1)
+
+    async def main() -> None:
+        job = await pool.aopen(Request("GET", f"/head_then_wait?go={tmp_path / 'go'}"))
+        seen: list[BaseException] = []
+
+        async def read() -> None:
+            try:
+                await job.read()
+            except (JobClosed, WorkerDied) as error:
+                seen.append(error)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            worker = job._worker
+            kill(worker.pid)
+            wait_until(lambda: worker.dead)  # the loop, and with it the reader, waits as well
+            job.close(ValueError("the cause"))
+        assert [type(error) for error in seen] == [JobClosed]
+        assert "the cause" in str(seen[0])
 
     run(main)
 

@@ -779,8 +779,13 @@ def test_nothing_is_written_into_another_answer(serve: Serve, tmp_path: Path, th
     """G7: neither a probe of a half-closed client nor an error is taken for a part of the answer under way."""
     served = serve("tests.gateway_apps:by_and_by")
     with served.connect() as client:
-        client.sendall(request_of(f"/slow?{tmp_path}") + then)
-        received = receive_until(client, b"0" * 10) if b"nonsense" not in then else b""
+        if b"nonsense" in then:
+            client.sendall(request_of(f"/slow?{tmp_path}"))
+            received = receive_until(client, b"0" * 10)
+            client.sendall(then)
+        else:
+            client.sendall(request_of(f"/slow?{tmp_path}") + then)
+            received = receive_until(client, b"0" * 10)
         client.shutdown(socket.SHUT_WR)
         for number in range(1, 5):
             (tmp_path / str(number)).touch()
@@ -790,7 +795,7 @@ def test_nothing_is_written_into_another_answer(serve: Serve, tmp_path: Path, th
             assert b"nonsense" in then
         body = received.partition(b"\r\n\r\n")[2]
     if b"nonsense" in then:
-        assert b"HTTP" not in body[:50]
+        assert b"HTTP" not in body
     else:
         assert body.startswith(b"".join(b"%d" % number * 10 for number in range(5)))
         assert body.endswith(b"hello\r\n0\r\n\r\n") == bool(then)
