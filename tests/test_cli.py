@@ -76,6 +76,8 @@ def test_call_for_a_provider() -> None:
     )
     seen = json.loads(done.stdout)
     assert seen["target"] == "/api/v2/aibridge/openai/v1/echo"
+    web = blastdoor("call", "tests.frameworks.flask_app:app", "GET", "/hello", "--provider=openai", "--key=key-1")
+    assert web.stderr.startswith(b"HTTP/1.1 200"), web.stderr  # a web app lies under the mount
     assert seen["context"]["delegated_api_key_id"] == "key-1"
     assert (seen["context"]["provider"], seen["context"]["source"]) == ("openai", "cli")
     refused = blastdoor("call", "tests.handlers:app", "GET", "/v1/echo", "--provider=openai")

@@ -378,6 +378,8 @@ def test_metrics_go_on_after_a_reload(served: Served) -> None:
     found = samples(served)
     labels = json.dumps({"outcome": "ok", "pool": "/", "provider": ""})
     assert found["blastdoor_job_duration_seconds_count" + labels] == 2
+    wait_until(lambda: not served.service._retired)
+    found = samples(served)
     workers = [found["blastdoor_workers" + json.dumps({"pool": "/", "state": state})] for state in ("idle", "busy")]
     assert sum(workers) == 2
 
@@ -461,6 +463,7 @@ def test_files_that_make_no_sense(tmp_path: Path, text: str, words: str) -> None
         ({"app": "a:b"}, "short for a mount"),
         ({"host": "203.0.113.1"}, "--port"),
         ({"uds": "/nowhere/at/all"}, "--uds"),
+        ({"mounts": {"a": {"app": "a:b"}}}, "a mount is '/'"),
         ({"drain": float("inf")}, "drain is a time"),
         ({"drain": float("nan")}, "drain is a time"),
         ({"send_timeout": -1}, "send_timeout is a time"),
@@ -616,6 +619,8 @@ def test_metrics_after_a_reload_that_failed(tmp_path: Path, monkeypatch: pytest.
     with Served("gated_app:app", drain=0) as served:
         (tmp_path / "gated_app.py").write_text("nonsense(")
         assert not served.reload()
+        assert "the last reload failed" in status_of(served)["reload_error"]
+        assert samples(served)["blastdoor_last_reload_failed{}"] == 1
         assert samples(served)["blastdoor_workers" + json.dumps({"pool": "/", "state": "idle"})] == 2
         get(served.url)
         labels = json.dumps({"outcome": "ok", "pool": "/", "provider": ""})

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Final
 
-from runner.errors import JobFailed, LeaseTimeout, WorkersUnavailable
+from runner.errors import JobFailed, LeaseTimeout, QueueFull, WorkersUnavailable
 from runner.messages import Header, ResponseHead
 
 STATUS: Final[dict[str, int]] = {
@@ -33,7 +33,10 @@ def problem(error: JobFailed | WorkersUnavailable | LeaseTimeout, *, debug: bool
     details: dict[str, object]
     if isinstance(error, LeaseTimeout):
         kind = "overload"
-        details = {"detail": "all workers are busy", "fault": kind}
+        detail = (
+            "all workers are busy, and the queue is full" if isinstance(error, QueueFull) else "all workers are busy"
+        )
+        details = {"detail": detail, "fault": kind}
         headers.append(("retry-after", "1"))
     elif isinstance(error, WorkersUnavailable):
         kind = "unavailable"

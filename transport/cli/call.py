@@ -33,6 +33,7 @@ def call_once(
         if not key:
             raise MissingIdentity("a provider's requests act for somebody: give the id of an API key with --key")
         context = JobContext("", route.provider, route.source, key)
+        settings = {**settings, "root_path": settings["root_path"] or route.mount}
         target = route.rewrite(target)
     request = Request(method, target, [_header(text) for text in headers], _body(data))
     with _pool(handler, settings) as pool, pool.open(request, context=context, read_timeout=timeout) as job:

@@ -132,7 +132,9 @@ def call(
     key: Annotated[str, _option("Id of the API key that it acts for, with --provider.", "ID")] = "",
     source: Annotated[str, _option("Where it comes from, for logs.", "NAME")] = "",
     root: Annotated[str, _option("Providers' root. [default: /api/v2/aibridge]", "PATH")] = DEFAULT_ROOT,
-    root_path: Annotated[str, _option("The path that a web app lies under.", "PATH")] = "",
+    root_path: Annotated[
+        str, _option("The path that a web app lies under. [default: its provider's mount]", "PATH")
+    ] = "",
     timeout: Annotated[float | None, _option("Seconds without any progress.", "SECONDS", least=0)] = None,
     memory: Memory = None,
     sandbox: Profile = None,

@@ -34,13 +34,15 @@ def watch(url: str, *, once: bool) -> int:
     except KeyboardInterrupt:
         return 0
     except (requests.RequestException, ValueError, KeyError) as error:
-        print(f"blastdoor: {url} can't be asked: {error}", file=sys.stderr)
+        hint = "is a 'blastdoor serve' running, with its --admin there?"
+        print(f"blastdoor: {url} can't be asked ({type(error).__name__}): {hint}", file=sys.stderr)
         return 1
 
 
 def render(status: dict[str, Any]) -> Group:
     """The status as it is shown. What handlers have said is text, never markup."""
     last = [second["answers"] for second in status["history"] if status["now"] - 10 <= second["at"] < status["now"]]
+    failed = f"  {status['reload_error']}" if status["reload_error"] else ""
     errors = sum(second["errors"] for second in status["history"])
     state = "draining" if status["draining"] else "ready" if status["ready"] else "no worker is ready"
     head = Text.assemble(
@@ -49,6 +51,7 @@ def render(status: dict[str, Any]) -> Group:
         f"  up {_time(status['uptime'])}  {sum(last) / 10:.1f} requests/s  {errors} errors in 5 min  "
         f"median {_time(status['latency']['p50'])}  p99 {_time(status['latency']['p99'])}  "
         f"{status['active']} under way",
+        (failed, "red"),
     )
     return Group(head, *(_pool(path, pool) for path, pool in status["pools"].items()), _faults(status["faults"]))
 

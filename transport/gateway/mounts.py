@@ -122,6 +122,17 @@ class Mount:
         )
 
 
+def plain_path(path: str) -> str:
+    """A mount's path as a prefix of targets, empty for "/". ConfigurationError for what can't be one."""
+    plain = "" if path == "/" else path
+    if plain and (_MOUNT.fullmatch(plain) is None or {".", ".."} & set(plain.split("/"))):
+        raise ConfigurationError(
+            f"a mount is '/', or a path such as '/openai' without a trailing slash, of letters, digits "
+            f"and ._~- only, not {path!r}"
+        )
+    return plain
+
+
 class Mounts:
     """Which mount a path belongs to. ConfigurationError for paths that can't be mounts."""
 
@@ -130,12 +141,7 @@ class Mounts:
             raise ConfigurationError("a gateway needs a pool, or a mapping of paths to pools: the mapping is empty")
         self.by_path: dict[str, Mount] = {}
         for path, mount in mounts.items():
-            plain = "" if path == "/" else path
-            if plain and (_MOUNT.fullmatch(plain) is None or {".", ".."} & set(plain.split("/"))):
-                raise ConfigurationError(
-                    f"a mount is '/', or a path such as '/openai' without a trailing slash, of letters, digits "
-                    f"and ._~- only, not {path!r}"
-                )
+            plain = plain_path(path)
             if plain in self.by_path:
                 raise ConfigurationError(f"two mounts for {path!r}")
             self.by_path[plain] = mount

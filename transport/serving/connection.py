@@ -54,6 +54,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._stall: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._in_head = False
+        self._head_size = 0
         self._progress = False
         self._fruitless = 0
         self._answered: RequestResponseCycle | None = None
@@ -127,10 +128,17 @@ class BoundedConnection(HttpToolsProtocol):
             raise ValueError("too many requests wait for their turn")  # ends the parsing: see `send_400_response`
         super().on_message_begin()
         self._in_head = True
+        self._head_size = 0
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the target."""
+        self._add_to_head(len(url))
+        super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; or a trailer, which no handler may take for one."""
         if self._in_head:
+            self._add_to_head(len(name) + len(value) + 4)
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -179,8 +187,14 @@ class BoundedConnection(HttpToolsProtocol):
             self._timer = self.loop.call_later(LINGER, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        """What has come is no request."""
-        self._refuse(400, msg)
+        """What has come is no request, or one with too long a head."""
+        if self._in_head and self._head_size > MOST_HEAD:
+            self._refuse(431, f"the request's head is over {MOST_HEAD} bytes")
+        else:
+            self._refuse(400, msg)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """An upgrade that is asked for is not made: the answer is an ordinary one (RFC 9110, 7.8)."""
 
     # -- transport.gateway.app.Connection ------------------------------------------------------------
 
@@ -199,6 +213,11 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.abort()
 
     # ------------------------------------------------------------------------------------------------
+
+    def _add_to_head(self, size: int) -> None:
+        self._head_size += size
+        if self._head_size > MOST_HEAD:
+            raise ValueError("the head is too long")
 
     def _is_idle(self) -> bool:
         return self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)

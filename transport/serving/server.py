@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 
-from runner.errors import BlastdoorError
+from runner.errors import BlastdoorError, StartError
 from runner.metrics import PoolMetrics
 from transport.gateway import Answered, Gateway
 from transport.gateway.app import BrokenOff
@@ -64,6 +64,10 @@ class Service:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self._metrics = PoolMetrics(self.registry)
+        failed = Gauge(
+            "blastdoor_last_reload_failed", "Whether the last reload of an app failed.", registry=self.registry
+        )
+        failed.set_function(lambda: bool(self.status.reload_error))
         RequestMetrics(self.gateway, self.registry)
         if settings.access_log:
             self.gateway.subscribe(_log_access)
@@ -94,7 +98,7 @@ class Service:
                 for path, pool in pools.items():
                     self._watch(path, pool)
                     if not self.status.draining:
-                        await asyncio.to_thread(pool.start)
+                        await self._start(path, pool)
                 if not self.status.draining:
                     await self._serve(started)
         except BlastdoorError:
@@ -111,6 +115,7 @@ class Service:
             self.socket.close()
             if self.admin_socket is not None:
                 self.admin_socket.close()
+            logger.info("stopped")
 
     def stop(self) -> None:
         """Drain, and end; the second time at once. In the event loop's thread."""
@@ -152,7 +157,9 @@ class Service:
             if not isinstance(error, BlastdoorError):
                 raise
             logger.error("%s: the handler can't be reloaded, the old one goes on: %s", path, error)
+            self.status.reload_error = f"{path}: the last reload failed, and the old app goes on: the log says why"
             return False
+        self.status.reload_error = ""
         old = self.gateway.replace(path, pool)
         logger.info("%s: reloaded in %.1f s", path, time.monotonic() - began)
         self._retired.add(old)
@@ -160,6 +167,12 @@ class Service:
         return True
 
     # ------------------------------------------------------------------------------------------------
+
+    async def _start(self, path: str, pool: Pool) -> None:
+        try:
+            await asyncio.to_thread(pool.start)
+        except StartError as error:
+            raise StartError(f"{path}, {self._mounts[path].app}: {error}") from error
 
     async def _serve(self, started: Callable[[], object]) -> None:
         settings = self._settings
@@ -305,13 +318,14 @@ class _QuietBreaks(logging.Filter):
 def _log_access(answered: Answered) -> None:
     target = answered.target if answered.target.isprintable() else repr(answered.target)
     access_logger.info(
-        '%s "%s %s" %s %d %.1f ms%s',
+        '%s "%s %s" %s %d %.1f ms%s%s',
         answered.client or "-",
         answered.method,
         target,
         answered.status or "-",
         answered.sent,
         answered.seconds * 1000,
+        f" job {answered.job_id}" if answered.job_id else "",
         "" if answered.whole else " cut off",
         extra={
             "job_id": answered.job_id,

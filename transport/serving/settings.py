@@ -23,7 +23,7 @@ from runner.messages import Kind
 from runner.pool import Pool
 from runner.recycle import Recycle
 from runner.sandbox.profile import Sandbox
-from transport.gateway.mounts import Mount, TrustedHeaders
+from transport.gateway.mounts import Mount, TrustedHeaders, plain_path
 from transport.route import DEFAULT_ROOT, Route
 
 QUEUE: Final = 100
@@ -181,6 +181,8 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
             if "/" in mounts:
                 raise ConfigurationError("app is short for a mount at '/', and there is such a mount already")
             mounts["/"] = MountSettings(app=self.app)
+        for path in mounts:
+            plain_path(path)
         if not mounts:
             raise ConfigurationError(
                 "there is nothing to serve: name an app, as in 'blastdoor serve shop:app', or mounts in blastdoor.toml"

@@ -96,6 +96,7 @@ class Status:
         self._troubles: deque[Trouble] = deque(maxlen=_FAULTS)
         self._lock = threading.Lock()
         self.draining = False
+        self.reload_error = ""
         self.log = JobLog()
         gateway.subscribe(self._count)
 
@@ -121,6 +122,7 @@ class Status:
             "uptime": self._clock() - self._began,
             "ready": self.ready,
             "draining": self.draining,
+            "reload_error": self.reload_error,
             "active": self._gateway.active,
             "span": SPAN,
             "latency": _quantiles(latencies),
