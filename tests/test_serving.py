@@ -553,8 +553,7 @@ def test_a_sandboxed_app_is_served(tmp_path: Path) -> None:
     """G11, S: --sandbox strict."""
     mount = {"app": HANDLER, "sandbox": "strict", "workers": 1}
     with Served({"/": mount}, drain=0) as served:
-        pids = {get(f"{served.url}/hello").status_code for _ in range(3)}
-        assert pids == {200}
+        assert {get(f"{served.url}/hello").status_code for _ in range(3)} == {200}
         ends: list[object] = []
         served.pool.subscribe(ends.append)
         get(f"{served.url}/hello")
@@ -655,12 +654,12 @@ def test_signals_while_it_starts(tmp_path: Path, number: signal.Signals) -> None
 
 
 def test_ordinary_requests_leave_the_story_of_a_fault(log: pytest.LogCaptureFixture) -> None:
-    """G9: the log of requests that went well does not push a fault's stack off the page."""
+    """G9: what is logged of requests that went well, prints as well, does not push a fault's stack off the page."""
     with Served(drain=0, access_log=True) as served:
         get(f"{served.url}/raise")
         with requests.Session() as session:
             for _ in range(150):
-                session.get(f"{served.url}/hello", timeout=20)
+                session.get(f"{served.url}/print_id", timeout=20)
         assert "boom from the handler" in status_of(served)["faults"][0]["log"]
 
 

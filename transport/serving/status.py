@@ -42,7 +42,7 @@ class Second(msgspec.Struct):
     short: dict[str, float] | None = None
 
 
-class Trouble(msgspec.Struct):
+class RecentFault(msgspec.Struct):
     """A job that ended badly, or a caller that got no worker."""
 
     at: float
@@ -61,17 +61,16 @@ class JobLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self._jobs: OrderedDict[str, deque[str]] = OrderedDict()
+        self._kept: OrderedDict[str, deque[str]] = OrderedDict()
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         job_id = getattr(record, "job_id", "")
         if not job_id or record.name == "blastdoor.access":
             return
-        lines = self._jobs.get(job_id)
+        lines = self._kept.get(job_id)
         if lines is None:
-            lines = self._jobs[job_id] = deque(maxlen=_LINES)
-            if len(self._jobs) > _JOBS:
-                self._jobs.popitem(last=False)
+            lines = _entry(self._jobs, job_id, deque(maxlen=_LINES), _JOBS)
         text = self.format(record)
         if record.name == "blastdoor.worker":
             text = text.partition(f"job {job_id}: ")[2]
@@ -79,10 +78,29 @@ class JobLog(logging.Handler):
             lines.clear()  # what the worker has printed stands in it once more
         lines.extend(line[:_LINE] for line in text.splitlines()[-_LINES:])
 
+    def keep(self, job_id: str) -> None:
+        """Keep what is logged about a job that has ended badly, whatever is logged about others meanwhile."""
+        self.acquire()
+        try:
+            _entry(self._kept, job_id, self._jobs.pop(job_id, deque(maxlen=_LINES)), _FAULTS)
+        finally:
+            self.release()
+
     def about(self, job_id: str) -> str:
-        """What was logged about a job."""
-        with self.lock or threading.RLock():
-            return "\n".join(self._jobs.get(job_id, ()))
+        """What was logged about a job that is kept."""
+        self.acquire()
+        try:
+            return "\n".join(self._kept.get(job_id, ()))
+        finally:
+            self.release()
+
+
+def _entry(jobs: OrderedDict[str, deque[str]], job_id: str, lines: deque[str], most: int) -> deque[str]:
+    """The lines of a job, new ones where there are none; the oldest job goes where there are too many."""
+    lines = jobs.setdefault(job_id, lines)
+    if len(jobs) > most:
+        jobs.popitem(last=False)
+    return lines
 
 
 class Status:
@@ -93,7 +111,7 @@ class Status:
         self._clock = clock
         self._began = clock()
         self._seconds: deque[Second] = deque()
-        self._troubles: deque[Trouble] = deque(maxlen=_FAULTS)
+        self._faults: deque[RecentFault] = deque(maxlen=_FAULTS)
         self._lock = threading.Lock()
         self.draining = False
         self.reload_error = ""
@@ -114,7 +132,7 @@ class Status:
         now = int(self._clock())
         with self._lock:
             seconds = [second for second in self._seconds if second.at > now - SPAN]
-            troubles = list(self._troubles)
+            faults = list(self._faults)
         latencies = [latency for second in seconds if second.at > now - 60 for latency in second.latencies]
         history = [_in_short(second, over=second.at < now) for second in seconds]
         return {
@@ -129,8 +147,7 @@ class Status:
             "history": history,
             "pools": {path: _tell_pool(pool) for path, pool in self._gateway.pools.items()},
             "faults": [
-                {**msgspec.structs.asdict(trouble), "log": self.log.about(trouble.job_id)}
-                for trouble in reversed(troubles)
+                {**msgspec.structs.asdict(fault), "log": self.log.about(fault.job_id)} for fault in reversed(faults)
             ],
         }
 
@@ -152,7 +169,7 @@ class Status:
         if isinstance(event, JobEnded):
             if event.outcome in ("ok", "left", "not taken"):
                 return
-            trouble = Trouble(
+            fault = RecentFault(
                 at,
                 mount,
                 event.job_id,
@@ -163,11 +180,12 @@ class Status:
                 event.worker,
             )
         elif isinstance(event, JobRefused):
-            trouble = Trouble(at, mount, event.job_id, event.provider, "refused", event.detail, event.waited)
+            fault = RecentFault(at, mount, event.job_id, event.provider, "refused", event.detail, event.waited)
         else:
             return
+        self.log.keep(event.job_id)
         with self._lock:
-            self._troubles.append(trouble)
+            self._faults.append(fault)
 
 
 def _in_short(second: Second, *, over: bool) -> dict[str, float]:
