@@ -62,8 +62,9 @@ class IncomingRequest:
         """The body, where all of it has come in one piece with the head; None where it has to be read."""
         if self._ended:
             return b""
-        body = self._pipes.take_whole_body()
-        self._ended = body is not None
+        with self._pipes.shield:  # taken, and noted as taken: else `skip` would take the next job's request for it
+            body = self._pipes.take_whole_body()
+            self._ended = body is not None
         return body
 
     @property
