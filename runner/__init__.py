@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from runner.errors import JobTimedOut as JobTimedOut
     from runner.errors import LeaseTimeout as LeaseTimeout
     from runner.errors import MemoryExceeded as MemoryExceeded
+    from runner.errors import NodeLost as NodeLost
     from runner.errors import PoolClosed as PoolClosed
     from runner.errors import PoolForked as PoolForked
     from runner.errors import QueueFull as QueueFull
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "errors": (
         "AbortHandler BlastdoorError BodyIncomplete ConfigurationError DeadlineExceeded HandlerAborted HandlerRaised "
-        "InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout MemoryExceeded PoolClosed "
+        "InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout MemoryExceeded NodeLost PoolClosed "
         "PoolForked QueueFull ReadTimeout StartError WorkerDied WorkerMisbehaved WorkersUnavailable WriteTimeout"
     ),
     "async_job": "AsyncJob",

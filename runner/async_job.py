@@ -6,7 +6,6 @@ awaited to clean up, so a cancelled task frees its caller at once.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Self
 import anyio
 from anyio.lowlevel import checkpoint
 
-from runner.async_upload import AsyncUpload
 from runner.errors import WorkersUnavailable
 from runner.frames import Frame
 from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip
@@ -43,8 +41,6 @@ class AsyncJob(RoundTrip):
     ) -> AsyncJob:
         """Send the request and wait for the response's head."""
         job = cls(worker, supervisor, call)
-        if isinstance(call.upload, AsyncUpload):
-            call.upload.wake = _waker(job)
         try:
             if job._scope is not None:
                 job._watch_scope(job._scope)
@@ -144,12 +140,6 @@ class AsyncJob(RoundTrip):
                 await anyio.wait_readable(event_fd)
                 channel.wait(0)  # takes the wake-up
 
-    def _wake(self) -> None:
-        """The upload has something to send: have whoever waits for the channel look."""
-        with self._lock:
-            if self._using and not self._settled:
-                self._channel.wake()
-
 
 async def _readable(fd: int, patience: float | None) -> None:
     if patience is None:
@@ -157,14 +147,3 @@ async def _readable(fd: int, patience: float | None) -> None:
     else:
         with anyio.move_on_after(patience):
             await anyio.wait_readable(fd)
-
-
-def _waker(job: AsyncJob) -> Callable[[], None]:
-    """Wakes the job, without keeping it alive."""
-    reference = weakref.ref(job)
-
-    def wake() -> None:
-        if (found := reference()) is not None:
-            found._wake()
-
-    return wake

@@ -39,6 +39,10 @@ class AsyncUpload(Upload):
         self._loop: Any = current_token().native_token
         self._task: object = None
 
+    def on_ready(self, wake: Callable[[], object]) -> None:
+        """Have `wake` called when there is something to pull."""
+        self.wake = wake
+
     @property
     def ready(self) -> bool:
         """Whether `pull` has something to give now. The first look starts the pulling."""

@@ -124,6 +124,10 @@ class WorkerMisbehaved(JobFailed):
     """The worker broke the protocol of its pipe and was killed."""
 
 
+class NodeLost(JobFailed):
+    """The cluster's node that ran the job was lost: what the job did, or did not, is not known. It is not run again."""
+
+
 def closed_by(cause: BaseException, what: str = "the request") -> JobClosed:
     """The JobClosed that a caller gets whose job, or whose scope, was ended with this cause."""
     words = f" ({cause})" if str(cause) else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from runner.errors import (
     BodyIncomplete,
@@ -11,11 +11,28 @@ from runner.errors import (
     JobFailed,
     JobTimedOut,
     MemoryExceeded,
+    NodeLost,
     WorkerDied,
     WorkerMisbehaved,
 )
 from runner.exchange import ResponseExchange, State
 from runner.messages import Fault, FaultReport, describe_exit
+
+_ERRORS: Final[dict[str, type[JobFailed]]] = {
+    "raised": HandlerRaised,
+    "aborted": HandlerAborted,
+    "incomplete": BodyIncomplete,
+    "died": WorkerDied,
+    "memory": MemoryExceeded,
+    "timeout": JobTimedOut,
+    "protocol": WorkerMisbehaved,
+    "lost": NodeLost,
+}
+
+
+def failure(fault: Fault) -> JobFailed:
+    """The error that tells this fault."""
+    return _ERRORS.get(fault.kind, JobFailed)(fault)
 
 
 def response_failure(exchange: ResponseExchange, job_id: str) -> JobFailed | None:

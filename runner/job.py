@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from runner.frames import Frame
-from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip
+from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip, sooner
 
 if TYPE_CHECKING:
     from runner.call import Call
@@ -70,6 +71,23 @@ class Job(RoundTrip):
             self._use(self._advance)
         return piece
 
+    def read_ready(self, into: list[bytes], seconds: float | None) -> None:
+        """Append to `into` the pieces of the body that are there, after waiting for the first of them, or for the end.
+
+        With `seconds` it goes on for as long, or until the response has ended: for what is about to come anyway.
+        Raises as `read` does; what had come before is in `into` then.
+        """
+        body = self._exchange.body
+        until = None if seconds is None else time.monotonic() + seconds
+        while True:
+            if self._closed_by is not None:
+                raise self._closed()
+            while body:
+                into.append(body.popleft())
+            if not self._exchange.open or (until is None and into) or (until is not None and time.monotonic() >= until):
+                return
+            self._use(self._advance if until is None else lambda: self._advance(until))
+
     def _use(self, step: Callable[[], None]) -> None:
         """Take a step on the channel, as the one thread that uses it; a close that comes meanwhile follows it."""
         self._take_channel()
@@ -83,9 +101,12 @@ class Job(RoundTrip):
         if left:
             raise self._closed()
 
-    def _advance(self) -> None:
-        """Wait for the next frames of the response and take them; the upload goes on meanwhile."""
-        frames = self._wait_for_frames()
+    def _advance(self, until: float | None = None) -> None:
+        """Wait for the next frames of the response and take them; the upload goes on meanwhile.
+
+        It gives up at the moment `until`, on the clock of `time.monotonic`.
+        """
+        frames = self._wait_for_frames(until)
         if frames is None and self._closed_by is not None:
             return  # the worker may have died of that: `_use` has the rest
         if frames is None:
@@ -95,11 +116,14 @@ class Job(RoundTrip):
         else:
             self._receive(frames)
 
-    def _wait_for_frames(self) -> list[Frame] | None:
+    def _wait_for_frames(self, until: float | None) -> list[Frame] | None:
         """The next frames, none where the job is closed meanwhile; None at the end of the worker's stream."""
         while True:
             dead = self._worker.dead
-            ready = self._channel.wait(self._patience(), write=self._wants_write)
+            patience = self._patience() if until is None else sooner(self._patience(), until)
+            ready = self._channel.wait(patience, write=self._wants_write)
+            if until is not None and not dead and not any(ready) and time.monotonic() >= until:
+                return NOTHING
             frames = self._look(ready, dead)
             if frames is not NOTHING or self._closed_by is not None:
                 return frames

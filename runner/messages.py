@@ -88,7 +88,7 @@ class FaultReport(msgspec.Struct, array_like=True, frozen=True):
     printed: bool = False
 
 
-FaultKind = Literal["raised", "aborted", "incomplete", "died", "memory", "timeout", "protocol", "unavailable"]
+FaultKind = Literal["raised", "aborted", "incomplete", "died", "memory", "timeout", "protocol", "unavailable", "lost"]
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

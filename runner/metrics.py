@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from runner.events import Event, JobAnswered, JobEnded, JobRefused, JobStarted, WorkerEnded, WorkerReady
 
 if TYPE_CHECKING:
-    from runner.pool import Pool
+    from runner.protocols import AnyPool
 
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 """Buckets of times: from a small round trip to a long stream."""
@@ -65,10 +65,10 @@ class PoolMetrics(Collector):
             registry=registry,
         )
         self._children: dict[tuple[object, ...], Histogram] = {}
-        self._pools: list[tuple[str, Pool]] = []
+        self._pools: list[tuple[str, AnyPool]] = []
         registry.register(self)
 
-    def watch(self, name: str, pool: Pool) -> Callable[[], None]:
+    def watch(self, name: str, pool: AnyPool) -> Callable[[], None]:
         """Count what happens in a pool, under this name, which several may share; gives what ends that."""
         self._pools.append((name, pool))
         unsubscribe = pool.subscribe(lambda event: self._count(name, event))
@@ -86,7 +86,7 @@ class PoolMetrics(Collector):
         memory = GaugeMetricFamily(
             "blastdoor_workers_resident_memory_bytes", "Resident memory of the workers, summed.", labels=("pool",)
         )
-        pools: dict[str, list[Pool]] = {}
+        pools: dict[str, list[AnyPool]] = {}
         for name, pool in list(self._pools):
             pools.setdefault(name, []).append(pool)
         for name, together in pools.items():

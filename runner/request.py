@@ -144,6 +144,9 @@ class Upload:
         self._rest = rest[PIECE:] if len(rest) > PIECE else None
         return rest[:PIECE]
 
+    def on_ready(self, wake: Callable[[], object]) -> None:
+        """Have `wake` called, from any thread, when `ready` has become true: here it always is."""
+
     def close(self) -> None:
         """End the source."""
         self._closed = True

@@ -21,6 +21,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from runner.errors import (
@@ -143,6 +144,8 @@ class RoundTrip:
             self._uploading = False
         else:
             self._uploading = self._upload.lazy or not self._channel.flushed
+        if self._upload.lazy:
+            self._upload.on_ready(_waker(self))
         if supervisor.events.subscribers:
             waited = self.began - call.asked_at
             supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
@@ -163,6 +166,11 @@ class RoundTrip:
     def settled(self) -> bool:
         """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
         return self._settled
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The process that does the job."""
+        return self._worker.pid
 
     @property
     def finished(self) -> bool:
@@ -215,6 +223,12 @@ class RoundTrip:
     def over_time(self, detail: str) -> None:
         """End the job, which is over a time limit of the pool, with these words."""
         self.close(over_limit("timeout", detail, self.job_id))
+
+    def _wake(self) -> None:
+        """The upload has something to send: have whoever waits for the channel look."""
+        with self._lock:
+            if self._using and not self._settled:
+                self._channel.wake()
 
     # -- sending -------------------------------------------------------------------------------------
 
@@ -304,9 +318,9 @@ class RoundTrip:
             return 0
         timeout = self._write_timeout if self._wants_write else None if self._uploading else self._read_timeout
         if self._scope is not None:
-            timeout = _sooner(timeout, self._scope.deadline)
+            timeout = sooner(timeout, self._scope.deadline)
         if self._expires is not None:
-            timeout = _sooner(timeout, self._expires)
+            timeout = sooner(timeout, self._expires)
         return timeout
 
     def _look(self, ready: tuple[bool, bool, bool], dead: bool) -> list[Frame] | None:
@@ -512,12 +526,23 @@ class RoundTrip:
         return "" if self._closed_by is None else str(self._closed_by)
 
 
-def _sooner(timeout: float | None, moment: float | None) -> float | None:
+def sooner(timeout: float | None, moment: float | None) -> float | None:
     """The shorter of a wait in seconds and what is left until a moment on the monotonic clock."""
     if moment is None:
         return timeout
     left = max(moment - time.monotonic(), 0)
     return left if timeout is None else min(timeout, left)
+
+
+def _waker(job: RoundTrip) -> Callable[[], None]:
+    """Wakes the job, without keeping it alive."""
+    reference = weakref.ref(job)
+
+    def wake() -> None:
+        if (found := reference()) is not None:
+            found._wake()
+
+    return wake
 
 
 def _closer(job: RoundTrip) -> Watcher:

@@ -17,10 +17,10 @@ from opentelemetry import trace
 from runner.events import Event, JobAnswered, JobEnded, JobRefused, JobStarted
 
 if TYPE_CHECKING:
-    from runner.pool import Pool
+    from runner.protocols import AnyPool
 
 
-def trace_jobs(pool: Pool) -> Callable[[], None]:
+def trace_jobs(pool: AnyPool) -> Callable[[], None]:
     """Have each job of a pool be a span; gives what ends that."""
     return pool.subscribe(_Spans().take)
 

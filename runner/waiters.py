@@ -1,52 +1,52 @@
-"""A caller that waits in the queue for a worker: a thread, or a task of an event loop."""
+"""A caller that waits in a queue, for a worker or a node: a thread, or a task of an event loop."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from runner.worker_record import Worker
+Loan = TypeVar("Loan")
+Given = TypeVar("Given", contravariant=True)
 
 
-class Caller(Protocol):
-    """Whoever a worker is for, as far as others may act for it while it waits, or is still to wake up."""
+class Caller(Protocol[Given]):
+    """Whoever a loan is for, as far as others may act for it while it waits, or is still to wake up."""
 
-    def present(self, worker: Worker) -> None:
+    def present(self, worker: Given, /) -> None:
         """The worker was found: have it begin at once. Called by whoever gave it up, who holds the lock."""
 
-    def withdraw(self, worker: Worker) -> None:
+    def withdraw(self, worker: Given, /) -> None:
         """The caller waits no more, and was found a worker at the same moment: see to it."""
 
 
-class Waiter:
-    """What was found for a caller: a worker, or an error. Guarded by the lock of `Leases`, as is `wake`."""
+class Waiter(Generic[Loan]):
+    """What was found for a caller: a loan, or an error. Guarded by the lock of its `Lender`, as is `wake`."""
 
-    __slots__ = ("caller", "error", "provider", "worker")
+    __slots__ = ("caller", "error", "found", "provider")
 
-    def __init__(self, provider: str, caller: Caller | None = None) -> None:
+    def __init__(self, provider: str, caller: Caller[Loan] | None = None) -> None:
         self.provider = provider
         self.caller = caller
-        self.worker: Worker | None = None
+        self.found: Loan | None = None
         self.error: Exception | None = None
 
     @property
     def done(self) -> bool:
         """Whether something was found."""
-        return self.worker is not None or self.error is not None
+        return self.found is not None or self.error is not None
 
     def wake(self) -> bool:
         """Something was found; whether there is anybody to take it. Called once, from any thread."""
         raise NotImplementedError
 
 
-class ThreadWaiter(Waiter):
+class ThreadWaiter(Waiter[Loan]):
     """A thread that waits."""
 
     __slots__ = ("_ready",)
 
-    def __init__(self, provider: str, caller: Caller | None = None) -> None:
+    def __init__(self, provider: str, caller: Caller[Loan] | None = None) -> None:
         super().__init__(provider, caller)
         self._ready = threading.Lock()
         self._ready.acquire()
@@ -60,12 +60,12 @@ class ThreadWaiter(Waiter):
         self._ready.acquire(timeout=-1 if timeout is None else max(timeout, 0))
 
 
-class TaskWaiter(Waiter):
+class TaskWaiter(Waiter[Loan]):
     """A task that waits, of asyncio or trio."""
 
     __slots__ = ("_call", "_event", "_loop")
 
-    def __init__(self, provider: str, caller: Caller | None = None) -> None:
+    def __init__(self, provider: str, caller: Caller[Loan] | None = None) -> None:
         import anyio
         from anyio.lowlevel import current_token
 
@@ -115,7 +115,7 @@ async def in_thread(work: Callable[[], object]) -> None:
     """Do what blocks without blocking the event loop. A cancel, of whatever kind, is raised when the work is done."""
     import anyio
 
-    waiter = TaskWaiter("")
+    waiter: TaskWaiter[object] = TaskWaiter("")
     errors: list[BaseException] = []
 
     def run() -> None:

@@ -46,6 +46,7 @@ class Served:
     def pool(self) -> Pool:
         """The pool of the only mount."""
         (pool,) = self.service.gateway.pools.values()
+        assert isinstance(pool, Pool)
         return pool
 
     def reload(self) -> bool:

@@ -30,9 +30,7 @@ from transport.faults import problem
 from transport.route import Route
 
 if TYPE_CHECKING:
-    from runner.async_job import AsyncJob
-    from runner.job import Job
-    from runner.pool import Pool
+    from runner.protocols import AnyAsyncJob, AnyJob, AnyPool
 
 _PORTS: Final = {"http": 80, "https": 443}
 
@@ -100,7 +98,7 @@ class Answer:
 class Core:
     """Runs a client's requests in a pool, rewritten by a route where there is one."""
 
-    def __init__(self, pool: Pool, route: Route | None, errors: Errors) -> None:
+    def __init__(self, pool: AnyPool, route: Route | None, errors: Errors) -> None:
         self._pool = pool
         self._route = route
         self._errors = errors
@@ -205,7 +203,7 @@ class _Call:
 class SyncBody:
     """A response's body: each piece as it comes, with the client's own errors."""
 
-    def __init__(self, job: Job | None, content: bytes, errors: Errors) -> None:
+    def __init__(self, job: AnyJob | None, content: bytes, errors: Errors) -> None:
         self._job = job
         self._content = content
         self._errors = errors
@@ -233,7 +231,7 @@ class SyncBody:
 class AsyncBody:
     """A response's body: each piece as it comes, with the client's own errors."""
 
-    def __init__(self, job: AsyncJob | None, content: bytes, errors: Errors) -> None:
+    def __init__(self, job: AnyAsyncJob | None, content: bytes, errors: Errors) -> None:
         self._job = job
         self._content = content
         self._errors = errors

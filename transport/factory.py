@@ -10,7 +10,7 @@ from transport.errors import UnknownProvider
 from transport.route import DEFAULT_ROOT, Route, check_provider
 
 if TYPE_CHECKING:
-    from runner.pool import Pool
+    from runner.protocols import AnyPool
     from transport.requests import Transport
 
 
@@ -21,7 +21,7 @@ class TransportFactory:
     which `transport_for` then refuses. `root` is the path that the providers' mounts lie under.
     """
 
-    def __init__(self, pool: Pool | Mapping[str, Pool] | None, root: str = DEFAULT_ROOT) -> None:
+    def __init__(self, pool: AnyPool | Mapping[str, AnyPool] | None, root: str = DEFAULT_ROOT) -> None:
         if isinstance(pool, Mapping):
             for provider in pool:
                 check_provider(provider)
@@ -35,7 +35,7 @@ class TransportFactory:
         self.pool_for(provider)
         return route
 
-    def pool_for(self, provider: str) -> Pool:
+    def pool_for(self, provider: str) -> AnyPool:
         """The pool that serves a provider."""
         check_provider(provider)
         if self._pool is None or self._pool == {}:

@@ -17,6 +17,7 @@ STATUS: Final[dict[str, int]] = {
     "memory": 500,
     "timeout": 504,
     "protocol": 502,
+    "lost": 502,
     "unavailable": 503,
     "overload": 503,
 }

@@ -18,7 +18,7 @@ import httpx2
 from transport._httpx import AsyncBody, Core, Errors, SyncBody
 
 if TYPE_CHECKING:
-    from runner.pool import Pool
+    from runner.protocols import AnyPool
     from transport.route import Route
 
 _ERRORS = Errors(
@@ -42,7 +42,7 @@ class Transport(httpx2.BaseTransport):
     delegated API key id is asked for. The pool stays its owner's: closing the client does not close it.
     """
 
-    def __init__(self, pool: Pool, route: Route | None = None) -> None:
+    def __init__(self, pool: AnyPool, route: Route | None = None) -> None:
         self._core = Core(pool, route, _ERRORS)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -60,7 +60,7 @@ class Transport(httpx2.BaseTransport):
 class AsyncTransport(httpx2.AsyncBaseTransport):
     """Has a pool run each request of an `httpx2.AsyncClient`, on asyncio or trio; else as `Transport`."""
 
-    def __init__(self, pool: Pool, route: Route | None = None) -> None:
+    def __init__(self, pool: AnyPool, route: Route | None = None) -> None:
         self._core = Core(pool, route, _ERRORS)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:

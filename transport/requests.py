@@ -47,8 +47,7 @@ from transport.faults import problem
 from transport.route import Route
 
 if TYPE_CHECKING:
-    from runner.job import Job
-    from runner.pool import Pool
+    from runner.protocols import AnyJob, AnyPool
 
 _PORTS: Final = {"http": 80, "https": 443}
 
@@ -61,7 +60,7 @@ class Transport(BaseAdapter):
     owner's: closing the session or the adapter does not close it.
     """
 
-    def __init__(self, pool: Pool, route: Route | None = None) -> None:
+    def __init__(self, pool: AnyPool, route: Route | None = None) -> None:
         super().__init__()
         self._pool = pool
         self._route = route
@@ -237,7 +236,7 @@ class _OriginalResponse:
 class _JobBody(io.RawIOBase):
     """A job's body as the binary file that urllib3 reads, with urllib3's errors."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: AnyJob) -> None:
         self._job = job
         self._rest = b""
 

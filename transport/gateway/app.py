@@ -40,8 +40,7 @@ from transport.gateway.mounts import Mount, Mounts, Unauthorized
 from transport.gateway.traces import Span, span_of
 
 if TYPE_CHECKING:
-    from runner.async_job import AsyncJob
-    from runner.pool import Pool
+    from runner.protocols import AnyAsyncJob, AnyPool
 
 logger = logging.getLogger("blastdoor")
 
@@ -98,7 +97,7 @@ class Gateway:
 
     def __init__(
         self,
-        mounts: Pool | Mount | Mapping[str, Pool | Mount],
+        mounts: AnyPool | Mount | Mapping[str, AnyPool | Mount],
         *,
         max_body: int | None = None,
         body_timeout: float = 20.0,
@@ -115,11 +114,11 @@ class Gateway:
         self.active = 0
 
     @property
-    def pools(self) -> dict[str, Pool]:
+    def pools(self) -> dict[str, AnyPool]:
         """The pools by the path of their mount."""
         return {path or "/": mount.pool for path, mount in self._mounts.by_path.items()}
 
-    def replace(self, path: str, pool: Pool) -> Pool:
+    def replace(self, path: str, pool: AnyPool) -> AnyPool:
         """Have another pool serve a mount from now on; gives the one that did.
 
         Requests that wait for a worker of the old one go to the new one as it closes.
@@ -307,7 +306,7 @@ class _Service:
             async with job:
                 await self._pass_on(mount, job)
 
-    async def _open(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> AsyncJob:
+    async def _open(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> AnyAsyncJob:
         """Have a worker take the request. A small body is there before one is leased: it can't be held by it."""
         small = await caller.whole() if self._length and self._length <= INLINE else None
         while True:
@@ -321,7 +320,7 @@ class _Service:
                     raise
                 # The pool was replaced while this request waited for a worker; nothing of it was taken.
 
-    async def _pass_on(self, mount: Mount, job: AsyncJob) -> None:
+    async def _pass_on(self, mount: Mount, job: AnyAsyncJob) -> None:
         head, answer = job.head, self._answer
         headers = end_to_end(head.headers)
         if head.status > MOST:

@@ -17,7 +17,7 @@ from runner.headers import is_token
 from runner.messages import Header, JobContext
 
 if TYPE_CHECKING:
-    from runner.pool import Pool
+    from runner.protocols import AnyPool
     from transport.route import Route
 
 _MOUNT: Final = re.compile(r"(/[A-Za-z0-9._~-]+)+")
@@ -64,7 +64,7 @@ class Mount:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: AnyPool,
         *,
         route: Route | None = None,
         key_id: str = "",

@@ -34,7 +34,7 @@ from transport.serving.requests_metrics import RequestMetrics
 from transport.serving.status import Status
 
 if TYPE_CHECKING:
-    from runner.pool import Pool
+    from runner.protocols import AnyPool
     from transport.serving.settings import MountSettings, Settings
 
 logger = logging.getLogger("blastdoor")
@@ -75,7 +75,7 @@ class Service:
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._servers: list[_Server] = []
-        self._retired: set[Pool] = set()
+        self._retired: set[AnyPool] = set()
         self._path = settings.uds
         admin = settings.admin_address
         with contextlib.ExitStack() as stack:
@@ -168,7 +168,7 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------
 
-    async def _start(self, path: str, pool: Pool) -> None:
+    async def _start(self, path: str, pool: AnyPool) -> None:
         try:
             await asyncio.to_thread(pool.start)
         except StartError as error:
@@ -259,7 +259,7 @@ class Service:
         for pool in [*self.gateway.pools.values(), *self._retired]:
             await pool.aclose(drain=0)
 
-    async def _retire(self, pool: Pool, ends: list[Callable[[], None]]) -> None:
+    async def _retire(self, pool: AnyPool, ends: list[Callable[[], None]]) -> None:
         """Let the jobs of a pool that was replaced come to their ends, however long they take."""
         await pool.aclose(drain=_PATIENCE)
         self._retired.discard(pool)
@@ -271,7 +271,7 @@ class Service:
         if path:
             Path(path).unlink(missing_ok=True)
 
-    def _watch(self, path: str, pool: Pool) -> None:
+    def _watch(self, path: str, pool: AnyPool) -> None:
         ends = [self.status.watch(path, pool), self._metrics.watch(path, pool)]
         if "opentelemetry.trace" in sys.modules:
             from runner.traces import trace_jobs

@@ -19,7 +19,7 @@ from runner.events import Event, JobEnded, JobRefused
 from runner.round_trip import LAST_WORDS
 
 if TYPE_CHECKING:
-    from runner.pool import Pool
+    from runner.protocols import AnyPool
     from transport.gateway.app import Answered, Gateway
 
 SPAN: Final = 300
@@ -118,7 +118,7 @@ class Status:
         self.log = JobLog()
         gateway.subscribe(self._count)
 
-    def watch(self, mount: str, pool: Pool) -> Callable[[], None]:
+    def watch(self, mount: str, pool: AnyPool) -> Callable[[], None]:
         """Note the faults of a pool under this name; gives what ends that."""
         return pool.subscribe(lambda event: self._note(mount, event))
 
@@ -206,7 +206,7 @@ def _quantiles(latencies: list[float]) -> dict[str, float]:
     return {"p50": hundredths[49], "p99": hundredths[98]}
 
 
-def _tell_pool(pool: Pool) -> dict[str, Any]:
+def _tell_pool(pool: AnyPool) -> dict[str, Any]:
     stats = msgspec.structs.asdict(pool.stats())
     workers = [msgspec.structs.asdict(worker) for worker in pool.workers()]
     return {**stats, "ready": pool.ready, "workers": workers}

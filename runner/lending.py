@@ -1,0 +1,238 @@
+"""Handing out what there is little of, to callers that wait for it in their order: threads, and tasks of event loops.
+
+`Leases` hands out the workers of a machine, `runner.cluster.placement` places on the nodes of a cluster.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from runner.errors import LeaseTimeout, QueueFull, closed_by
+from runner.scope import CancelScope
+from runner.waiters import Caller, TaskWaiter, ThreadWaiter, Waiter
+
+Loan = TypeVar("Loan")
+
+
+class Lender(ABC, Generic[Loan]):
+    """The waiting callers: first in, first out, but for those that are not admitted yet.
+
+    At most `queue` callers wait, None for any number. `_lock` guards all of it.
+    """
+
+    def __init__(self, queue: int | None) -> None:
+        self._queue = queue
+        self.pressed: Callable[[], object] | None = None
+        self._lock = threading.RLock()  # reentrant: a finaliser may give a loan up in the middle of anything
+        self._quiet = threading.Condition(self._lock)
+        self._quiet_by = math.inf
+        self._waiters: deque[Waiter[Loan]] = deque()
+        self._refusal: Callable[[], Exception] | None = None
+        self._closed = False
+
+    # -- what is handed out ------------------------------------------------------------------------
+
+    @abstractmethod
+    def _take(self, provider: str) -> Loan | None:
+        """Hand one out for a job of this provider, if there is one and the job is admitted. Under the lock."""
+
+    @abstractmethod
+    def _admits(self, provider: str) -> bool:
+        """Whether one more job may run now, of this provider. Under the lock."""
+
+    @abstractmethod
+    def _give_up(self, loan: Loan) -> None:
+        """Take back what was found for a caller that waits no more, and has not used it."""
+
+    @property
+    @abstractmethod
+    def manned(self) -> bool:
+        """Whether there is any, handed out or not."""
+
+    @property
+    @abstractmethod
+    def _lent(self) -> bool:
+        """Whether any is handed out."""
+
+    # -- callers -----------------------------------------------------------------------------------
+
+    def lease(
+        self,
+        timeout: float | None,
+        scope: CancelScope | None = None,
+        provider: str = "",
+        caller: Caller[Loan] | None = None,
+    ) -> Loan:
+        """One that is ready, which the caller then holds until it gives it up.
+
+        Waits up to `timeout` seconds, for ever with None, and no longer than the scope lasts. One that is
+        found meanwhile is presented to `caller` by whoever gives it up. Raises LeaseTimeout, QueueFull, JobClosed
+        where the scope is cancelled, and what `refuse` was given.
+        """
+        with self._lock:
+            if (loan := self._take_or_queue(provider)) is not None:
+                return loan
+            waiter: ThreadWaiter[Loan] = ThreadWaiter(provider, caller)
+            self._enqueue(waiter)
+        try:
+            self._watch(waiter, scope)
+            waiter.wait(_until(timeout, scope))
+        except BaseException:
+            self._withdraw(waiter)
+            raise
+        finally:
+            if scope is not None:
+                scope.unwatch(waiter)
+        return self._found(waiter, timeout, scope)
+
+    async def lease_async(
+        self,
+        timeout: float | None,
+        scope: CancelScope | None = None,
+        provider: str = "",
+        caller: Caller[Loan] | None = None,
+    ) -> Loan:
+        """As `lease`, for a task of an event loop."""
+        with self._lock:
+            if (loan := self._take_or_queue(provider)) is not None:
+                return loan
+            waiter: TaskWaiter[Loan] = TaskWaiter(provider, caller)
+            self._enqueue(waiter)
+        try:
+            self._watch(waiter, scope)
+            await waiter.wait(_until(timeout, scope))
+        except BaseException:
+            self._withdraw(waiter)
+            raise
+        finally:
+            if scope is not None:
+                scope.unwatch(waiter)
+        return self._found(waiter, timeout, scope)
+
+    def _take_or_queue(self, provider: str) -> Loan | None:
+        """One that is there; None where the caller has to wait, and may."""
+        if self._refusal is not None:
+            raise self._refusal()
+        if (loan := self._take(provider)) is not None:
+            return loan
+        if self._queue is not None and len(self._waiters) >= self._queue:
+            raise QueueFull(
+                f"all workers are busy, and {len(self._waiters)} callers wait already: "
+                f"start the pool with more workers, or a longer queue"
+            )
+        return None
+
+    def _enqueue(self, waiter: Waiter[Loan]) -> None:
+        self._waiters.append(waiter)
+        if self.pressed is not None:
+            self.pressed()
+
+    def _watch(self, waiter: Waiter[Loan], scope: CancelScope | None) -> None:
+        if scope is not None:
+            scope.watch(waiter, lambda cause: self._fail(waiter, closed_by(cause)))
+
+    def _found(self, waiter: Waiter[Loan], timeout: float | None, scope: CancelScope | None) -> Loan:
+        """What a waiter found, once it waits no more."""
+        if scope is not None and not waiter.done and (cause := scope.cause) is not None:
+            self._fail(waiter, closed_by(cause))  # it is the scope's time that is up
+        with self._lock:
+            if not waiter.done:
+                self._waiters.remove(waiter)
+                if not self.manned:
+                    raise LeaseTimeout(
+                        f"no worker had started within {timeout} s: start the pool before its first request "
+                        f"(pool.start(), or a with block), or wait longer"
+                    )
+                raise LeaseTimeout(
+                    f"no worker became free within {timeout} s: start the pool with more workers, "
+                    f"or wait longer (lease_timeout; the client's connect or pool timeout)"
+                )
+        if waiter.found is None:
+            assert waiter.error is not None
+            raise waiter.error
+        return waiter.found
+
+    def _fail(self, waiter: Waiter[Loan], error: Exception) -> None:
+        with self._lock:
+            if not waiter.done:
+                self._waiters.remove(waiter)
+                waiter.error = error
+                waiter.wake()
+
+    def _withdraw(self, waiter: Waiter[Loan]) -> None:
+        """Stop waiting, and give back what was handed over at the same moment."""
+        with self._lock:
+            if not waiter.done:
+                self._waiters.remove(waiter)
+        if waiter.found is not None:
+            if waiter.caller is not None:
+                waiter.caller.withdraw(waiter.found)
+            else:
+                self._give_up(waiter.found)
+
+    def _next_waiter(self) -> Waiter[Loan] | None:
+        """Take out of the queue whoever has waited longest of those that are admitted."""
+        for place, waiter in enumerate(self._waiters):
+            if self._admits(waiter.provider):
+                del self._waiters[place]
+                return waiter
+        return None
+
+    # -- refusals, and the end -----------------------------------------------------------------------
+
+    def refuse(self, refusal: Callable[[], Exception]) -> None:
+        """From now on answer callers with this error, those that wait included, until there is one again."""
+        with self._lock:
+            if not self._closed:
+                self._refusal = refusal
+                self._fail_waiters(refusal)
+
+    def close(self, refusal: Callable[[], Exception]) -> None:
+        """Like `refuse`, for good."""
+        with self._lock:
+            self._closed = True
+            self._refusal = refusal
+            self._fail_waiters(refusal)
+
+    def _fail_waiters(self, refusal: Callable[[], Exception]) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            waiter.error = refusal()
+            waiter.wake()
+
+    def wait_quiet(self, timeout: float) -> None:
+        """After `close`: wait until nobody holds one, up to `timeout` seconds, or less where `hurry` says so."""
+        with self._quiet:
+            self._hurry(timeout)
+            while self._lent and (left := self._quiet_by - time.monotonic()) > 0:
+                self._quiet.wait(min(left, threading.TIMEOUT_MAX))
+
+    def hurry(self, timeout: float) -> None:
+        """Have `wait_quiet`, which another thread may be in, end after `timeout` seconds at the latest."""
+        with self._quiet:
+            self._hurry(timeout)
+            self._quiet.notify_all()
+
+    def _hurry(self, timeout: float) -> None:
+        self._quiet_by = min(self._quiet_by, time.monotonic() + timeout)
+
+    def forget(self) -> None:
+        """In a forked child: nobody holds the lock any more."""
+        self._lock = threading.RLock()
+        self._quiet = threading.Condition(self._lock)
+        self._quiet_by = math.inf
+
+
+def _until(timeout: float | None, scope: CancelScope | None) -> float | None:
+    """How long to wait at most, in seconds."""
+    deadline = None if scope is None else scope.deadline
+    if deadline is None:
+        return timeout
+    left = max(deadline - time.monotonic(), 0)
+    return left if timeout is None else min(timeout, left)
