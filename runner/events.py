@@ -99,7 +99,10 @@ Subscriber = Callable[[Event], object]
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
-    """One worker at this moment: `rss` in bytes, `cpu_seconds` used so far, `age` in seconds since it was ordered."""
+    """One worker at this moment: `rss` in bytes, `cpu_seconds` used so far, `age` in seconds since it was ordered.
+
+    `node` is the address of its node in a cluster.
+    """
 
     pid: int
     state: Literal["starting", "idle", "busy"]
@@ -108,6 +111,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     age: float
     rss: int
     cpu_seconds: float
+    node: str = ""
 
 
 class PoolStats(msgspec.Struct, frozen=True):

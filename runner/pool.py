@@ -347,12 +347,26 @@ class Pool:
         JobFailed where the job ends badly before its head, InvalidRequest for a head over the size cap, PoolClosed,
         PoolForked and StartError.
         """
+        upload = Upload(request.body)
+        return self._open(request, upload, context, self._next_job_id(), lease_timeout, read_timeout, write_timeout)
+
+    def _open(
+        self,
+        request: Request,
+        upload: Upload,
+        context: JobContext,
+        job_id: str,
+        lease_timeout: float | None,
+        read_timeout: float | None,
+        write_timeout: float | None,
+    ) -> Job:
+        """As `open`, with a body and a job id of the caller's own."""
         supervisor = self._supervisor
         if supervisor is None or self._forked:
             supervisor = self._begin()
-        upload = Upload(request.body)
         try:
-            return self._call(request, upload, context, lease_timeout, read_timeout, write_timeout).run(supervisor)
+            call = self._call(request, upload, context, job_id, lease_timeout, read_timeout, write_timeout)
+            return call.run(supervisor)
         except StartError:
             upload.close()
             self._start_over(supervisor)
@@ -382,7 +396,7 @@ class Pool:
 
         upload = upload_of(request.body)
         try:
-            call = self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
+            call = self._call(request, upload, context, self._next_job_id(), lease_timeout, read_timeout, write_timeout)
             return await call.run_async(supervisor)
         except StartError:
             upload.close()
@@ -392,11 +406,15 @@ class Pool:
             upload.close()
             raise
 
+    def _next_job_id(self) -> str:
+        return f"{self._job_prefix}-{next(self._job_numbers)}"
+
     def _call(
         self,
         request: Request,
         upload: Upload,
         context: JobContext,
+        job_id: str,
         lease_timeout: float | None,
         read_timeout: float | None,
         write_timeout: float | None,
@@ -405,15 +423,15 @@ class Pool:
             lease_timeout = self._queue_timeout
         if write_timeout is None:
             write_timeout = read_timeout
-        timeouts = _ENDLESS if write_timeout is None else (_endless(read_timeout), _endless(write_timeout))
-        job_id = f"{self._job_prefix}-{next(self._job_numbers)}"
-        return Call(request, upload, context, job_id, _endless(lease_timeout), timeouts)
+        timeouts = _ENDLESS if write_timeout is None else (endless(read_timeout), endless(write_timeout))
+        return Call(request, upload, context, job_id, endless(lease_timeout), timeouts)
 
 
 _ENDLESS = (None, None)
 
 
-def _endless(timeout: float | None) -> float | None:
+def endless(timeout: float | None) -> float | None:
+    """A timeout in seconds, infinity as None."""
     return None if timeout == math.inf else timeout
 
 

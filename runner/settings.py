@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal, TypedDict
 
 from runner.errors import ConfigurationError
-from runner.messages import KINDS
+from runner.limits import Limits
+from runner.messages import KINDS, Kind
+from runner.recycle import Recycle
 from runner.sandbox.profile import Sandbox
 
 PLAIN_ENVIRONMENT: Final = {"LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"}
 """The environment of sandboxed workers, but for what `env` names, and the thread counts of numeric libraries."""
+
+
+class PoolOptions(TypedDict, total=False):
+    """The keyword arguments of `runner.Pool`, which `runner.cluster.ClusterPool` takes as well."""
+
+    kind: Kind
+    workers: int | tuple[int, int] | None
+    spares: int
+    shrink_after: float
+    queue: int | None
+    queue_timeout: float | None
+    per_provider: Mapping[str, int] | None
+    overload: Literal["raise", "answer"]
+    recycle: Recycle | None
+    preload: bool | Sequence[str]
+    env: Mapping[str, str] | None
+    root_path: str
+    limits: Limits | None
+    sandbox: Sandbox | None
+    grace: float
+    drain: float
+    start_timeout: float
+    stop_timeout: float
+    debug: bool
+
 
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 

@@ -1,0 +1,15 @@
+"""The same pool on many machines: `ClusterPool` on a Ray cluster. Needs the extra `cluster` (blastdoor[cluster]).
+
+Importing `runner` never imports this package, and so never Ray.
+"""
+
+from __future__ import annotations
+
+try:
+    import ray  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"runner.cluster needs Ray ({error}): install blastdoor[cluster]") from error
+
+from runner.cluster.pool import ClusterPool
+
+__all__ = ["ClusterPool"]

@@ -1,0 +1,351 @@
+"""The agent: an actor on each node that owns an ordinary local pool, and runs there what hosts send it.
+
+Its methods run in threads, in four groups, so that none waits behind another kind: `run` and `more` bring a response,
+`feed` takes a request's body, and the group `ctl` is for what must always be answered. Each gives bytes and raises
+nothing.
+
+Hosts ping their agents. A host that has not been heard of for LEASE seconds is taken for gone, or cut off, and its
+jobs are ended: nobody is left who would. An agent without hosts ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import threading
+import time
+from collections import OrderedDict, deque
+from typing import Final
+
+import msgspec
+import ray
+
+from runner.cluster.messages import (
+    Delivery,
+    Ending,
+    Joined,
+    LogRecord,
+    Order,
+    Pulse,
+    Workers,
+    encode,
+    encode_event,
+    ending_of,
+)
+from runner.cluster.upload import FedUpload
+from runner.errors import BlastdoorError, JobClosed
+from runner.job import Job
+from runner.messages import JobContext, RequestHead
+from runner.pool import Pool
+from runner.request import Request, Upload
+from runner.scope import CancelScope
+
+logger = logging.getLogger("blastdoor")
+
+LEASE: Final = 5.0
+"""Seconds without a ping after which a host's jobs are ended."""
+
+ORPHANED: Final = 10.0
+"""Seconds without any host after which an agent ends."""
+
+SOON: Final = 0.002
+"""Seconds that a response's head waits for the rest: what is whole by then costs one call."""
+
+LEASE_PATIENCE: Final = 1.0
+"""Seconds that a job waits for a worker of this node, before it is placed anew."""
+
+_TOMBSTONES: Final = 60.0
+"""Seconds for which a job that was killed, or is over, is remembered: its order, or a part of its body, may be late."""
+
+_LOOK: Final = 0.5
+_MOST_NEWS: Final = 2000
+
+_decode_order = msgspec.msgpack.Decoder(Order).decode
+_decode_head = msgspec.msgpack.Decoder(RequestHead).decode
+_OK: Final = Ending("ok")
+
+
+class _Running:
+    """A job of this agent."""
+
+    __slots__ = ("host", "job", "scope", "upload")
+
+    def __init__(self, host: str, upload: FedUpload | None) -> None:
+        self.host = host
+        self.scope = CancelScope()
+        self.upload = upload
+        self.job: Job | None = None
+
+
+class Agent:
+    """One node's part of a ClusterPool. `payload` is a pickle of the pool: hosts are trusted by their agents."""
+
+    def __init__(self, payload: bytes) -> None:
+        self._payload = payload
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._hosts: dict[str, float] = {}
+        self._jobs: dict[str, _Running] = {}
+        self._over: OrderedDict[str, float] = OrderedDict()
+        self._pool: Pool | None = None
+        self._starting = threading.Lock()
+        self._ending = False
+        self._news = _News()
+        threading.Thread(target=self._watch_hosts, name="blastdoor-lease", daemon=True).start()
+
+    # -- hosts -------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="ctl")
+    def join(self, host: str) -> bytes:
+        """A host is there. Starts the pool, if that has not been done; a Joined."""
+        with self._lock:
+            if self._ending:
+                return encode(Joined(ending=True))
+            self._hosts[host] = time.monotonic() + 3600  # until it is told that it has joined
+        try:
+            with self._starting:
+                if self._pool is None:
+                    pool = self._make_pool()
+                    pool.subscribe(self._news.note_event)
+                    pool.start()
+                    self._pool = pool
+            answer = Joined(self._pool._size.most)
+        except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
+            words = str(error) if isinstance(error, BlastdoorError) else f"{type(error).__name__}: {error}"
+            answer = Joined(error=words or type(error).__name__)
+        with self._lock:
+            self._hosts[host] = time.monotonic()
+        return encode(answer)
+
+    @ray.method(concurrency_group="ctl")
+    def ping(self, host: str, seen: int, level: int) -> bytes:
+        """A host lives, and has news up to number `seen`, and wants records from `level` on; a Pulse."""
+        with self._lock:
+            if host in self._hosts:
+                self._hosts[host] = max(self._hosts[host], time.monotonic())
+        if level < logger.getEffectiveLevel():
+            logger.setLevel(level)
+        records, events, latest = self._news.since(seen)
+        pool = self._pool
+        if pool is None:
+            return encode(Pulse(0, 0, 0, 0, 0, records, events, latest))
+        stats = pool.stats()
+        return encode(
+            Pulse(stats.starting, stats.idle, stats.busy, stats.waiting, stats.deaths, records, events, latest)
+        )
+
+    @ray.method(concurrency_group="ctl")
+    def leave(self, host: str) -> bytes:
+        """A host goes. b"last" where it was the only one: its pool is closed then, and the actor may be killed."""
+        with self._lock:
+            self._hosts.pop(host, None)
+            self._ending = self._ending or not self._hosts
+            last = self._ending
+        self._end_jobs_of(host, "its host has closed the pool")
+        if last:
+            self._close_pool()
+        return b"last" if last else b""
+
+    @ray.method(concurrency_group="ctl")
+    def workers(self) -> bytes:
+        """The workers of this moment."""
+        return encode(Workers([] if self._pool is None else self._pool.workers()))
+
+    @ray.method(concurrency_group="ctl")
+    def kill(self, job_id: str) -> bytes:
+        """The caller of a job has left: it ends, or never begins."""
+        self._end_job(job_id, "its caller has left")
+        return b""
+
+    # -- jobs --------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="run")
+    def run(self, data: bytes) -> bytes:
+        """Begin a job; a Delivery, with all of the response where it is whole SOON."""
+        running: _Running | None = None
+        job_id = ""
+        try:
+            order = _decode_order(data)
+            job_id = order.job_id
+            running = self._begin(order)
+            if running is None or self._pool is None:
+                return encode(Delivery(None, None, [], Ending("closed", "its caller has left")))
+            request, context = _request_of(_decode_head(order.head), order.body)
+            with running.scope:
+                upload = running.upload or Upload(request.body)
+                timeouts = (LEASE_PATIENCE, order.read_timeout, order.write_timeout)
+                job = running.job = self._pool._open(request, upload, context, job_id, *timeouts)
+        except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
+            self._forget(job_id)
+            return encode(Delivery(None, None, [], ending_of(error)))
+        return self._deliver(job, None if job.finished else SOON, with_head=True)
+
+    @ray.method(concurrency_group="more")
+    def more(self, job_id: str) -> bytes:
+        """What comes next of a job's response; a Delivery. It waits until there is something."""
+        with self._lock:
+            running = self._jobs.get(job_id)
+        if running is None or running.job is None:
+            return encode(Delivery(None, None, [], Ending("closed", "it had ended before")))
+        return self._deliver(running.job, None)
+
+    @ray.method(concurrency_group="feed")
+    def feed(self, job_id: str, piece: bytes) -> bytes:
+        """The next piece of a job's request body, b"" for its end; b"more" when it was taken, else b"stop"."""
+        running = self._await_order(job_id)
+        if running is None or running.upload is None:
+            return b"stop"
+        return b"more" if running.upload.feed(piece) else b"stop"
+
+    def _deliver(self, job: Job, seconds: float | None, *, with_head: bool = False) -> bytes:
+        pieces: list[bytes] = []
+        end: Ending | None = None
+        try:
+            job.read_ready(pieces, seconds)
+            if job.settled:
+                job.read()  # raises how it ended, where that was not well
+                end = _OK
+        except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
+            end = ending_of(error)
+            job.close()
+        if end is not None:
+            self._forget(job.job_id)
+        return encode(Delivery(job.worker_pid, job.head if with_head else None, pieces, end))
+
+    def _begin(self, order: Order) -> _Running | None:
+        """Note a job; None where it was killed before it came, or its host is gone."""
+        with self._lock:
+            if order.job_id in self._over or order.host not in self._hosts or self._ending:
+                return None
+            running = _Running(order.host, FedUpload() if order.uploads else None)
+            self._jobs[order.job_id] = running
+            self._arrived.notify_all()
+        return running
+
+    def _await_order(self, job_id: str) -> _Running | None:
+        """A job, whose order may be on its way still; None where it is over."""
+        with self._lock:
+            self._arrived.wait_for(lambda: job_id in self._jobs or job_id in self._over, LEASE)
+            return self._jobs.get(job_id)
+
+    def _forget(self, job_id: str) -> None:
+        """A job is over."""
+        with self._lock:
+            running = self._jobs.pop(job_id, None)
+            if running is not None and running.upload is not None:
+                self._bury(job_id)
+        if running is not None and running.upload is not None:
+            running.upload.close()
+
+    def _end_job(self, job_id: str, why: str) -> None:
+        with self._lock:
+            running = self._jobs.pop(job_id, None)
+            self._bury(job_id)
+        if running is not None:
+            running.scope.cancel(JobClosed(why))
+            if running.upload is not None:
+                running.upload.close()
+
+    def _bury(self, job_id: str) -> None:
+        now = time.monotonic()
+        self._over[job_id] = now
+        self._arrived.notify_all()
+        while self._over:
+            oldest = next(iter(self._over))
+            if now - self._over[oldest] < _TOMBSTONES:
+                break
+            del self._over[oldest]
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def _make_pool(self) -> Pool:
+        """The pool of this node: with none of Ray's environment for its workers, and by its own number of cores."""
+        pool, cores = pickle.loads(self._payload)
+        settings = pool._settings
+        if settings["env"] is None and pool._config.sandbox is None:
+            settings["env"] = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        if cores:
+            count = os.cpu_count() or 1
+            settings["size"] = msgspec.structs.replace(settings["size"], least=count, most=count)
+        pool._set_up()
+        assert isinstance(pool, Pool)
+        return pool
+
+    def _watch_hosts(self) -> None:
+        orphaned_since = time.monotonic()
+        while True:
+            time.sleep(_LOOK)
+            now = time.monotonic()
+            with self._lock:
+                silent = [host for host, heard in self._hosts.items() if now - heard > LEASE]
+                for host in silent:
+                    del self._hosts[host]
+                if self._hosts:
+                    orphaned_since = now
+                alone = now - orphaned_since > ORPHANED
+                self._ending = self._ending or alone
+            for host in silent:
+                self._end_jobs_of(host, f"its host was not heard of for {LEASE:g} s")
+            if alone:
+                self._close_pool()
+                os._exit(0)
+
+    def _end_jobs_of(self, host: str, why: str) -> None:
+        with self._lock:
+            ended = [job_id for job_id, running in self._jobs.items() if running.host == host]
+        if ended:
+            logger.warning("%d jobs are ended: %s", len(ended), why)
+        for job_id in ended:
+            self._end_job(job_id, why)
+
+    def _close_pool(self) -> None:
+        with self._starting:
+            if self._pool is not None:
+                self._pool.close(drain=0)
+
+
+def _request_of(head: RequestHead, body: bytes) -> tuple[Request, JobContext]:
+    request = Request(head.method, head.target, head.headers, body or None, head.scheme, head.server, head.client)
+    return request, head.context
+
+
+class _News(logging.Handler):
+    """What an agent logs, and what happens to its workers, kept for its hosts to fetch; the oldest go first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: deque[tuple[int, LogRecord | bytes]] = deque(maxlen=_MOST_NEWS)
+        self._number = 0
+        self._mutex = threading.Lock()
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        extra = {
+            name: str(value)
+            for name in ("job_id", "provider", "source", "worker")
+            if (value := getattr(record, name, None)) is not None
+        }
+        message = record.getMessage()
+        if record.exc_info:
+            message = f"{message}\n{logging.Formatter().formatException(record.exc_info)}"
+        self._note(LogRecord(record.levelno, message, extra))
+
+    def note_event(self, event: object) -> None:
+        """An event of the pool."""
+        data = encode_event(event)
+        if data is not None:
+            self._note(data)
+
+    def since(self, seen: int) -> tuple[list[LogRecord], list[bytes], int]:
+        """The records and events after number `seen`, and the number of the latest."""
+        with self._mutex:
+            kept = [what for number, what in self._kept if number > seen]
+            latest = self._number
+        records = [what for what in kept if isinstance(what, LogRecord)]
+        return records, [what for what in kept if isinstance(what, bytes)], latest
+
+    def _note(self, what: LogRecord | bytes) -> None:
+        with self._mutex:
+            self._number += 1
+            self._kept.append((self._number, what))

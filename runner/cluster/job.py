@@ -1,0 +1,183 @@
+"""The two drivers of a round trip to an agent: a thread's, and a task's of asyncio or trio."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from anyio.lowlevel import checkpoint
+
+from runner.cluster.round_trip import ClusterRoundTrip, Host, PlaceAnew
+from runner.errors import LeaseTimeout, WorkersUnavailable
+from runner.waiters import TaskWaiter
+
+if TYPE_CHECKING:
+    from runner.call import Call
+
+
+class ClusterJob(ClusterRoundTrip):
+    """A request at an agent, and its response, for threads: what `runner.Job` is on one machine."""
+
+    __slots__ = ("_bell",)
+
+    def __init__(self, host: Host, call: Call) -> None:
+        super().__init__(host, call)
+        self._bell = threading.Event()
+
+    @classmethod
+    def open(cls, host: Host, call: Call) -> ClusterJob:
+        """Send the request and wait for the response's head."""
+        job = cls(host, call)
+        until = None if call.lease_timeout is None else time.monotonic() + call.lease_timeout
+        while True:
+            if job._closed_by is not None:
+                raise job._closed()
+            try:
+                seat = host.placement.lease(_left(until), call.scope, call.context.provider)
+            except (LeaseTimeout, WorkersUnavailable) as error:
+                job._refused(error)
+                raise
+            try:
+                job._sit(seat)
+                while job._head is None and job._failure is None:
+                    job._advance()
+                break
+            except PlaceAnew:
+                continue
+            except BaseException as error:
+                job.close(error)
+                raise
+        job._answered()
+        return job
+
+    def __iter__(self) -> Iterator[bytes]:
+        while piece := self.read():
+            yield piece
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+    def read(self) -> bytes:
+        """The next piece of the body as it comes, b"" at its end. Raises as `runner.Job.read` does, and NodeLost."""
+        while (piece := self._next_piece()) is None:
+            self._advance()
+        return piece
+
+    def _ring(self) -> None:
+        self._bell.set()
+
+    def _advance(self) -> None:
+        """Wait for mail and take it, as the one thread that does."""
+        self._begin_use()
+        try:
+            self._push_upload()
+            if not self._mail:
+                self._bell.wait(self._patience())
+            self._bell.clear()
+            self._look()
+        except PlaceAnew:
+            raise
+        except BaseException as error:
+            self._break_off(error)
+            raise
+        finally:
+            left = self._end_use()
+        if left:
+            raise self._closed()
+
+
+class ClusterAsyncJob(ClusterRoundTrip):
+    """A request at an agent, and its response, for tasks: what `runner.AsyncJob` is on one machine."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self, host: Host, call: Call) -> None:
+        super().__init__(host, call)
+        self._waiter: TaskWaiter[object] | None = None
+
+    @classmethod
+    async def open(cls, host: Host, call: Call) -> ClusterAsyncJob:
+        """Send the request and wait for the response's head."""
+        job = cls(host, call)
+        until = None if call.lease_timeout is None else time.monotonic() + call.lease_timeout
+        while True:
+            if job._closed_by is not None:
+                raise job._closed()
+            try:
+                seat = await host.placement.lease_async(_left(until), call.scope, call.context.provider)
+            except (LeaseTimeout, WorkersUnavailable) as error:
+                job._refused(error)
+                raise
+            try:
+                job._sit(seat)
+                while job._head is None and job._failure is None:
+                    await job._advance()
+                break
+            except PlaceAnew:
+                continue
+            except BaseException as error:
+                job.close(error)
+                raise
+        job._answered()
+        return job
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if piece := await self.read():
+            return piece
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(error)
+
+    async def read(self) -> bytes:
+        """The next piece of the body as it comes, b"" at its end. Raises as `runner.Job.read` does, and NodeLost."""
+        while (piece := self._next_piece()) is None:
+            await self._advance()
+        return piece
+
+    def _ring(self) -> None:
+        waiter = self._waiter
+        if waiter is not None:
+            waiter.wake()
+
+    async def _advance(self) -> None:
+        """Wait for mail and take it, as the one task that does."""
+        self._begin_use()
+        try:
+            self._push_upload()
+            waiter = self._waiter = TaskWaiter("")
+            if self._mail or self._closed_by is not None:
+                await checkpoint()  # a stream that always has more must not keep the loop from its other tasks
+            else:
+                await waiter.wait(self._patience())
+            self._waiter = None
+            self._look()
+        except PlaceAnew:
+            raise
+        except BaseException as error:
+            self._break_off(error)
+            raise
+        finally:
+            left = self._end_use()
+        if left:
+            raise self._closed()
+
+
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(until - time.monotonic(), 0)

@@ -1,0 +1,167 @@
+"""What crosses the cluster between a host and its agents: bytes, each a msgspec struct of this file.
+
+Only bytes come back from an agent, and every one of them is decoded as one of these: the host unpickles nothing that
+an agent's methods give or raise.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+from runner.errors import (
+    BlastdoorError,
+    InvalidRequest,
+    JobFailed,
+    LeaseTimeout,
+    ReadTimeout,
+    WorkersUnavailable,
+    WriteTimeout,
+)
+from runner.events import WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
+from runner.failures import failure
+from runner.messages import Fault, ResponseHead
+
+
+class Order(msgspec.Struct, array_like=True, frozen=True):
+    """Host to agent: run this job. `head` is a RequestHead, `body` what is there of the body.
+
+    `uploads` says that more of the body follows by `feed`. Times are in seconds, None for ever.
+    """
+
+    host: str
+    job_id: str
+    head: bytes
+    body: bytes
+    uploads: bool
+    read_timeout: float | None
+    write_timeout: float | None
+
+
+class Ending(msgspec.Struct, array_like=True, frozen=True):
+    """How a job has ended at its agent: "ok"; with a fault; or for the other reasons that `Pool.open` can raise.
+
+    "busy" says that no worker took the job, which may be placed anew.
+    """
+
+    kind: Literal["ok", "fault", "busy", "unavailable", "read", "write", "closed", "invalid"]
+    words: str = ""
+    fault: Fault | None = None
+    retry_after: float = 0
+
+
+class Delivery(msgspec.Struct, array_like=True, frozen=True):
+    """What has come of a response since the last one: its head, pieces of its body as they came, its end."""
+
+    worker: int | None
+    head: ResponseHead | None
+    body: list[bytes]
+    end: Ending | None
+
+
+class Joined(msgspec.Struct, array_like=True, frozen=True):
+    """An agent is ready for a host, for so many jobs at once; or can't be, and why; or it is about to end."""
+
+    capacity: int = 0
+    error: str = ""
+    ending: bool = False
+
+
+class LogRecord(msgspec.Struct, array_like=True, frozen=True):
+    """A line of an agent's log: what its workers print, how jobs went wrong."""
+
+    level: int
+    message: str
+    extra: dict[str, str]
+
+
+class Pulse(msgspec.Struct, array_like=True, frozen=True):
+    """An agent's answer to its host's ping: its workers now, and what was logged and happened since the last one."""
+
+    starting: int
+    idle: int
+    busy: int
+    waiting: int
+    deaths: int
+    records: list[LogRecord]
+    events: list[bytes]
+    seen: int
+
+
+class Workers(msgspec.Struct, array_like=True, frozen=True):
+    """An agent's workers."""
+
+    workers: list[WorkerInfo]
+
+
+M = TypeVar("M")
+encode = msgspec.msgpack.Encoder().encode
+
+
+def decode(data: object, kind: type[M]) -> M:
+    """A message that has come back. ValueError for what is none."""
+    if not isinstance(data, bytes):
+        raise ValueError(f"the agent answered with a {type(data).__name__}")
+    return msgspec.msgpack.decode(data, type=kind)
+
+
+class _Event(msgspec.Struct, array_like=True, frozen=True):
+    kind: Literal["started", "ready", "ended"]
+    event: msgspec.Raw
+
+
+WorkerEvent = WorkerStarted | WorkerReady | WorkerEnded
+
+_EVENTS: dict[str, type[WorkerEvent]] = {"started": WorkerStarted, "ready": WorkerReady, "ended": WorkerEnded}
+_KINDS: dict[type, str] = {event: kind for kind, event in _EVENTS.items()}
+
+
+def encode_event(event: object) -> bytes | None:
+    """A worker's event, as it travels; None for another."""
+    kind = _KINDS.get(type(event))
+    return None if kind is None else encode((kind, event))
+
+
+def decode_event(data: bytes) -> WorkerEvent:
+    """What `encode_event` made. ValueError for what is none."""
+    found = msgspec.msgpack.decode(data, type=_Event)
+    return msgspec.msgpack.decode(found.event, type=_EVENTS[found.kind])
+
+
+def ending_of(error: BaseException) -> Ending:
+    """What an agent tells of an exception that a job has ended with."""
+    words = str(error)
+    if isinstance(error, JobFailed):
+        return Ending("fault", fault=error.fault)
+    if isinstance(error, LeaseTimeout):
+        return Ending("busy", words)
+    if isinstance(error, WorkersUnavailable):
+        return Ending("unavailable", words, retry_after=error.retry_after)
+    if isinstance(error, ReadTimeout):
+        return Ending("read", words)
+    if isinstance(error, WriteTimeout):
+        return Ending("write", words)
+    if isinstance(error, InvalidRequest):
+        return Ending("invalid", words)
+    return Ending("closed", words if isinstance(error, BlastdoorError) else f"{type(error).__name__}: {words}")
+
+
+def error_of(ending: Ending, job_id: str) -> BlastdoorError:
+    """The error that a caller gets for the end of its job, which is not "ok" and not "busy"."""
+    if ending.kind == "fault" and ending.fault is not None:
+        return failure(ending.fault)
+    if ending.kind == "unavailable":
+        return WorkersUnavailable(ending.words, ending.retry_after)
+    if ending.kind == "read":
+        return ReadTimeout(ending.words)
+    if ending.kind == "write":
+        return WriteTimeout(ending.words)
+    if ending.kind == "invalid":
+        return InvalidRequest(ending.words)
+    return lost(job_id, f"its agent has ended it: {ending.words}")
+
+
+def lost(job_id: str, why: str) -> JobFailed:
+    """The failure of a job whose node, or agent, is gone."""
+    return failure(Fault(kind="lost", detail=f"the node that ran the job was lost: {why}", job_id=job_id))

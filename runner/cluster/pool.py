@@ -1,0 +1,323 @@
+"""The pool of a cluster: what `runner.Pool` is on one machine, on all nodes of a Ray cluster."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import pickle
+import threading
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final, Self, Unpack
+
+from runner.call import Call
+from runner.cluster import session
+from runner.cluster.fleet import Fleet
+from runner.cluster.job import ClusterAsyncJob, ClusterJob
+from runner.cluster.placement import Placement
+from runner.cluster.round_trip import Host
+from runner.errors import ConfigurationError, PoolClosed, PoolForked
+from runner.events import Events, PoolStats, Subscriber, WorkerInfo
+from runner.messages import JobContext
+from runner.pool import Pool, endless
+from runner.request import Request, Upload
+from runner.settings import PoolOptions
+
+_NO_CONTEXT: Final = JobContext()
+
+
+class ClusterPool:
+    """Worker processes on every node of a Ray cluster that run one handler, each one job at a time.
+
+    It takes what `runner.Pool` takes, and stands wherever that does. `workers`, `spares` and `recycle` are each node's
+    own, with `workers` None one worker per core of the node; `queue`, `queue_timeout` and `per_provider` are this
+    pool's, over all nodes. The handler, and blastdoor, have to be installed on the nodes.
+
+    `address` is that of the cluster: None for the one that `ray.init` has connected to, or that runs on this machine;
+    "local" starts one here. Pools of several processes that have the same `name`, handler and settings share their
+    agents and workers; without a name a pool has its own.
+
+    A job goes to the least loaded node. One whose worker dies fails as on one machine; one whose node is lost fails
+    with NodeLost, which clients see as a 502, and is not run again. A node that joins is used as soon as its workers
+    are ready; one that drains gets no more jobs, and finishes those that it has.
+
+    A context manager, also an async one: `with ClusterPool(...) as pool:` starts it and closes it. Safe to share
+    between threads and tasks. Raises ConfigurationError for what can't work, StartError where there is no cluster.
+    """
+
+    def __init__(
+        self,
+        handler: str | Callable[..., Any],
+        *,
+        address: str | None = None,
+        name: str | None = None,
+        **options: Unpack[PoolOptions],
+    ) -> None:
+        if name is not None and (not isinstance(name, str) or not name or ":" in name):
+            raise ConfigurationError(f"name is a text without a colon, that pools share their agents by, not {name!r}")
+        if address is not None and (not isinstance(address, str) or not address):
+            raise ConfigurationError(f"address is that of a Ray cluster, such as 'auto', or None, not {address!r}")
+        template = Pool(handler, **options)
+        settings = template._settings
+        self.debug: bool = settings["debug"]
+        self.overload: str = settings["overload"]
+        self._drain: float = settings["drain"]
+        self._start_timeout: float = settings["start_timeout"]
+        self._queue_timeout: float | None = settings["queue_timeout"]
+        self._capacity: int = settings["size"].most
+        self._address = address
+        per_node = {**settings, "queue": None, "queue_timeout": None, "per_provider": {}}
+        template._settings = per_node
+        self._payload = pickle.dumps((template, options.get("workers") is None))
+        token = uuid.uuid4().hex
+        self._name = f"pool-{token}" if name is None else f"{name}-{_digest(template, per_node)}"
+        self._placement = Placement(settings["queue"], settings["per_provider"])
+        self._events = Events()
+        self._host = Host(token, self._placement, self._events, {})
+        self._fleet: Fleet | None = None
+        self._start_lock = threading.Lock()
+        self._closed = False
+        self._numbers = itertools.count(1)
+        self._prefix = token[:8]
+        self._forked = False
+        _pools.add(self)
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Connect to the cluster, and return once every node has its workers ready.
+
+        Raises StartError, with the worker's own traceback, where the handler can't be loaded.
+        """
+        fleet = self._begin()
+        try:
+            fleet.wait_started(self._start_timeout + 30)
+        except BaseException:
+            self._start_over(fleet)
+            raise
+        return self
+
+    def _begin(self) -> Fleet:
+        if self._forked:
+            raise PoolForked(
+                "this pool was started before the fork and belongs to the parent process: make one after the fork"
+            )
+        with self._start_lock:
+            if self._closed:
+                raise PoolClosed("the pool is closed: open a new one")
+            if self._fleet is None:
+                session.attach(self._address)
+                fleet = Fleet(self._host, self._name, self._payload, self._capacity, self._start_timeout)
+                try:
+                    fleet.begin()
+                except BaseException:
+                    session.detach()
+                    raise
+                self._fleet = fleet
+            return self._fleet
+
+    def _start_over(self, failed: Fleet) -> None:
+        """Clear away a start that has failed: the next one begins anew."""
+        with self._start_lock:
+            if self._fleet is not failed:
+                return
+            self._fleet = None
+        failed.end()
+        session.detach()
+
+    def close(self, drain: float | None = None) -> None:
+        """Take no more requests, wait up to `drain` seconds for the jobs under way, then end the workers of all nodes.
+
+        Agents and workers that other processes share go on. Closing again does nothing, but that a close that another
+        thread is still waiting in takes no longer than this one would.
+        """
+        if self._forked:
+            return
+        with self._start_lock:
+            self._closed = True
+            self._placement.close(lambda: PoolClosed("the pool is closed: open a new one"))
+            fleet, self._fleet = self._fleet, None
+        drain = self._drain if drain is None else drain
+        if fleet is None:
+            self._placement.hurry(drain)
+            return
+        try:
+            self._placement.wait_quiet(drain)
+        finally:
+            for link in list(self._host.links.values()):
+                for reference in list(link.jobs.values()):
+                    if (job := reference()) is not None:
+                        job.close(PoolClosed("the pool was closed before the job's end"))
+            fleet.end()
+            session.detach()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        from runner.waiters import in_thread
+
+        try:
+            await in_thread(self.start)
+        except BaseException:
+            await in_thread(lambda: self.close(drain=0))
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self, drain: float | None = None) -> None:
+        """As `close`, without blocking the event loop, and not to be interrupted."""
+        from runner.waiters import in_thread
+
+        await in_thread(lambda: self.close(drain))
+
+    def __del__(self) -> None:
+        if getattr(self, "_fleet", None) is not None and not self._forked:
+            try:
+                warnings.warn(
+                    "a pool was dropped without being closed: use it in a with block, or call close()",
+                    ResourceWarning,
+                    stacklevel=2,
+                    source=self,
+                )
+            finally:
+                self.close(drain=0)
+
+    def _forget(self) -> None:
+        """This is a forked child now: the connection to the cluster is the parent's."""
+        self._start_lock = threading.Lock()
+        if self._fleet is not None:
+            self._forked = True
+            self._host.forgotten = True
+            self._placement.forget()
+            self._events.forget()
+
+    # -- what it is doing ----------------------------------------------------------------------------
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Have `subscriber` called with each event of `runner.events`; gives what ends that. Workers' are told late."""
+        return self._events.subscribe(subscriber)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a node whose workers are ready, busy or not."""
+        return self._placement.manned
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers of all nodes, as their agents tell within two seconds."""
+        fleet = self._fleet
+        return [] if fleet is None or self._forked else fleet.workers()
+
+    def stats(self) -> PoolStats:
+        """The numbers of this moment, over all nodes. Those of workers that start, idle or died are a second old."""
+        starting, idle, deaths = (0, 0, 0) if self._fleet is None else self._fleet.numbers()
+        busy, waiting = self._placement.numbers()
+        return PoolStats(starting, idle, busy, waiting, deaths, self._events.outcomes())
+
+    # -- use -----------------------------------------------------------------------------------------
+
+    def open(
+        self,
+        request: Request,
+        *,
+        context: JobContext = _NO_CONTEXT,
+        lease_timeout: float | None = None,
+        read_timeout: float | None = None,
+        write_timeout: float | None = None,
+    ) -> ClusterJob:
+        """Run a request in a worker of the least loaded node; gives its job once the response's head is there.
+
+        As `runner.Pool.open`; raises NodeLost too.
+        """
+        upload = Upload(request.body)
+        try:
+            self._start_if_needed()
+            return ClusterJob.open(
+                self._host, self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
+            )
+        except BaseException:
+            upload.close()
+            raise
+
+    async def aopen(
+        self,
+        request: Request,
+        *,
+        context: JobContext = _NO_CONTEXT,
+        lease_timeout: float | None = None,
+        read_timeout: float | None = None,
+        write_timeout: float | None = None,
+    ) -> ClusterAsyncJob:
+        """The async twin of `open`, for tasks of asyncio and trio: the event loop is never blocked."""
+        from runner.async_upload import upload_of  # anyio is loaded where it is used
+        from runner.waiters import in_thread
+
+        upload = upload_of(request.body)
+        try:
+            if self._fleet is None or self._forked:
+                await in_thread(self._start_if_needed)
+            return await ClusterAsyncJob.open(
+                self._host, self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
+            )
+        except BaseException:
+            upload.close()
+            raise
+
+    def _start_if_needed(self) -> None:
+        if self._fleet is None or self._forked:
+            self.start()
+
+    def _call(
+        self,
+        request: Request,
+        upload: Upload,
+        context: JobContext,
+        lease_timeout: float | None,
+        read_timeout: float | None,
+        write_timeout: float | None,
+    ) -> Call:
+        if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
+            lease_timeout = self._queue_timeout
+        timeouts = endless(read_timeout), endless(read_timeout if write_timeout is None else write_timeout)
+        job_id = f"{self._prefix}-{next(self._numbers)}"
+        return Call(request, upload, context, job_id, endless(lease_timeout), timeouts)
+
+
+def _digest(template: Pool, settings: dict[str, Any]) -> str:
+    """What tells pools of one name apart that run something else, or otherwise."""
+    import hashlib
+
+    import msgspec
+
+    config = msgspec.msgpack.encode(template._config)
+    return hashlib.sha256(config + repr(sorted(settings.items())).encode()).hexdigest()[:12]
+
+
+_pools: weakref.WeakSet[ClusterPool] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for pool in list(_pools):
+        pool.close(drain=0)
+
+
+def _forget_all() -> None:
+    for pool in list(_pools):
+        pool._forget()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,423 @@
+"""One round trip to an agent seen from the host. It never waits: answers come by callback, into a mailbox.
+
+`ClusterJob` and `ClusterAsyncJob` drive it, as `Job` and `AsyncJob` drive a local one. One call is under way for the
+response at any time, and one for the request's body: `run`, which gives the head and what has come with it, then
+`more` after `more`. Where the caller does not read, nothing more is asked for, and the worker waits at its pipe.
+
+A job holds its seat until it settles: its end has come, its node is lost, or its caller has left and the agent has
+acknowledged that.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from runner.cluster.messages import Delivery, Ending, Order, decode, encode, error_of, lost
+from runner.errors import JobClosed, JobFailed, WorkersUnavailable, closed_by
+from runner.events import Events, JobAnswered, JobEnded, JobRefused, JobStarted, Outcome
+from runner.failures import failure
+from runner.messages import Fault, ResponseHead
+
+if TYPE_CHECKING:
+    from runner.call import Call
+    from runner.cluster.link import Link
+    from runner.cluster.placement import Placement, Seat
+
+logger = logging.getLogger("blastdoor")
+
+ANSWER: Final = "answer"
+FED: Final = "fed"
+LOST: Final = "lost"
+
+_MOST_TRIES: Final = 3
+
+
+class PlaceAnew(Exception):
+    """No worker took the job at this node."""
+
+
+class Host:
+    """What the jobs of one ClusterPool share."""
+
+    def __init__(self, name: str, placement: Placement, events: Events, links: dict[str, Link]) -> None:
+        self.name = name
+        self.placement = placement
+        self.events = events
+        self.links = links
+        self.forgotten = False
+
+
+class ClusterRoundTrip:
+    """A request at an agent, and its response."""
+
+    __slots__ = (
+        "__weakref__",
+        "_asked",
+        "_body",
+        "_call",
+        "_closed_by",
+        "_failure",
+        "_feeding",
+        "_head",
+        "_host",
+        "_link",
+        "_lock",
+        "_mail",
+        "_outcome",
+        "_piece",
+        "_seat",
+        "_settled",
+        "_stopped",
+        "_tries",
+        "_try",
+        "_upload",
+        "_using",
+        "_worker",
+        "began",
+        "head",
+        "job_id",
+    )
+
+    head: ResponseHead
+
+    def __init__(self, host: Host, call: Call) -> None:
+        self.job_id = call.context.job_id
+        self.began = time.monotonic()
+        self._host = host
+        self._call = call
+        self._upload = call.upload
+        self._lock = threading.Lock()
+        self._mail: deque[tuple[str, int, object]] = deque()
+        self._body: deque[bytes] = deque()
+        self._head: ResponseHead | None = None
+        self._failure: BaseException | None = None
+        self._outcome: Outcome = "left"
+        self._link: Link | None = None
+        self._seat: Seat | None = None
+        self._worker: int | None = None
+        self._closed_by: BaseException | None = None
+        self._settled = True  # it holds no seat yet
+        self._using = False
+        self._feeding = False
+        self._stopped = False
+        self._piece: bytes | None = None
+        self._try = 0
+        self._tries = _MOST_TRIES
+
+    def __del__(self) -> None:
+        if not getattr(self, "_settled", True) and not self._host.forgotten:
+            try:
+                warnings.warn(
+                    f"job {self.job_id} was dropped before its end: read it to the end, or close it",
+                    ResourceWarning,
+                    stacklevel=2,
+                    source=self,
+                )
+            finally:
+                self.close()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
+        return self._settled
+
+    @property
+    def finished(self) -> bool:
+        """Whether the response has ended well, and all of its body was read."""
+        return self._settled and self._outcome == "ok" and not self._body
+
+    def close(self, cause: BaseException | None = None) -> None:
+        """End the job; from any thread. A thread that is blocked in `read` is freed at once, with JobClosed.
+
+        Nothing happens where the response has ended. Nobody waits for the worker here.
+        """
+        if self._settled or self._host.forgotten:
+            return
+        with self._lock:
+            if self._settled or self._closed_by is not None:
+                return
+            self._closed_by = cause or JobClosed("close() was called")
+            if self._using:
+                self._ring()
+                return
+        self._leave()
+
+    def node_lost(self, why: str) -> None:
+        """The agent is gone. From any thread."""
+        self._mail.append((LOST, self._try, why))
+        self._ring()
+
+    def _ring(self) -> None:
+        """Wake the driver, which looks what there is. From any thread."""
+        raise NotImplementedError
+
+    # -- placing -----------------------------------------------------------------------------------
+
+    def _sit(self, seat: Seat) -> None:
+        """Send the request to the agent of this seat. PlaceAnew where that is lost already."""
+        call, host = self._call, self._host
+        link = host.links.get(seat.node.name)
+        self._try += 1
+        self._seat, self._link = seat, link
+        if link is None or not link.take(self):
+            host.placement.give_back(seat)
+            raise PlaceAnew
+        self._settled = self._stopped = self._feeding = False
+        self.began = time.monotonic()
+        if call.scope is not None:
+            call.scope.watch(id(self), _closer(self))
+        events = host.events
+        if events.subscribers:
+            context = call.context
+            waited = self.began - call.asked_at
+            events.emit(JobStarted(self.job_id, context.provider, context.source, None, waited))
+        upload = self._upload
+        uploads = upload.lazy or self._piece is not None
+        if upload.lazy:
+            upload.on_ready(_ringer(self))
+        order = Order(host.name, self.job_id, call.head, upload.inline, uploads, *call.timeouts)
+        link.call("run", encode(order), answered=self._mailer(ANSWER))
+
+    def _refused(self, error: BaseException) -> None:
+        """Tell of a caller that got no seat."""
+        events = self._host.events
+        if events.subscribers:
+            context, waited = self._call.context, time.monotonic() - self._call.asked_at
+            events.emit(JobRefused(context.job_id, context.provider, context.source, waited, str(error)))
+
+    def _mailer(self, kind: str) -> Callable[[object], None]:
+        """Puts what comes for this job in its mailbox, without keeping it alive."""
+        reference = weakref.ref(self)
+        number = self._try
+
+        def put(result: object) -> None:
+            if (job := reference()) is not None:
+                job._mail.append((kind, number, result))
+                job._ring()
+
+        return put
+
+    # -- what the driver does ------------------------------------------------------------------------
+
+    def _begin_use(self) -> None:
+        """Become the one that uses the mailbox. Raises what the job was closed with."""
+        with self._lock:
+            if self._closed_by is not None:
+                raise self._closed()
+            if self._using:
+                raise RuntimeError(f"job {self.job_id} is being read already: one thread or task reads at a time")
+            self._using = True
+
+    def _end_use(self) -> bool:
+        """Use it no more; whether a close came meanwhile, which has been seen to."""
+        with self._lock:
+            self._using = False
+            leave = self._closed_by is not None and not self._settled
+        if leave:
+            self._leave()
+        return leave
+
+    def _break_off(self, error: BaseException) -> None:
+        self._closed_by = self._closed_by or error
+        if not self._settled:
+            self._leave()
+
+    def _patience(self) -> float | None:
+        """How long to wait for mail, in seconds."""
+        scope = self._call.scope
+        deadline = None if scope is None else scope.deadline
+        return None if deadline is None else max(deadline - time.monotonic(), 0)
+
+    def _look(self) -> None:
+        """Take what has come, and send what can be sent."""
+        if not self._mail and self._call.scope is not None and self._call.scope.cancelled:
+            return  # its time is up, and this job was closed by it
+        while self._mail and not self._settled:
+            kind, number, result = self._mail.popleft()
+            if number != self._try:
+                continue  # of a try at another node
+            if kind is ANSWER:
+                self._receive(result)
+            elif kind is FED:
+                self._feeding = False
+                self._piece = None if result == b"more" else self._piece
+                self._stopped = result != b"more"
+            else:
+                self._fail(lost(self.job_id, str(result)))
+        if self._stopped and self._head is not None:
+            self._close_upload()
+        self._push_upload()
+
+    def _push_upload(self) -> None:
+        """Feed the next piece of the body, if there is one, and the last one was taken."""
+        if self._feeding or self._stopped or self._settled:
+            return
+        if self._piece is None:
+            if not self._upload.lazy or not self._upload.ready:
+                return
+            self._piece = bytes(self._upload.pull())
+        self._feeding = True
+        assert self._link is not None
+        self._link.call("feed", self.job_id, self._piece, answered=self._mailer(FED))
+
+    def _close_upload(self) -> None:
+        try:
+            self._upload.close()
+        except Exception:
+            logger.exception("job %s: closing the request body failed", self.job_id)
+
+    # -- receiving ---------------------------------------------------------------------------------
+
+    def _receive(self, result: object) -> None:
+        assert self._link is not None
+        if isinstance(result, BaseException):
+            self._link.failed(result)
+            self._fail(lost(self.job_id, self._link.lost or f"{type(result).__name__} came instead of an answer"))
+            return
+        try:
+            delivery = decode(result, Delivery)
+        except ValueError as error:
+            self._break(str(error))
+            return
+        if delivery.worker is not None:
+            self._worker = delivery.worker
+        if self._head is None:
+            self._head = delivery.head
+        self._body.extend(filter(None, delivery.body))
+        if delivery.end is not None:
+            self._finish(delivery.end)
+        elif self._head is None:
+            self._break("an answer without a head")
+        else:
+            self._link.call("more", self.job_id, answered=self._mailer(ANSWER))
+
+    def _finish(self, end: Ending) -> None:
+        """The end of the job has come."""
+        if self._head is None and end.kind in ("busy", "unavailable"):
+            assert self._seat is not None
+            placement = self._host.placement
+            if end.kind == "unavailable":
+                placement.update(self._seat.node, paused_until=time.monotonic() + max(end.retry_after, 0.1))
+                self._tries -= 1
+            self._outcome = "not taken"
+            self._settle(over=False)
+            if end.kind == "unavailable" and not self._tries:
+                raise WorkersUnavailable(end.words, end.retry_after)
+            raise PlaceAnew
+        if end.kind == "ok" and self._head is not None:
+            self._outcome = "ok"
+            self._settle()
+        elif end.kind == "ok":
+            self._break("an end without a head")
+        else:
+            self._fail(error_of(end, self.job_id))
+
+    def _break(self, why: str) -> None:
+        detail = f"the agent broke its protocol: {why}"
+        self._fail(failure(Fault(kind="protocol", detail=detail, job_id=self.job_id)))
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        self._outcome = error.fault.kind if isinstance(error, JobFailed) else "left"
+        self._settle()
+
+    def _next_piece(self) -> bytes | None:
+        """A piece of the body that is there, b"" at its end; None where it has to be waited for."""
+        if self._closed_by is not None:
+            raise self._closed()
+        if self._body:
+            return self._body.popleft()
+        if not self._settled:
+            return None
+        if self._failure is not None:
+            raise self._failure
+        return b""
+
+    def _answered(self) -> None:
+        """The head is there, or what came instead is raised."""
+        if self._head is None:
+            assert self._failure is not None
+            raise self._failure
+        self.head = self._head
+        events = self._host.events
+        if events.subscribers and not self._settled:
+            context, seconds = self._call.context, time.monotonic() - self.began
+            events.emit(
+                JobAnswered(self.job_id, context.provider, context.source, self._worker, self.head.status, seconds)
+            )
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _closed(self) -> BaseException:
+        assert self._closed_by is not None
+        return closed_by(self._closed_by)
+
+    def _leave(self) -> None:
+        """The caller has left: have the job ended at its agent, and its seat given back then."""
+        assert self._link is not None
+        assert self._seat is not None
+        if isinstance(self._closed_by, JobFailed):
+            self._outcome = self._closed_by.fault.kind
+        placement, seat = self._host.placement, self._seat
+        self._settle(keep_seat=True)
+        self._link.kill(self.job_id, lambda: placement.give_back(seat))
+
+    def _settle(self, *, over: bool = True, keep_seat: bool = False) -> None:
+        """The job is over; or, where it is not, nobody has begun it."""
+        with self._lock:
+            if self._settled:
+                return
+            self._settled = True
+        assert self._link is not None
+        assert self._seat is not None
+        self._link.drop(self)
+        if self._call.scope is not None:
+            self._call.scope.unwatch(id(self))
+        if not keep_seat:
+            self._host.placement.give_back(self._seat)
+        if over:
+            self._close_upload()
+        self._tell_end()
+
+    def _tell_end(self) -> None:
+        events = self._host.events
+        events.count(self._outcome)
+        if events.subscribers:
+            context, head = self._call.context, self._head
+            why = self._failure or self._closed_by
+            detail = why.fault.detail if isinstance(why, JobFailed) else str(why or "")
+            status, seconds = None if head is None else head.status, time.monotonic() - self.began
+            events.emit(
+                JobEnded(
+                    self.job_id, context.provider, context.source, self._worker, status, self._outcome, seconds, detail
+                )
+            )
+
+
+def _closer(job: ClusterRoundTrip) -> Callable[[BaseException], None]:
+    """Closes the job when its scope is cancelled, without keeping it alive."""
+    reference = weakref.ref(job)
+
+    def close(cause: BaseException) -> None:
+        if (found := reference()) is not None:
+            found.close(cause)
+
+    return close
+
+
+def _ringer(job: ClusterRoundTrip) -> Callable[[], None]:
+    """Wakes the job's driver, without keeping the job alive."""
+    reference = weakref.ref(job)
+
+    def ring() -> None:
+        if (found := reference()) is not None:
+            found._ring()
+
+    return ring

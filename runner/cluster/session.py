@@ -1,0 +1,50 @@
+"""This process's connection to a Ray cluster: made where there is none, and ended with the last pool that needs it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Final
+
+import ray
+
+from runner.errors import ConfigurationError, StartError
+
+_lock: Final = threading.Lock()
+_users = 0
+_ours = False
+
+
+def attach(address: str | None) -> None:
+    """Be connected to the cluster at `address`; None and "auto" are for the one that runs here.
+
+    Where this process has called `ray.init` by itself, that connection is used, and stays. StartError where there
+    is no cluster, ConfigurationError where this process is connected to another one.
+    """
+    global _users, _ours
+    with _lock:
+        if not ray.is_initialized():
+            try:
+                ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+                raise StartError(
+                    f"there is no Ray cluster at {address or 'auto'!r} ({error}): start one (ray start --head), "
+                    f"or give the address of one that runs"
+                ) from error
+            _ours = True
+        elif address not in (None, "auto", "local") and address != ray.get_runtime_context().gcs_address:
+            raise ConfigurationError(
+                f"this process is connected to the Ray cluster at {ray.get_runtime_context().gcs_address}, and can't "
+                f"be to the one at {address} as well: leave the address out, or use a process for each"
+            )
+        _users += 1
+
+
+def detach() -> None:
+    """A pool needs the connection no more."""
+    global _users, _ours
+    with _lock:
+        _users -= 1
+        if not _users and _ours:
+            _ours = False
+            ray.shutdown()
