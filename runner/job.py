@@ -71,22 +71,23 @@ class Job(RoundTrip):
             self._use(self._advance)
         return piece
 
-    def read_ready(self, into: list[bytes], seconds: float | None) -> None:
-        """Append to `into` the pieces of the body that are there, after waiting for the first of them, or for the end.
+    def read_ready(self, into: list[bytes], seconds: float | None = None) -> None:
+        """Append to `into` the pieces of the body that are there; where none is, wait for one, or for the end.
 
-        With `seconds` it goes on for as long, or until the response has ended: for what is about to come anyway.
-        Raises as `read` does; what had come before is in `into` then.
+        No longer than for so many seconds, None for ever. Raises as `read` does.
         """
         body = self._exchange.body
         until = None if seconds is None else time.monotonic() + seconds
-        while True:
-            if self._closed_by is not None:
-                raise self._closed()
-            while body:
-                into.append(body.popleft())
-            if not self._exchange.open or (until is None and into) or (until is not None and time.monotonic() >= until):
+        looked = False
+        while not body and self._exchange.open:
+            if looked and until is not None and time.monotonic() >= until:
                 return
+            looked = True
             self._use(self._advance if until is None else lambda: self._advance(until))
+        if self._closed_by is not None:
+            raise self._closed()
+        into += body
+        body.clear()
 
     def _use(self, step: Callable[[], None]) -> None:
         """Take a step on the channel, as the one thread that uses it; a close that comes meanwhile follows it."""

@@ -46,11 +46,14 @@ logger = logging.getLogger("blastdoor")
 LEASE: Final = 5.0
 """Seconds without a ping after which a host's jobs are ended."""
 
-ORPHANED: Final = 10.0
+ORPHANED: Final = 5.0
 """Seconds without any host after which an agent ends."""
 
 SOON: Final = 0.002
-"""Seconds that a response's head waits for the rest: what is whole by then costs one call."""
+"""Seconds that a response's head waits for the first of its body."""
+
+_END_SOON: Final = 0.0002
+"""Seconds that the first of a body waits for the rest: a response that is whole by then costs one call."""
 
 LEASE_PATIENCE: Final = 1.0
 """Seconds that a job waits for a worker of this node, before it is placed anew."""
@@ -179,7 +182,7 @@ class Agent:
         except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
             self._forget(job_id)
             return encode(Delivery(None, None, [], ending_of(error)))
-        return self._deliver(job, None if job.finished else SOON, with_head=True)
+        return self._deliver(job, with_head=True)
 
     @ray.method(concurrency_group="more")
     def more(self, job_id: str) -> bytes:
@@ -188,7 +191,7 @@ class Agent:
             running = self._jobs.get(job_id)
         if running is None or running.job is None:
             return encode(Delivery(None, None, [], Ending("closed", "it had ended before")))
-        return self._deliver(running.job, None)
+        return self._deliver(running.job)
 
     @ray.method(concurrency_group="feed")
     def feed(self, job_id: str, piece: bytes) -> bytes:
@@ -198,11 +201,17 @@ class Agent:
             return b"stop"
         return b"more" if running.upload.feed(piece) else b"stop"
 
-    def _deliver(self, job: Job, seconds: float | None, *, with_head: bool = False) -> bytes:
+    def _deliver(self, job: Job, *, with_head: bool = False) -> bytes:
         pieces: list[bytes] = []
         end: Ending | None = None
         try:
-            job.read_ready(pieces, seconds)
+            if with_head and not job.settled:
+                job.read_ready(pieces, SOON)
+                if not job.settled:
+                    time.sleep(_END_SOON)
+                    job.read_ready(pieces, 0)
+            else:
+                job.read_ready(pieces)
             if job.settled:
                 job.read()  # raises how it ended, where that was not well
                 end = _OK

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from typing import Any, Final
 
 import msgspec
@@ -62,6 +63,7 @@ class Fleet:
         self._looked = False
         self._last_failure = ""
         self._deaths = 0
+        self._cut_off: deque[Any] = deque()
         self._threads: set[threading.Thread] = set()
 
     def begin(self) -> None:
@@ -129,6 +131,9 @@ class Fleet:
             self._poke.clear()
 
     def _look(self) -> None:
+        while self._cut_off:  # where one lives, and only its line was cut
+            with contextlib.suppress(Exception):
+                ray.kill(self._cut_off.popleft())
         alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         draining = _draining()
         for name, link in list(self._host.links.items()):
@@ -224,9 +229,7 @@ class Fleet:
         self._deaths += link.pulse.deaths
         if self._host.links.get(link.node.name) is link:
             del self._host.links[link.node.name]
-        if not self._ended.is_set():
-            with contextlib.suppress(Exception):
-                ray.kill(link.actor)  # where it lives, and only its line was cut; it does not wait
+        self._cut_off.append(link.actor)
         self._poke.set()
 
     # -- the pulse ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from typing import Final
 
@@ -11,6 +12,9 @@ import ray
 from runner.errors import ConfigurationError, StartError
 
 _lock: Final = threading.Lock()
+_KNOCK: Final = 5.0
+"""Seconds that the head of a cluster has to take a connection."""
+
 _users = 0
 _ours = False
 
@@ -25,6 +29,7 @@ def attach(address: str | None) -> None:
     with _lock:
         if not ray.is_initialized():
             try:
+                _knock(address)
                 ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, ValueError, RuntimeError, OSError) as error:
                 raise StartError(
@@ -38,6 +43,13 @@ def attach(address: str | None) -> None:
                 f"be to the one at {address} as well: leave the address out, or use a process for each"
             )
         _users += 1
+
+
+def _knock(address: str | None) -> None:
+    """See that somebody listens: Ray itself would try for minutes. OSError where nobody does."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdecimal() and "://" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK).close()
 
 
 def detach() -> None:

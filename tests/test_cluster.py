@@ -1,0 +1,698 @@
+"""runner.cluster on a real Ray cluster of several nodes on this machine: what stays the same, and what a node adds."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2
+import psutil
+import pytest
+import ray
+import requests
+from ray.cluster_utils import Cluster
+from requests.exceptions import ChunkedEncodingError
+
+from runner import (
+    CancelScope,
+    ConfigurationError,
+    HandlerRaised,
+    InvalidRequest,
+    JobClosed,
+    LeaseTimeout,
+    NodeLost,
+    Pool,
+    PoolClosed,
+    QueueFull,
+    ReadTimeout,
+    Request,
+    Sandbox,
+    StartError,
+    WorkerDied,
+)
+from runner.cluster import ClusterPool
+from runner.events import JobEnded, JobStarted, WorkerEnded
+from tests.cluster_handlers import record
+from tests.processes import kill, wait_gone
+from tests.waiting import wait_until
+from transport import httpx2 as blastdoor_httpx2
+from transport.requests import Transport
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:.*:FutureWarning")]
+
+HANDLER = "tests.cluster_handlers:app"
+URL = "http://app.local"
+STORE = 80 << 20
+
+HEALTH = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_timeout_ms_task_wait_for_death_info": "100",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""The settings that the README advises: a node that is gone is found in seconds."""
+
+
+def zygotes() -> set[int]:
+    """The zygotes below this process, which all belong to agents here."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any("zygote" in argument for argument in process.cmdline()):
+                found.add(process.pid)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """W11: after each test no agent's processes are left, and no thread of a pool's. Ray's stay with its cluster."""
+    yield
+    gc.collect()
+    wait_until(lambda: not zygotes(), 15)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("blastdoor")]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster of two nodes."""
+    before = {name: os.environ.get(name) for name in HEALTH}
+    children = set(psutil.Process().children(recursive=True))
+    os.environ.update(HEALTH)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE}
+    )
+    try:
+        cluster.add_node(num_cpus=2, object_store_memory=STORE)
+        yield cluster
+    finally:
+        cluster.shutdown()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    left = [process.pid for process in psutil.Process().children(recursive=True) if process not in children]
+    wait_gone(left, 20)
+
+
+@pytest.fixture
+def start(cluster: Cluster) -> Iterator[Callable[..., ClusterPool]]:
+    """Starts pools on the cluster, by default with two workers on each node, and closes them after the test."""
+    pools: list[ClusterPool] = []
+
+    def start_pool(handler: Any = HANDLER, **settings: Any) -> ClusterPool:
+        settings.setdefault("workers", 2)
+        pool = ClusterPool(handler, address=cluster.address, **settings)
+        pools.append(pool)
+        return pool.start()
+
+    yield start_pool
+    for pool in pools:
+        pool.close(drain=0)
+
+
+@pytest.fixture
+def pool(start: Callable[..., ClusterPool]) -> ClusterPool:
+    return start()
+
+
+@pytest.fixture
+def third_node(cluster: Cluster) -> Iterator[Any]:
+    """One more node, which a test may do with what it likes."""
+    node = cluster.add_node(num_cpus=2, object_store_memory=STORE)
+    yield node
+    for process in node_processes(node):
+        with contextlib.suppress(psutil.Error):
+            process.resume()
+    with contextlib.suppress(Exception):
+        cluster.remove_node(node, allow_graceful=False)
+
+
+def node_processes(node: Any) -> list[psutil.Process]:
+    """All processes of a node, but for the workers below its agents."""
+    found = []
+    for infos in node.all_processes.values():
+        for info in infos:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(info.process.pid)
+                found += [process, *process.children(recursive=True)]
+    return [process for process in found if not is_ours(process)]
+
+
+def is_ours(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(any("zygote" in argument for argument in one.cmdline()) for one in [process, *process.parents()[:3]])
+    return False
+
+
+def get(pool: ClusterPool, target: str, body: object = None, **timeouts: Any) -> bytes:
+    with pool.open(Request("POST", target, body=body), **timeouts) as job:  # type: ignore[arg-type]
+        return b"".join(job)
+
+
+def agents() -> dict[str, int]:
+    """The pids of the agents by their nodes' ids, from the zygotes' parents."""
+    return {str(pid): psutil.Process(pid).ppid() for pid in zygotes()}
+
+
+def in_threads(calls: Sequence[Callable[[], object]]) -> list[object]:
+    """What came of calls that are made at once, each in a thread: its value, or its exception."""
+    outcomes: list[object] = [None] * len(calls)
+
+    def run(place: int) -> None:
+        try:
+            outcomes[place] = calls[place]()
+        except BaseException as error:
+            outcomes[place] = error
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+# -- the same as on one machine ----------------------------------------------------------------------
+
+
+def test_ray_is_not_imported() -> None:
+    """D1: importing runner and the transports imports no Ray."""
+    code = "import runner, transport.requests, transport.gateway, runner.pool, sys; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_round_trips(pool: ClusterPool) -> None:
+    """D1: what a job gives and raises is what it gives and raises on one machine."""
+    with Pool(HANDLER, workers=2) as local:
+        for one in (pool, local):
+            with one.open(Request("POST", "/mirror?a=b", [("X-A", "1")], body=b"abc")) as job:
+                assert (job.head.status, job.read(), job.read()) == (200, b"abc", b"")
+                assert job.settled
+                assert job.finished
+            with one.open(Request("POST", "/headers", body=b'[["x-a", "1"], ["X-A", "2"]]')) as job:
+                assert [pair for pair in job.head.headers if pair[0].lower() == "x-a"] == [("x-a", "1"), ("X-A", "2")]
+            with pytest.raises(HandlerRaised, match="boom") as caught:
+                one.open(Request("GET", "/raise"))
+            assert "do_raise" in caught.value.fault.traceback
+            with pytest.raises(WorkerDied) as died:
+                one.open(Request("GET", "/die"))
+            assert died.value.fault.signal == "SIGSEGV"
+            with one.open(Request("GET", "/die?late=1")) as job, pytest.raises(WorkerDied):
+                assert job.read() == b"first piece"
+                job.read()
+            with one.open(Request("GET", "/raise_late")) as job, pytest.raises(HandlerRaised):
+                list(job)
+            with pytest.raises(ReadTimeout):
+                one.open(Request("GET", "/never_read"), read_timeout=0.2)
+            with pytest.raises(InvalidRequest):
+                one.open(Request("GET", "/", [("x", "y" * 300_000)]))
+            assert get(one, "/hello") == b"hello"  # type: ignore[arg-type]
+
+
+def test_clients(pool: ClusterPool) -> None:
+    """D1: requests and httpx2 take it for a pool; a worker's death is a 500."""
+    with requests.Session() as session:
+        session.mount(URL, Transport(pool))
+        assert session.get(f"{URL}/hello").text == "hello"
+        died = session.get(f"{URL}/die")
+        assert died.status_code == 500
+        assert died.json()["signal"] == "SIGSEGV"
+        with pytest.raises(ChunkedEncodingError), session.get(f"{URL}/die?late=1", stream=True) as response:
+            response.content  # noqa: B018
+
+    async def use() -> None:
+        async with httpx2.AsyncClient(transport=blastdoor_httpx2.AsyncTransport(pool), base_url=URL) as client:
+            assert (await client.get("/hello")).text == "hello"
+            assert (await client.post("/mirror", content=pieces(b"a", b"b"))).content == b"ab"
+            assert (await client.get("/die")).status_code == 500
+            with anyio.move_on_after(0.3) as scope:
+                await client.get("/never_read")
+            assert scope.cancelled_caught
+
+    anyio.run(use)
+    anyio.run(use, backend="trio")
+
+
+async def pieces(*found: bytes) -> AsyncIterator[bytes]:
+    for piece in found:
+        await anyio.lowlevel.checkpoint()
+        yield piece
+
+
+def test_uploads(pool: ClusterPool) -> None:
+    """D1, H6: bodies of every kind, of any size; one that is not wanted ends, and one that fails ends its job."""
+    block = bytes(range(256)) * 100
+    assert get(pool, "/mirror", block * 40) == block * 40
+    assert get(pool, "/mirror", (block for _ in range(40))) == block * 40
+    assert get(pool, "/count", iter([])) == b"0"
+    closed = threading.Event()
+
+    def endless() -> Iterator[bytes]:
+        try:
+            while True:
+                yield block
+        finally:
+            closed.set()
+
+    with pool.open(Request("POST", "/answer_early", body=endless())) as job:
+        assert job.head.status == 413
+        assert list(job) == [b"too large"]
+    assert closed.wait(5)
+
+    def failing() -> Iterator[bytes]:
+        yield block
+        raise KeyError("no more")
+
+    with pytest.raises(KeyError, match="no more"):
+        get(pool, "/count", failing())
+    assert get(pool, "/hello") == b"hello"
+
+
+def test_handler_by_value(start: Callable[..., ClusterPool]) -> None:
+    """D1: a callable is sent to the nodes by value."""
+    word = "by value"
+
+    def handler(request: Any, response: Any) -> bytes:
+        return word.encode()
+
+    assert get(start(handler), "/") == b"by value"
+
+
+def test_events_and_numbers(pool: ClusterPool, caplog: pytest.LogCaptureFixture) -> None:
+    """D1, W10: events, numbers and logs of the nodes reach their host."""
+    caplog.set_level(logging.DEBUG, "blastdoor")
+    events: list[object] = []
+    end = pool.subscribe(events.append)
+    get(pool, "/hello")
+    get(pool, "/print")
+    with contextlib.suppress(WorkerDied):
+        get(pool, "/die")
+    assert [type(event) for event in events[:2]] == [JobStarted, JobEnded]
+    assert isinstance(events[1], JobEnded)
+    assert (events[1].outcome, events[1].status) == ("ok", 200)
+    wait_until(lambda: any(isinstance(event, WorkerEnded) for event in events))
+    wait_until(lambda: pool.stats().deaths == 1)
+    wait_until(lambda: pool.stats().idle == 4)
+    wait_until(lambda: "last words" in caplog.text)
+    assert pool.stats().outcomes == {"ok": 2, "died": 1}
+    workers = pool.workers()
+    assert len(workers) == 4
+    assert all(worker.node for worker in workers)
+    end()
+
+
+def test_the_queue(start: Callable[..., ClusterPool], tmp_path: Path) -> None:
+    """D4, W4: callers wait in one queue for all nodes; a provider's limit holds over all nodes."""
+    pool = start(workers=1, queue=1, per_provider={"slow": 1})
+    from runner import JobContext
+
+    slow = JobContext(provider="slow")
+    until = f"/hold?until={tmp_path / 'go'}"
+    first = pool.open(Request("GET", until), context=slow)
+    with pytest.raises(LeaseTimeout):
+        pool.open(Request("GET", "/hello"), context=slow, lease_timeout=0.1)  # the other node is free
+    second = pool.open(Request("GET", until))
+    assert {job._seat.node.name for job in (first, second) if job._seat} == set(pool._host.links)
+    outcomes: list[object] = []
+    waiting = threading.Thread(target=lambda: outcomes.append(get(pool, "/hello")))
+    waiting.start()
+    wait_until(lambda: pool.stats().waiting == 1)
+    with pytest.raises(QueueFull):
+        pool.open(Request("GET", "/hello"))
+    with pytest.raises(JobClosed), CancelScope(timeout=0.05):
+        pool._placement._queue = 5
+        pool.open(Request("GET", "/hello"))
+    (tmp_path / "go").touch()
+    for job in (first, second):
+        assert b"".join(job).endswith(b" done")
+    waiting.join()
+    assert outcomes == [b"hello"]
+
+
+def test_settings() -> None:
+    """D1: what can't work is refused when the pool is made, or at its start."""
+    with pytest.raises(ConfigurationError, match="workers"):
+        ClusterPool(HANDLER, workers=0)
+    with pytest.raises(ConfigurationError, match="name"):
+        ClusterPool(HANDLER, name="a:b")
+    with pytest.raises(ConfigurationError, match="address"):
+        ClusterPool(HANDLER, address="")
+    with pytest.raises(StartError, match="no Ray cluster"):
+        ClusterPool(HANDLER, address="127.0.0.1:1").start()
+    pool = ClusterPool(HANDLER)
+    pool.close()
+    with pytest.raises(PoolClosed):
+        pool.open(Request("GET", "/"))
+
+
+def test_a_handler_that_does_not_load(cluster: Cluster) -> None:
+    """D1: start raises with the worker's traceback, and nothing is left."""
+    with pytest.raises(StartError, match="no_such_module"):
+        ClusterPool("no_such_module:app", address=cluster.address, workers=1).start()
+
+
+# -- the acceptance tests of the issue ---------------------------------------------------------------
+
+
+def test_many_frames(pool: ClusterPool) -> None:
+    """D2: 20,000 frames of 64 B come in their order, each once; so they do for four callers at a time."""
+    expected = b"".join(map(record, range(20_000)))
+    assert in_threads([lambda: get(pool, "/records?count=20000") == expected] * 4) == [True] * 4
+
+
+def test_a_consumer_that_stalls(pool: ClusterPool) -> None:
+    """D3: of 250 MiB that nobody reads little is held anywhere, and nobody else waits for it."""
+    size = 250 << 20
+    get(pool, f"/big?size={size // 50}")
+    processes = [psutil.Process(), *map(psutil.Process, agents().values())]
+    processes += [psutil.Process(worker.pid) for worker in pool.workers()]
+    before = sum(process.memory_info().rss for process in processes)
+    with pool.open(Request("GET", f"/big?size={size}")) as job:
+        assert job.read()
+        answers, cancels = [], []
+        for _ in range(50):
+            began = time.monotonic()
+            assert get(pool, "/hello") == b"hello"
+            answers.append(time.monotonic() - began)
+            with CancelScope() as scope:
+                other = pool.open(Request("GET", "/endless"))
+                assert other.read()
+                began = time.monotonic()
+                scope.cancel()
+                with pytest.raises(JobClosed):
+                    other.read()
+                cancels.append(time.monotonic() - began)
+        grown = sum(process.memory_info().rss for process in processes) - before
+        print("grown by", grown >> 20, "MiB; answers, cancels at most", max(answers), max(cancels))
+        assert grown < 60 << 20
+        assert sorted(answers)[45] < 0.1
+        assert sorted(cancels)[45] < 0.1
+        assert not job.settled
+
+
+def test_cancels_at_random_instants(start: Callable[..., ClusterPool], tmp_path: Path) -> None:
+    """D4, C5: of 400 jobs that are cancelled at random instants none completes, and all workers are free soon after."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance = random.Random(seed)
+    pool = start()
+    get(pool, "/hello")
+
+    def cancelled(number: int, after: float) -> bool:
+        scope = CancelScope()
+        timer = threading.Timer(after, scope.cancel)
+        timer.start()
+        try:
+            with scope:
+                get(pool, f"/complete?place={tmp_path}&name={number}&seconds=1.5")
+            return False
+        except JobClosed:
+            return True
+        finally:
+            timer.join()
+
+    for round_ in range(0, 400, 4):
+        instants = [chance.random() ** 2 * 0.02 for _ in range(4)]
+        calls = [lambda n=round_ + place, s=seconds: cancelled(n, s) for place, seconds in enumerate(instants)]
+        assert in_threads(calls) == [True] * 4
+    wait_until(lambda: pool._placement.numbers() == (0, 0), 2)
+    began = [path for path in tmp_path.iterdir() if path.name.startswith("begun")]
+    print("begun", len(began))
+    assert in_threads([lambda: get(pool, "/hello", lease_timeout=2)] * 4) == [b"hello"] * 4
+    wait_until(lambda: pool.stats().idle == 4, 5)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("completed")]
+
+
+def test_a_worker_dies(pool: ClusterPool, tmp_path: Path) -> None:
+    """D5: killed in the middle of its body the caller has a body-read error, and its siblings lose nothing."""
+    until = tmp_path / "go"
+    jobs = [pool.open(Request("GET", f"/hold?until={until}")) for _ in range(4)]
+    pids = [int(job.read()) for job in jobs]
+    kill(pids[0])
+    with pytest.raises(WorkerDied):
+        jobs[0].read()
+    until.touch()
+    assert [b"".join(job) for job in jobs[1:]] == [b" done"] * 3
+    with requests.Session() as session:
+        session.mount(URL, Transport(pool))
+        assert session.get(f"{URL}/die").status_code == 500
+
+
+def test_an_agent_dies(pool: ClusterPool) -> None:
+    """D6: its streams end with a NodeLost, its workers are gone within a second, and the node serves again."""
+    both = {psutil.Process(pid).ppid() for pid in zygotes()}
+    jobs = [pool.open(Request("GET", "/stream?count=1000&pause=0.02")) for _ in range(4)]
+    workers = [worker.pid for worker in pool.workers()]
+    for agent in both:
+        kill(agent)
+    wait_gone(workers, 1)
+    killed = time.monotonic()
+    for job in jobs:
+        with pytest.raises(NodeLost):
+            list(job)
+    print("told after", time.monotonic() - killed)
+    assert get(pool, "/hello", lease_timeout=10) == b"hello"
+    print("serving again after", time.monotonic() - killed)
+    wait_until(lambda: len(pool._host.links) == 2)
+
+
+def test_a_lost_node_is_a_502(pool: ClusterPool) -> None:
+    """D6, F1: clients see a 502 that asks not to be tried again, and the request is not sent again."""
+    outcomes: list[requests.Response] = []
+
+    def call() -> None:
+        with requests.Session() as session:
+            session.mount(URL, Transport(pool))
+            outcomes.append(session.get(f"{URL}/never_read"))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    wait_until(lambda: pool.stats().busy == 1)
+    wait_until(lambda: any(worker.state == "busy" for worker in pool.workers()))
+    for agent in set(agents().values()):
+        kill(agent)
+    thread.join()
+    (response,) = outcomes
+    assert response.status_code == 502
+    assert response.headers["x-should-retry"] == "false"
+    assert response.json()["fault"] == "lost"
+    assert pool.stats().outcomes == {"lost": 1}
+
+
+def test_a_node_that_joins_and_stops(start: Callable[..., ClusterPool], third_node: Any) -> None:
+    """D7: a node that joins is used within seconds; stopped, its callers are told in time, and the others serve on."""
+    pool = start(workers=1)
+    wait_until(lambda: len(pool._host.links) == 3)
+    jobs = [pool.open(Request("GET", "/stream?count=100000&pause=0.01")) for _ in range(3)]
+    (job,) = [job for job in jobs if job._seat is not None and job._seat.node.name == third_node.node_id]
+    job.read()
+    for process in node_processes(third_node):
+        process.suspend()
+    stopped = time.monotonic()
+    for other in jobs:
+        if other is not job:
+            other.close()
+    with pytest.raises(NodeLost):
+        list(job)
+    told = time.monotonic() - stopped
+    print("told after", told)
+    assert told < 8
+    for _ in range(20):
+        assert get(pool, "/hello", lease_timeout=5) == b"hello"
+
+
+def test_a_host_that_is_cut_off(cluster: Cluster, tmp_path: Path) -> None:
+    """D7: where a host is not heard of any more, its jobs end with its lease; none completes, none is run twice."""
+    code = f"""
+import sys
+from runner import JobFailed, Request
+from runner.cluster import ClusterPool
+with ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1) as pool:
+    print("started", flush=True)
+    try:
+        job = pool.open(Request("GET", "/complete?place={tmp_path}&name=cut&seconds=7"))
+        print("completed", flush=True)
+    except JobFailed as error:
+        print(error.fault.kind, flush=True)
+"""
+    host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert host.stdout is not None
+        assert host.stdout.readline() == "started\n"
+        wait_until((tmp_path / "begun-cut").exists)
+        host.send_signal(signal.SIGSTOP)
+        time.sleep(8)  # the lease, and what the job would have needed
+        assert not (tmp_path / "completed-cut").exists()
+        host.send_signal(signal.SIGCONT)
+        assert host.stdout.readline() == "lost\n"
+        assert host.wait(20) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["begun-cut"]
+    finally:
+        host.kill()
+        host.communicate()
+
+
+def test_a_host_that_is_killed(cluster: Cluster) -> None:
+    """D7, W11: agents end with the last of their hosts, whatever became of it."""
+    code = f"""
+import time
+from runner.cluster import ClusterPool
+pool = ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1).start()
+print("started", flush=True)
+time.sleep(3600)
+"""
+    host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert host.stdout is not None
+    assert host.stdout.readline() == "started\n"
+    host.kill()
+    host.communicate()
+    wait_until(lambda: not zygotes(), 15)
+
+
+@pytest.mark.parametrize("what", ["hostile_pickle", "hostile_error"])
+def test_hostile_answers(pool: ClusterPool, what: str, tmp_path: Path) -> None:
+    """D8: the host runs nothing of what a handler returns or raises; nor does its agent."""
+    place = tmp_path / "run"
+    if what == "hostile_pickle":
+        assert b"mkdir" in get(pool, f"/{what}?place={place}")
+    else:
+        with pytest.raises(HandlerRaised, match="hostile"):
+            get(pool, f"/{what}?place={place}")
+    assert not place.exists()
+
+
+# -- what else a cluster adds ------------------------------------------------------------------------
+
+
+def test_workers_know_nothing_of_ray(start: Callable[..., ClusterPool], tmp_path: Path) -> None:
+    """D8: workers have none of Ray's variables; sandboxed they can't read its token, nor its processes' environment."""
+    token = Path.home() / ".ray" / "blastdoor_test_token"
+    token.parent.mkdir(exist_ok=True)
+    token.write_text("secret")
+    try:
+        plain = json.loads(get(start(), f"/look_around?file={token}"))
+        assert not [name for name in plain["names"] if name.startswith("RAY")]
+        shut_in = json.loads(get(start(sandbox=Sandbox.default()), f"/look_around?file={token}"))
+    finally:
+        token.unlink()
+    assert not [name for name in shut_in["names"] if name.startswith("RAY")]
+    assert shut_in["read"] in ("PermissionError", "FileNotFoundError")
+    assert shut_in["parents"] != "read"
+
+
+def test_shared_agents(cluster: Cluster) -> None:
+    """D1: pools of one name share their workers, whose last user ends them; another handler has its own."""
+    settings: dict[str, Any] = {"address": cluster.address, "workers": 1}
+    first = ClusterPool(HANDLER, name="shop", **settings)
+    second = ClusterPool(HANDLER, name="shop", **settings)
+    other = ClusterPool("tests.handlers:app", name="shop", **settings)
+    with first.start(), other.start():
+        with second.start():
+            ours = {worker.pid for worker in first.workers()}
+            assert ours == {worker.pid for worker in second.workers()}
+            assert not ours & {worker.pid for worker in other.workers()}
+        assert get(first, "/hello") == b"hello"
+        assert {worker.pid for worker in first.workers()} == ours
+
+
+def test_a_node_that_drains(start: Callable[..., ClusterPool], third_node: Any, tmp_path: Path) -> None:
+    """D7: it gets no more jobs, and those that it has come to their ends."""
+    pool = start(workers=1)
+    wait_until(lambda: len(pool._host.links) == 3)
+    until = tmp_path / "go"
+    jobs = [pool.open(Request("GET", f"/hold?until={until}")) for _ in range(3)]
+    drained = next(node for node in pool._placement.nodes() if node.name == third_node.node_id)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster_address(pool)),
+            *("--node-id", third_node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"),
+            *("--reason-message", "a test", "--deadline-remaining-seconds", "600"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    wait_until(lambda: drained.draining)
+    for job in jobs:
+        if job._seat is not None and job._seat.node is not drained:
+            job.close()
+    for _ in range(10):
+        assert get(pool, "/hello") == b"hello"
+        assert drained.running == 1
+    until.touch()
+    (left,) = [job for job in jobs if not job.settled or job._closed_by is None]
+    assert b"".join(left).endswith(b" done")
+
+
+def cluster_address(pool: ClusterPool) -> str:
+    assert pool._address is not None
+    return pool._address
+
+
+def test_closing(start: Callable[..., ClusterPool], tmp_path: Path) -> None:
+    """D1, W11: close waits for the jobs under way up to its limit, and ends the rest."""
+    pool = start(workers=1)
+    job = pool.open(Request("GET", f"/hold?until={tmp_path / 'never'}"))
+    assert job.read()
+    quick = pool.open(Request("GET", "/stream?count=5&pause=0.05"))
+    outcomes: list[object] = []
+    reader = threading.Thread(target=lambda: outcomes.extend(in_threads([lambda: list(quick), lambda: list(job)])))
+    reader.start()
+    pool.close(drain=1)
+    reader.join()
+    assert isinstance(outcomes[0], list)
+    assert isinstance(outcomes[1], JobClosed)
+    assert not ray.is_initialized()
+    with pytest.raises(PoolClosed):
+        pool.open(Request("GET", "/hello"))
+
+
+def test_dropped_jobs(pool: ClusterPool) -> None:
+    """D4, C4: a job that is dropped without being read is ended, with a warning."""
+    job = pool.open(Request("GET", "/endless"))
+    assert job.read()
+    found = [job]
+    del job
+    with pytest.warns(ResourceWarning, match="was dropped before its end"):
+        found.clear()
+    wait_until(lambda: pool._placement.numbers() == (0, 0))
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_tasks(pool: ClusterPool, backend: str) -> None:
+    """D1, X: 40 tasks on one loop at once; cancelled ones free their workers."""
+
+    async def call(number: int, found: list[bytes]) -> None:
+        async with await pool.aopen(Request("POST", "/mirror", body=b"%d" % number)) as job:
+            found.append(b"".join([piece async for piece in job]))
+
+    async def main() -> None:
+        found: list[bytes] = []
+        async with anyio.create_task_group() as group:
+            for number in range(40):
+                group.start_soon(call, number, found)
+        assert sorted(found) == sorted(b"%d" % number for number in range(40))
+        with anyio.move_on_after(0.1):
+            async with await pool.aopen(Request("GET", "/endless")) as job:
+                async for _ in job:
+                    pass
+        with anyio.move_on_after(0.1):
+            await pool.aopen(Request("GET", "/never_read"))
+
+    anyio.run(main, backend=backend)
+    wait_until(lambda: pool._placement.numbers() == (0, 0))
