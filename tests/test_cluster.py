@@ -47,6 +47,7 @@ from runner.cluster import ClusterPool
 from runner.events import JobEnded, JobStarted, WorkerEnded
 from tests.cluster_handlers import record
 from tests.processes import kill, wait_gone
+from tests.serving import ROOT, Process
 from tests.waiting import wait_until
 from transport import httpx2 as blastdoor_httpx2
 from transport.requests import Transport
@@ -303,9 +304,12 @@ def test_events_and_numbers(pool: ClusterPool, caplog: pytest.LogCaptureFixture)
     get(pool, "/print")
     with contextlib.suppress(WorkerDied):
         get(pool, "/die")
-    assert [type(event) for event in events[:2]] == [JobStarted, JobEnded]
-    assert isinstance(events[1], JobEnded)
-    assert (events[1].outcome, events[1].status) == ("ok", 200)
+    jobs = [event for event in events if isinstance(event, (JobStarted, JobEnded))]
+    assert [type(event) for event in jobs] == [JobStarted, JobEnded] * 3
+    assert [(event.outcome, event.status) for event in jobs if isinstance(event, JobEnded)] == [
+        *[("ok", 200)] * 2,
+        ("died", None),
+    ]
     wait_until(lambda: any(isinstance(event, WorkerEnded) for event in events))
     wait_until(lambda: pool.stats().deaths == 1)
     wait_until(lambda: pool.stats().idle == 4)
@@ -609,6 +613,38 @@ def test_shared_agents(cluster: Cluster) -> None:
             assert not ours & {worker.pid for worker in other.workers()}
         assert get(first, "/hello") == b"hello"
         assert {worker.pid for worker in first.workers()} == ours
+
+
+def test_serving(cluster: Cluster) -> None:
+    """D1, G4: blastdoor serve on a cluster is what it is on one machine."""
+    arguments = (HANDLER, f"--cluster={cluster.address}", "--workers=1", "--port=0", "--admin=127.0.0.1:0")
+    with Process(*arguments) as served:
+        assert requests.get(f"{served.url}/hello").text == "hello"
+        assert requests.get(f"{served.url}/die").status_code == 500
+        status = requests.get(f"{served.admin}/-/status.json").json()
+        workers = status["pools"]["/"]["workers"]
+        assert len(workers) == 2
+        assert all(worker["node"] for worker in workers)
+        assert 'blastdoor_workers{pool="/",state="idle"}' in requests.get(f"{served.admin}/-/metrics").text
+        served.process.send_signal(signal.SIGHUP)
+        served.wait_for("reloaded in")
+        assert requests.get(f"{served.url}/hello").text == "hello"
+
+
+def test_modules_beside_a_sandboxed_app(cluster: Cluster, tmp_path: Path) -> None:
+    """D8, S: agents, which no sandbox shuts in, import nothing from their host's working directory."""
+    for name in ("msgspec", "runner", "psutil"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    code = f"""
+from runner import Request, Sandbox
+from runner.cluster import ClusterPool
+with ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1, sandbox=Sandbox.default()) as pool:
+    with pool.open(Request("GET", "/hello")) as job:
+        assert b"".join(job) == b"hello"
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd=tmp_path, env=env)
+    assert not (tmp_path / "imported").exists()
 
 
 def test_a_node_that_drains(start: Callable[..., ClusterPool], third_node: Any, tmp_path: Path) -> None:

@@ -414,6 +414,7 @@ def test_a_file_and_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     other = load_settings(None, {"mounts": parse_mounts(["c:app"])})
     assert {path: mount.app for path, mount in other.all_mounts.items()} == {"/": "c:app"}
     pool = settings.mounts["/b"].pool_with("/b", settings.defaults)
+    assert isinstance(pool, Pool)
     assert pool._config.sandbox is not None
     assert pool._config.sandbox.connect == (443,)
     assert (pool._size.least, pool._size.most, pool._config.limits.wall_seconds) == (2, 16, 30)

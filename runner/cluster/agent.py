@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 import threading
 import time
 from collections import OrderedDict, deque
@@ -28,7 +29,6 @@ from runner.cluster.messages import (
     LogRecord,
     Order,
     Pulse,
-    Workers,
     encode,
     encode_event,
     ending_of,
@@ -55,7 +55,7 @@ SOON: Final = 0.002
 _END_SOON: Final = 0.0002
 """Seconds that the first of a body waits for the rest: a response that is whole by then costs one call."""
 
-LEASE_PATIENCE: Final = 1.0
+LEASE_PATIENCE: Final = 0.03
 """Seconds that a job waits for a worker of this node, before it is placed anew."""
 
 _TOMBSTONES: Final = 60.0
@@ -132,11 +132,10 @@ class Agent:
         records, events, latest = self._news.since(seen)
         pool = self._pool
         if pool is None:
-            return encode(Pulse(0, 0, 0, 0, 0, records, events, latest))
-        stats = pool.stats()
-        return encode(
-            Pulse(stats.starting, stats.idle, stats.busy, stats.waiting, stats.deaths, records, events, latest)
-        )
+            return encode(Pulse(0, 0, 0, 0, 0, [], records, events, latest))
+        stats, workers = pool.stats(), pool.workers()
+        numbers = stats.starting, stats.idle, stats.busy, stats.waiting, stats.deaths
+        return encode(Pulse(*numbers, workers, records, events, latest))
 
     @ray.method(concurrency_group="ctl")
     def leave(self, host: str) -> bytes:
@@ -149,11 +148,6 @@ class Agent:
         if last:
             self._close_pool()
         return b"last" if last else b""
-
-    @ray.method(concurrency_group="ctl")
-    def workers(self) -> bytes:
-        """The workers of this moment."""
-        return encode(Workers([] if self._pool is None else self._pool.workers()))
 
     @ray.method(concurrency_group="ctl")
     def kill(self, job_id: str) -> bytes:
@@ -270,7 +264,8 @@ class Agent:
 
     def _make_pool(self) -> Pool:
         """The pool of this node: with none of Ray's environment for its workers, and by its own number of cores."""
-        pool, cores = pickle.loads(self._payload)
+        pool, cores, path = pickle.loads(self._payload)
+        sys.path += [place for place in path if place not in sys.path]
         settings = pool._settings
         if settings["env"] is None and pool._config.sandbox is None:
             settings["env"] = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

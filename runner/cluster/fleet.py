@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runner.cluster.agent import Agent
 from runner.cluster.link import Link
-from runner.cluster.messages import Joined, Workers, decode
+from runner.cluster.messages import Joined, decode
 from runner.cluster.placement import Node
 from runner.cluster.round_trip import Host
 from runner.errors import StartError, WorkersUnavailable
@@ -108,16 +108,10 @@ class Fleet:
         deaths = self._deaths + sum(pulse.deaths for pulse in pulses)
         return sum(pulse.starting for pulse in pulses), sum(pulse.idle for pulse in pulses), deaths
 
-    def workers(self, timeout: float = 2.0) -> list[WorkerInfo]:
-        """The workers of all nodes that answer in so many seconds."""
-        asked = [(link, link.actor.workers.remote()) for link in list(self._host.links.values())]
-        until = time.monotonic() + timeout
-        found = []
-        for link, answer in asked:
-            with contextlib.suppress(ray.exceptions.RayError, ValueError):
-                workers = decode(ray.get(answer, timeout=max(until - time.monotonic(), 0)), Workers).workers
-                found += [_at(worker, link.node.address) for worker in workers]
-        return found
+    def workers(self) -> list[WorkerInfo]:
+        """The workers of all nodes, as the agents last told."""
+        links = list(self._host.links.values())
+        return [_at(worker, link.node.address) for link in links for worker in link.pulse.workers]
 
     # -- the nodes' thread -------------------------------------------------------------------------
 
@@ -222,6 +216,7 @@ class Fleet:
         link.on_lost = self._lost
         self._host.links[node.name] = link
         self._host.placement.add(node)
+        link.beat()
         logger.info("node %s takes part, with %d workers", node.address, node.capacity)
 
     def _lost(self, link: Link) -> None:

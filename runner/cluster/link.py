@@ -31,7 +31,7 @@ SILENT: Final = 2.0
 KILL_AGAIN: Final = 1.0
 """Seconds after which a kill that was not acknowledged is sent again."""
 
-_OLD_PULSE: Final = Pulse(0, 0, 0, 0, 0, [], [], 0)
+_NO_PULSE: Final = Pulse(0, 0, 0, 0, 0, [], [], [], 0)
 
 
 class Link:
@@ -41,7 +41,7 @@ class Link:
         self.actor = actor
         self.node = node
         self.lost = ""
-        self.pulse = _OLD_PULSE
+        self.pulse = _NO_PULSE
         self.jobs: dict[str, weakref.ref[ClusterRoundTrip]] = {}
         self.on_lost: Callable[[Link], object] = lambda link: None
         self._host = host
@@ -151,12 +151,11 @@ class Link:
             return
         self._heard = time.monotonic()
         with self._lock:
-            if pulse.seen <= self._seen:
-                pulse = Pulse(pulse.starting, pulse.idle, pulse.busy, pulse.waiting, pulse.deaths, [], [], self._seen)
-            self._seen = pulse.seen
+            news = pulse.seen > self._seen  # else it was overtaken by a later one
+            self._seen = max(self._seen, pulse.seen)
             self.pulse = pulse
         self._placement.update(self.node, silent=False, others=max(0, pulse.busy - self.node.running))
-        for record in pulse.records:
+        for record in pulse.records if news else ():
             logger.log(
                 record.level,
                 "node %s: %s",
@@ -164,7 +163,7 @@ class Link:
                 record.message,
                 extra={**record.extra, "node": self.node.address},
             )
-        for data in pulse.events:
+        for data in pulse.events if news else ():
             self._events.emit(decode_event(data))
 
 

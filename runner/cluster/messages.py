@@ -77,22 +77,17 @@ class LogRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Pulse(msgspec.Struct, array_like=True, frozen=True):
-    """An agent's answer to its host's ping: its workers now, and what was logged and happened since the last one."""
+    """An agent's answer to its host's ping: its workers now, and what was logged and happened up to number `seen`."""
 
     starting: int
     idle: int
     busy: int
     waiting: int
     deaths: int
+    workers: list[WorkerInfo]
     records: list[LogRecord]
     events: list[bytes]
     seen: int
-
-
-class Workers(msgspec.Struct, array_like=True, frozen=True):
-    """An agent's workers."""
-
-    workers: list[WorkerInfo]
 
 
 M = TypeVar("M")

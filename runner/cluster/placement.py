@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -44,7 +45,6 @@ class Node:
         self.silent = False
         self.paused_until = 0.0
         self.entry = 0
-        self.load = 0.0
 
     @property
     def open(self) -> bool:
@@ -83,8 +83,9 @@ class Placement(Lender[Seat]):
         self._running: Counter[str] = Counter()
         self._nodes: dict[str, Node] = {}
         self._seats = 0
-        # A heap of the open nodes by load. An entry whose number is not its node's any more is passed over.
-        self._heap: list[tuple[float, int, Node]] = []
+        # A heap of the open nodes by load, those of one load in no order: hosts that all know the same of the nodes
+        # must not all go to the same one. An entry whose number is not its node's any more is passed over.
+        self._heap: list[tuple[float, float, int, Node]] = []
         self._entries = itertools.count(1)
 
     # -- nodes -------------------------------------------------------------------------------------
@@ -154,6 +155,13 @@ class Placement(Lender[Seat]):
             if self._closed and not self._seats:
                 self._quiet.notify_all()
 
+    def full(self, seat: Seat) -> None:
+        """No worker of its node was free for this seat: it is given back, and others are tried first for a while."""
+        with self._lock:
+            node = seat.node
+            node.others = max(node.others, node.capacity - node.running + 1)
+        self.give_back(seat)
+
     @property
     def _lent(self) -> bool:
         return self._seats > 0
@@ -181,7 +189,7 @@ class Placement(Lender[Seat]):
         paused: list[Node] = []
         found = None
         while heap:
-            _, entry, node = heap[0]
+            _, _, entry, node = heap[0]
             if entry != node.entry:
                 heapq.heappop(heap)
             elif node.paused_until > now:
@@ -201,11 +209,11 @@ class Placement(Lender[Seat]):
         if not node.open:
             node.entry = 0
             return
-        node.entry = next(self._entries)
-        node.load = (node.running + node.others) / node.capacity
-        heapq.heappush(self._heap, (node.load, node.entry, node))
+        entry = node.entry = next(self._entries)
+        load = (node.running + node.others) / node.capacity
+        heapq.heappush(self._heap, (load, random.random(), entry, node))
         if len(self._heap) > 4 * len(self._nodes) + 64:
-            self._heap = [entry for entry in self._heap if entry[1] == entry[2].entry]
+            self._heap = [entry for entry in self._heap if entry[2] == entry[3].entry]
             heapq.heapify(self._heap)
 
     def _serve(self) -> None:

@@ -6,6 +6,7 @@ import atexit
 import itertools
 import os
 import pickle
+import sys
 import threading
 import uuid
 import warnings
@@ -72,7 +73,7 @@ class ClusterPool:
         self._address = address
         per_node = {**settings, "queue": None, "queue_timeout": None, "per_provider": {}}
         template._settings = per_node
-        self._payload = pickle.dumps((template, options.get("workers") is None))
+        self._payload = pickle.dumps((template, options.get("workers") is None, _path()))
         token = uuid.uuid4().hex
         self._name = f"pool-{token}" if name is None else f"{name}-{_digest(template, per_node)}"
         self._placement = Placement(settings["queue"], settings["per_provider"])
@@ -217,12 +218,12 @@ class ClusterPool:
         return self._placement.manned
 
     def workers(self) -> list[WorkerInfo]:
-        """The workers of all nodes, as their agents tell within two seconds."""
+        """The workers of all nodes. They are a second old."""
         fleet = self._fleet
         return [] if fleet is None or self._forked else fleet.workers()
 
     def stats(self) -> PoolStats:
-        """The numbers of this moment, over all nodes. Those of workers that start, idle or died are a second old."""
+        """The numbers of this moment, over all nodes. Workers that start, idle or have died are told of each second."""
         starting, idle, deaths = (0, 0, 0) if self._fleet is None else self._fleet.numbers()
         busy, waiting = self._placement.numbers()
         return PoolStats(starting, idle, busy, waiting, deaths, self._events.outcomes())
@@ -294,6 +295,11 @@ class ClusterPool:
         timeouts = endless(read_timeout), endless(read_timeout if write_timeout is None else write_timeout)
         job_id = f"{self._prefix}-{next(self._numbers)}"
         return Call(request, upload, context, job_id, endless(lease_timeout), timeouts)
+
+
+def _path() -> list[str]:
+    """Where this process finds modules, for the nodes' processes to look at too, after all places of their own."""
+    return [os.path.abspath(place) for place in sys.path]
 
 
 def _digest(template: Pool, settings: dict[str, Any]) -> str:

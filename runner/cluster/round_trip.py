@@ -307,7 +307,9 @@ class ClusterRoundTrip:
                 placement.update(self._seat.node, paused_until=time.monotonic() + max(end.retry_after, 0.1))
                 self._tries -= 1
             self._outcome = "not taken"
-            self._settle(over=False)
+            seat = self._seat
+            self._settle(over=False, keep_seat=True)
+            placement.full(seat)
             if end.kind == "unavailable" and not self._tries:
                 raise WorkersUnavailable(end.words, end.retry_after)
             raise PlaceAnew

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from collections.abc import Iterable
 from typing import Final
 
 import ray
+from ray.job_config import JobConfig
 
 from runner.errors import ConfigurationError, StartError
 
@@ -17,6 +19,14 @@ _KNOCK: Final = 5.0
 
 _users = 0
 _ours = False
+
+
+class _NoPlaces(list[str]):
+    """Ray would have agents look for every module in this process's working directory first, that of an app perhaps
+    whose code is to run in a sandbox. They look where they are installed."""
+
+    def extend(self, places: Iterable[str], /) -> None:
+        """Add nothing."""
 
 
 def attach(address: str | None) -> None:
@@ -30,7 +40,11 @@ def attach(address: str | None) -> None:
         if not ray.is_initialized():
             try:
                 _knock(address)
-                ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+                job_config = JobConfig()
+                job_config._py_driver_sys_path = _NoPlaces()
+                ray.init(
+                    address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, job_config=job_config
+                )
             except (ConnectionError, ValueError, RuntimeError, OSError) as error:
                 raise StartError(
                     f"there is no Ray cluster at {address or 'auto'!r} ({error}): start one (ray start --head), "

@@ -96,7 +96,23 @@ async def asgi(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-HANDLERS = {"echo": echo, "stream": stream, "down": down, "up": up, "die": die, "hang": hang, "tokens": tokens}
+def two(request: HandlerRequest, response: HandlerResponse) -> None:
+    """A byte, and a while later another."""
+    response.write(b"a")
+    time.sleep(0.005)
+    response.write(b"b")
+
+
+HANDLERS = {
+    "echo": echo,
+    "stream": stream,
+    "down": down,
+    "up": up,
+    "die": die,
+    "hang": hang,
+    "tokens": tokens,
+    "two": two,
+}
 
 
 def handler(request: HandlerRequest, response: HandlerResponse) -> bytes | None:

@@ -76,6 +76,9 @@ def serve(
         str | None, _option("TOML file; else blastdoor.toml, or [tool.blastdoor] in pyproject.toml.", "FILE")
     ] = None,
     workers: Annotated[str | None, _option("How many, or least:most. [default: one per core]", "N[:N]")] = None,
+    cluster: Annotated[
+        str | None, _option("Address of the Ray cluster that the workers are on, or auto.", "ADDRESS")
+    ] = None,
     spares: Annotated[int | None, _option("Warm workers beyond the demand.", "N", least=0)] = None,
     timeout: Seconds = None,
     memory: Memory = None,

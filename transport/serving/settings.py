@@ -7,10 +7,11 @@ for all mounts, unless a mount's own table says otherwise.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -21,6 +22,7 @@ from runner.errors import ConfigurationError
 from runner.limits import Limits, parse_size
 from runner.messages import Kind
 from runner.pool import Pool
+from runner.protocols import AnyPool
 from runner.recycle import Recycle
 from runner.sandbox.profile import Sandbox
 from transport.gateway.mounts import Mount, TrustedHeaders, plain_path
@@ -81,13 +83,14 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     grace: float | UnsetType = UNSET
     start_timeout: float | UnsetType = UNSET
     debug: bool | UnsetType = UNSET
+    cluster: str | UnsetType = UNSET
 
-    def pool(self, app: str, root_path: str) -> Pool:
-        """A pool with these settings, which is not started."""
+    def pool(self, app: str, root_path: str) -> AnyPool:
+        """A pool with these settings, which is not started: on the cluster at `cluster`, where that is given."""
         limits = _given(
             memory=self.memory, wall_seconds=self.timeout, cpu_seconds=self.cpu_seconds, open_files=self.open_files
         )
-        return Pool(
+        return _kind_of_pool(self.cluster)(
             app,
             root_path=root_path,
             workers=None if self.workers is UNSET else parse_workers(self.workers),
@@ -135,7 +138,7 @@ class MountSettings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit
         """Whether its pool has a sandbox."""
         return (defaults.get("sandbox", "none") if self.sandbox is UNSET else self.sandbox) != "none"
 
-    def pool_with(self, path: str, defaults: Mapping[str, Any]) -> Pool:
+    def pool_with(self, path: str, defaults: Mapping[str, Any]) -> AnyPool:
         """A new pool for this mount, with what it does not say from `defaults`."""
         if self.provider:
             path = Route(self.provider, self.source, self.root).mount
@@ -221,6 +224,17 @@ def load_settings(file: str | None, given: Mapping[str, Any]) -> Settings:
         return msgspec.convert({**found, **given}, Settings)
     except (msgspec.ValidationError, ConfigurationError) as error:
         raise ConfigurationError(f"{where}: {error}") from error
+
+
+def _kind_of_pool(cluster: str | UnsetType) -> Callable[..., AnyPool]:
+    """What makes a pool, here or on a cluster. ConfigurationError where Ray is not installed."""
+    if cluster is UNSET or not cluster:
+        return Pool
+    try:
+        from runner.cluster import ClusterPool  # Ray is loaded where it is used
+    except ImportError as error:
+        raise ConfigurationError(str(error)) from error
+    return functools.partial(ClusterPool, address=cluster)
 
 
 def parse_workers(workers: int | str) -> int | tuple[int, int]:
