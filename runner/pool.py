@@ -293,7 +293,7 @@ class Pool:
 
     def __reduce__(self) -> tuple[Callable[..., Pool], tuple[Any, ...]]:
         # In this process a pickle is a reference; elsewhere it is a pool of its own, set up alike.
-        return _restore, (self._token, msgspec.msgpack.encode(self._config), self._settings)
+        return restore_pool, (self._token, msgspec.msgpack.encode(self._config), self._settings)
 
     def _forget(self) -> None:
         """This is a forked child now: the workers, if there are any, are the parent's."""
@@ -438,7 +438,8 @@ def endless(timeout: float | None) -> float | None:
 _pools: weakref.WeakValueDictionary[str, Pool] = weakref.WeakValueDictionary()
 
 
-def _restore(token: str, config: bytes, settings: dict[str, Any]) -> Pool:
+def restore_pool(token: str, config: bytes, settings: dict[str, Any]) -> Pool:
+    """The pool that a pickle stands for: the one with this token in this process, or another with its settings."""
     pool = _pools.get(token)
     if pool is None:
         pool = Pool.__new__(Pool)

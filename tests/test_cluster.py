@@ -680,6 +680,27 @@ def cluster_address(pool: ClusterPool) -> str:
     return pool._address
 
 
+def test_pickles(pool: ClusterPool) -> None:
+    """D1, R: sessions pickle, as on one machine: in this process it is the same pool, elsewhere one like it."""
+    import pickle
+
+    with requests.Session() as session:
+        session.mount(URL, Transport(pool))
+        with pickle.loads(pickle.dumps(session)) as copy:
+            assert copy.get(f"{URL}/hello").text == "hello"
+            assert copy.get_adapter(URL)._pool is pool
+    code = """
+import pickle, sys
+from runner import Request
+pool = pickle.loads(sys.stdin.buffer.read())
+with pool, pool.open(Request("GET", "/hello")) as job:
+    print(b"".join(job).decode(), len(pool._host.links), pool._placement._queue)
+"""
+    data = pickle.dumps(ClusterPool(HANDLER, address=pool._address, workers=1, queue=7))
+    done = subprocess.run([sys.executable, "-c", code], input=data, stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"hello 2 7\n"
+
+
 def test_closing(start: Callable[..., ClusterPool], tmp_path: Path) -> None:
     """D1, W11: close waits for the jobs under way up to its limit, and ends the rest."""
     pool = start(workers=1)

@@ -163,7 +163,8 @@ class Fleet:
                 ray.kill(actor)
                 error = joined.error
                 raise _Unready(f"no worker can be started on node {address}: {joined.error}")
-            self._add(actor, Node(name, address, joined.capacity))
+            pulse = self._await(actor.ping.remote(self._host.name, 0, logger.getEffectiveLevel()))
+            self._add(actor, Node(name, address, joined.capacity), pulse)
         except Exception as why:  # noqa: BLE001 - Ray has no one root for what it raises here
             if not self._ended.is_set():
                 logger.error("no agent on node %s: %s", address, why)
@@ -211,12 +212,12 @@ class Fleet:
                 raise _Unready("it was not ready in time")
         raise _Unready("the pool is closed")
 
-    def _add(self, actor: Any, node: Node) -> None:
+    def _add(self, actor: Any, node: Node, pulse: object) -> None:
         link = Link(actor, self._host.name, node, self._host.placement, self._host.events)
         link.on_lost = self._lost
         self._host.links[node.name] = link
+        link.pulsed(pulse)
         self._host.placement.add(node)
-        link.beat()
         logger.info("node %s takes part, with %d workers", node.address, node.capacity)
 
     def _lost(self, link: Link) -> None:

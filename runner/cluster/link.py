@@ -134,13 +134,14 @@ class Link:
             return
         if (silence > SILENT) is not self.node.silent:
             self._placement.update(self.node, silent=silence > SILENT)
-        self.call("ping", self._host, self._seen, logger.getEffectiveLevel(), answered=self._pulsed)
+        self.call("ping", self._host, self._seen, logger.getEffectiveLevel(), answered=self.pulsed)
         with self._lock:
             again = [job_id for job_id, (sent, _) in self._kills.items() if now - sent > KILL_AGAIN]
         for job_id in again:
             self._send_kill(job_id)
 
-    def _pulsed(self, result: object) -> None:
+    def pulsed(self, result: object) -> None:
+        """The answer to a ping."""
         if isinstance(result, BaseException):
             self.failed(result)
             return

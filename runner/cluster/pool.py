@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import itertools
 import os
 import pickle
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self, Unpack
 
+import msgspec
+
 from runner.call import Call
 from runner.cluster import session
 from runner.cluster.fleet import Fleet
@@ -24,7 +27,7 @@ from runner.cluster.round_trip import Host
 from runner.errors import ConfigurationError, PoolClosed, PoolForked
 from runner.events import Events, PoolStats, Subscriber, WorkerInfo
 from runner.messages import JobContext
-from runner.pool import Pool, endless
+from runner.pool import Pool, endless, restore_pool
 from runner.request import Request, Upload
 from runner.settings import PoolOptions
 
@@ -63,7 +66,11 @@ class ClusterPool:
         if address is not None and (not isinstance(address, str) or not address):
             raise ConfigurationError(f"address is that of a Ray cluster, such as 'auto', or None, not {address!r}")
         template = Pool(handler, **options)
+        self._set_up(template, options.get("workers") is None, address, name)
+
+    def _set_up(self, template: Pool, by_cores: bool, address: str | None, name: str | None) -> None:
         settings = template._settings
+        self._made_from = template.__reduce__()[1][1:], by_cores, address, name
         self.debug: bool = settings["debug"]
         self.overload: str = settings["overload"]
         self._drain: float = settings["drain"]
@@ -72,10 +79,9 @@ class ClusterPool:
         self._capacity: int = settings["size"].most
         self._address = address
         per_node = {**settings, "queue": None, "queue_timeout": None, "per_provider": {}}
-        template._settings = per_node
-        self._payload = pickle.dumps((template, options.get("workers") is None, _path()))
         token = uuid.uuid4().hex
         self._name = f"pool-{token}" if name is None else f"{name}-{_digest(template, per_node)}"
+        self._payload = pickle.dumps((_pool_of(template, per_node), by_cores, _path()))
         self._placement = Placement(settings["queue"], settings["per_provider"])
         self._events = Events()
         self._host = Host(token, self._placement, self._events, {})
@@ -85,7 +91,7 @@ class ClusterPool:
         self._numbers = itertools.count(1)
         self._prefix = token[:8]
         self._forked = False
-        _pools.add(self)
+        _pools[token] = self
 
     # -- life ----------------------------------------------------------------------------------------
 
@@ -197,6 +203,10 @@ class ClusterPool:
             finally:
                 self.close(drain=0)
 
+    def __reduce__(self) -> tuple[Callable[..., ClusterPool], tuple[Any, ...]]:
+        # In this process a pickle is a reference; elsewhere it is a pool of its own, set up alike.
+        return _restore, (self._host.name, *self._made_from)
+
     def _forget(self) -> None:
         """This is a forked child now: the connection to the cluster is the parent's."""
         self._start_lock = threading.Lock()
@@ -304,24 +314,35 @@ def _path() -> list[str]:
 
 def _digest(template: Pool, settings: dict[str, Any]) -> str:
     """What tells pools of one name apart that run something else, or otherwise."""
-    import hashlib
-
-    import msgspec
-
     config = msgspec.msgpack.encode(template._config)
     return hashlib.sha256(config + repr(sorted(settings.items())).encode()).hexdigest()[:12]
 
 
-_pools: weakref.WeakSet[ClusterPool] = weakref.WeakSet()
+def _pool_of(template: Pool, settings: dict[str, Any]) -> Pool:
+    """A local pool like this one, with these settings."""
+    return restore_pool("", msgspec.msgpack.encode(template._config), settings)
+
+
+_pools: weakref.WeakValueDictionary[str, ClusterPool] = weakref.WeakValueDictionary()
+
+
+def _restore(
+    token: str, template: tuple[bytes, dict[str, Any]], by_cores: bool, address: str | None, name: str | None
+) -> ClusterPool:
+    pool = _pools.get(token)
+    if pool is None:
+        pool = ClusterPool.__new__(ClusterPool)
+        pool._set_up(restore_pool("", *template), by_cores, address, name)
+    return pool
 
 
 def _close_all() -> None:
-    for pool in list(_pools):
+    for pool in list(_pools.values()):
         pool.close(drain=0)
 
 
 def _forget_all() -> None:
-    for pool in list(_pools):
+    for pool in list(_pools.values()):
         pool._forget()
 
 
