@@ -473,7 +473,7 @@ def test_several_mounts(serve: Serve, session: requests.Session) -> None:
     assert session.get(f"{served.url}/ab/hello").status_code == 404
     assert session.get(f"{served.url}/").status_code == 404
     seen = session.get(f"{served.url}/flask/echo/x%2Fy").json()
-    assert seen["url"] == f"{served.url}/flask/echo/x%2Fy" or seen["url"].startswith(f"{served.url}/flask/echo/x")
+    assert seen["url"].startswith(f"{served.url}/flask/echo/x")
 
 
 def test_a_mount_s_stuck_jobs_leave_the_others_alone(serve: Serve, session: requests.Session) -> None:

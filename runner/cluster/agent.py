@@ -106,6 +106,7 @@ class Agent:
             if self._ending:
                 return encode(Joined(ending=True))
             self._hosts[host] = time.monotonic() + 3600  # until it is told that it has joined
+        self._end_jobs_of(host, "their host had given this agent up")  # and comes anew: it waits for none of them
         try:
             with self._starting:
                 if self._pool is None:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
 from typing import Any, Final
 
 import msgspec
@@ -40,6 +39,15 @@ BEAT: Final = 1.0
 _AGAIN: Final = 2.0
 """Seconds after which an agent that could not be made is tried again."""
 
+_STUCK: Final = 15.0
+"""Seconds that an agent that is there already has to answer."""
+
+_LEAVE_PATIENCE: Final = 10.0
+"""Seconds that agents have to end their workers, when a pool is closed."""
+
+_CUT_OFF_PATIENCE: Final = 2.0
+"""Seconds that those have which had not answered: they end by themselves, later."""
+
 _CTL_THREADS: Final = 8
 _EXTRA_THREADS: Final = 4
 
@@ -63,7 +71,7 @@ class Fleet:
         self._looked = False
         self._last_failure = ""
         self._deaths = 0
-        self._cut_off: deque[Any] = deque()
+        self._lost_actors: dict[str, Any] = {}
         self._threads: set[threading.Thread] = set()
 
     def begin(self) -> None:
@@ -94,13 +102,16 @@ class Fleet:
         self._poke.set()
         for thread in list(self._threads):
             thread.join()
-        links = list(self._host.links.values())
+        now = time.monotonic()
+        until = dict.fromkeys(self._lost_actors.values(), now + _CUT_OFF_PATIENCE)
+        until |= {link.actor: now + _LEAVE_PATIENCE for link in self._host.links.values()}
         self._host.links.clear()
-        leaving = [(link, link.actor.leave.remote(self._host.name)) for link in links]
-        for link, left in leaving:
-            with contextlib.suppress(ray.exceptions.RayError, ValueError):
-                if ray.get(left, timeout=10) == b"last":
-                    ray.kill(link.actor)
+        with contextlib.suppress(Exception):  # no connection is left to say it by: they hear of no host, and end
+            leaving = [(actor, actor.leave.remote(self._host.name), latest) for actor, latest in until.items()]
+            for actor, left, latest in leaving:
+                with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                    if ray.get(left, timeout=max(latest - time.monotonic(), 0)) == b"last":
+                        ray.kill(actor)
 
     def numbers(self) -> tuple[int, int, int]:
         """How many workers are starting, how many idle, and how many have died, as the agents last told."""
@@ -125,9 +136,6 @@ class Fleet:
             self._poke.clear()
 
     def _look(self) -> None:
-        while self._cut_off:  # where one lives, and only its line was cut
-            with contextlib.suppress(Exception):
-                ray.kill(self._cut_off.popleft())
         alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         draining = _draining()
         for name, link in list(self._host.links.items()):
@@ -182,21 +190,29 @@ class Fleet:
                 self._settled.notify_all()
             self._threads.discard(threading.current_thread())
 
-    def _agent(self, name: str) -> Any:
-        """The agent of a node, made where there is none: by whichever host comes first."""
+    def _agent(self, node: str) -> Any:
+        """The agent of a node, made where there is none: by whichever host comes first. One that is stuck is killed."""
+        name = f"{self._name}:{node}"
+        with contextlib.suppress(ValueError):
+            there: Any = ray.get_actor(name, NAMESPACE)
+            answered, _ = ray.wait([there.ping.remote(self._host.name, 0, logging.CRITICAL)], timeout=_STUCK)
+            if not answered:
+                ray.kill(there)
+                raise _Unready("it did not answer, and is killed")
+            return there
         threads = min(2 * self._capacity + _EXTRA_THREADS, 512)
         groups = {"ctl": _CTL_THREADS, "run": threads, "more": threads, "feed": threads}
         remote: Any = ray.remote(num_cpus=0, concurrency_groups=groups)  # type: ignore[call-overload]
         return (
             remote(Agent)
             .options(
-                name=f"{self._name}:{name}",
+                name=name,
                 namespace=NAMESPACE,
                 get_if_exists=True,
                 lifetime="detached",
                 max_restarts=0,
                 max_task_retries=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False),
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
             .remote(self._payload)
         )
@@ -225,7 +241,7 @@ class Fleet:
         self._deaths += link.pulse.deaths
         if self._host.links.get(link.node.name) is link:
             del self._host.links[link.node.name]
-        self._cut_off.append(link.actor)
+        self._lost_actors[link.node.name] = link.actor
         self._poke.set()
 
     # -- the pulse ---------------------------------------------------------------------------------
