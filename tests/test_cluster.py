@@ -36,6 +36,7 @@ from runner import (
     NodeLost,
     Pool,
     PoolClosed,
+    PoolForked,
     QueueFull,
     ReadTimeout,
     Request,
@@ -463,8 +464,8 @@ def test_an_agent_dies(pool: ClusterPool) -> None:
     both = {psutil.Process(pid).ppid() for pid in zygotes()}
     jobs = [pool.open(Request("GET", "/stream?count=1000&pause=0.02")) for _ in range(4)]
     workers = [worker.pid for worker in pool.workers()]
-    for agent in both:
-        kill(agent)
+    for pid in both:
+        kill(pid)
     wait_gone(workers, 1)
     killed = time.monotonic()
     for job in jobs:
@@ -489,8 +490,8 @@ def test_a_lost_node_is_a_502(pool: ClusterPool) -> None:
     thread.start()
     wait_until(lambda: pool.stats().busy == 1)
     wait_until(lambda: any(worker.state == "busy" for worker in pool.workers()))
-    for agent in set(agents().values()):
-        kill(agent)
+    for pid in set(agents().values()):
+        kill(pid)
     thread.join()
     (response,) = outcomes
     assert response.status_code == 502
@@ -753,3 +754,189 @@ def test_tasks(pool: ClusterPool, backend: str) -> None:
 
     anyio.run(main, backend=backend)
     wait_until(lambda: pool._placement.numbers() == (0, 0))
+
+
+# -- what a hostile review found ---------------------------------------------------------------------
+
+
+def test_time_limits_for_a_worker(start: Callable[..., ClusterPool]) -> None:
+    """D4, W4: while workers are still at jobs that were left, others wait no longer than they said."""
+    pool = start(workers=1, grace=3.0)
+    for job in [pool.open(Request("GET", "/stubborn")) for _ in range(2)]:
+        job.close()
+    began = time.monotonic()
+    with pytest.raises(LeaseTimeout):
+        pool.open(Request("GET", "/hello"), lease_timeout=0.3)
+    assert time.monotonic() - began < 2
+    assert get(pool, "/hello", lease_timeout=20) == b"hello"
+
+
+def test_an_agent_that_has_forgotten_its_host(cluster: Cluster) -> None:
+    """D7: it says so; the host joins anew, and none of its callers is failed for that."""
+    settings: dict[str, Any] = {"address": cluster.address, "workers": 1, "name": "shop"}
+    with ClusterPool(HANDLER, **settings).start() as pool, ClusterPool(HANDLER, **settings).start() as other:
+        links = list(pool._host.links.values())
+        for link in links:
+            assert ray.get(link.actor.leave.remote(pool._host.name)) == b""
+        for _ in range(5):
+            assert get(pool, "/hello", lease_timeout=20) == b"hello"
+        wait_until(lambda: len(pool._host.links) == 2)
+        assert not set(links) & set(pool._host.links.values())
+        assert get(other, "/hello") == b"hello"
+
+
+def test_a_host_that_pauses_hurts_no_other(cluster: Cluster, tmp_path: Path) -> None:
+    """D7: a host that has been stopped comes back, and the agents that it shares go on."""
+    code = f"""
+import sys
+from runner import Request
+from runner.cluster import ClusterPool
+with ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1, name="shop") as pool:
+    print("started", flush=True)
+    sys.stdin.readline()
+    with pool.open(Request("GET", "/hello"), lease_timeout=20) as job:
+        print(b"".join(job).decode(), flush=True)
+"""
+    with ClusterPool(HANDLER, address=cluster.address, workers=1, name="shop") as pool:
+        host = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+        try:
+            assert host.stdout is not None
+            assert host.stdout.readline() == "started\n"
+            until = tmp_path / "go"
+            job = pool.open(Request("GET", f"/hold?until={until}"))
+            host.send_signal(signal.SIGSTOP)
+            time.sleep(6)
+            host.send_signal(signal.SIGCONT)
+            out, _ = host.communicate("go\n", timeout=30)
+            assert out == "hello\n"
+            until.touch()
+            assert b"".join(job).endswith(b" done")
+        finally:
+            host.kill()
+            host.communicate()
+
+
+def test_a_start_that_fails_leaves_nothing(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D1, W11: after a start that failed nobody waits, or spins, for nodes that are not there."""
+    once = tmp_path / "once.py"
+    once.write_text(
+        "import os\n"
+        f"try:\n    os.mkdir({str(tmp_path / 'taken')!r})\n"
+        "except FileExistsError:\n    raise ImportError('only once') from None\n"
+        "def app(request, response):\n    return b'once'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = ClusterPool("once:app", address=cluster.address, workers=1)
+    with pytest.raises(StartError, match="only once"):
+        pool.start()
+    assert not pool._placement.nodes()
+    assert not pool.ready
+    with pytest.raises(StartError):
+        pool.open(Request("GET", "/"), lease_timeout=1)
+    pool.close()
+
+
+def test_a_call_that_fails(pool: ClusterPool) -> None:
+    """D6: where an answer does not come though the agent lives, the caller is told, and the worker is free again."""
+    job = pool.open(Request("GET", "/stream?count=1000&pause=0.01"))
+    assert job._link is not None
+    with job._lock:
+        job._mail.append(("answer", job._try, ray.exceptions.RaySystemError("lost on the way")))
+    with pytest.raises(NodeLost, match="RaySystemError"):
+        list(job)
+    wait_until(lambda: pool._placement.numbers() == (0, 0))
+    wait_until(lambda: pool.stats().idle == 4)
+
+
+def test_a_source_that_ends_the_program(pool: ClusterPool) -> None:
+    """D4, H6: what closing a body's source raises, of whatever kind, keeps no worker and no seat."""
+
+    def source() -> Iterator[bytes]:
+        try:
+            while True:
+                yield b"x" * 1000
+        finally:
+            raise SystemExit(3)
+
+    with CancelScope() as scope:
+        threading.Timer(0.2, scope.cancel).start()
+        with pytest.raises((SystemExit, JobClosed)):
+            pool.open(Request("POST", "/never_read", body=source()))
+    wait_until(lambda: pool._placement.numbers() == (0, 0))
+    wait_until(lambda: pool.stats().idle == 4)
+
+
+def test_ray_is_shut_down_under_the_pool(start: Callable[..., ClusterPool]) -> None:
+    """D7: callers are told, and nobody connects anew behind the user's back."""
+    pool = start(workers=1)
+    job = pool.open(Request("GET", "/stream?count=1000&pause=0.05"))
+    ray.shutdown()
+    with pytest.raises(NodeLost):
+        list(job)
+    with pytest.raises((LeaseTimeout, NodeLost)):
+        pool.open(Request("GET", "/hello"), lease_timeout=0.5)
+    pool.close(drain=0)
+    assert not ray.is_initialized()
+
+
+def test_forks(pool: ClusterPool) -> None:
+    """W11: a forked child can neither use the pool nor make one: the connection is its parent's."""
+    child = os.fork()
+    if not child:
+        code = 1
+        with contextlib.suppress(BaseException):
+            try:
+                pool.open(Request("GET", "/hello"))
+            except PoolForked:
+                try:
+                    ClusterPool(HANDLER, address=pool._address).start()
+                except PoolForked:
+                    code = 0
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert get(pool, "/hello") == b"hello"
+
+
+def test_finalisers(pool: ClusterPool) -> None:
+    """D4, C4: a job that is collected while its line is in use ends; nobody waits for himself."""
+    jobs = [pool.open(Request("GET", "/endless")) for _ in range(2)]
+    for link in list(pool._host.links.values()):
+        link._lock.acquire()
+    with pool._placement._lock, pytest.warns(ResourceWarning):
+        jobs.clear()
+    for link in list(pool._host.links.values()):
+        link._lock.release()
+    wait_until(lambda: pool._placement.numbers() == (0, 0))
+
+
+def test_slow_subscribers(pool: ClusterPool) -> None:
+    """D1: one that is slow at what happens to workers keeps no caller waiting."""
+    called, go = threading.Event(), threading.Event()
+
+    def slow(event: object) -> None:
+        if isinstance(event, WorkerEnded):
+            called.set()
+            go.wait(10)
+
+    pool.subscribe(slow)
+    with contextlib.suppress(WorkerDied):
+        get(pool, "/die")
+    assert called.wait(10)
+    assert in_threads([lambda: get(pool, "/hello")] * 4) == [b"hello"] * 4
+    go.set()
+
+
+def test_close_while_it_starts(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D1, W11: start tells that the pool was closed, and its agents end, whose workers were still loading."""
+    (tmp_path / "slow_to_load.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(tmp_path / 'loading')!r}).touch()\ntime.sleep(30)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = ClusterPool("slow_to_load:app", address=cluster.address, workers=1)
+    outcomes: list[object] = []
+    starter = threading.Thread(target=lambda: outcomes.extend(in_threads([pool.start])))
+    starter.start()
+    wait_until((tmp_path / "loading").exists)
+    pool.close()
+    starter.join()
+    assert isinstance(outcomes[0], PoolClosed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import statistics
+import subprocess
+import sys
 import threading
 
 import msgspec
@@ -202,3 +204,26 @@ def test_ends_that_travel(error: BaseException, kind: type[Exception]) -> None:
     assert type(told) is kind
     if isinstance(error, JobFailed) and isinstance(told, JobFailed):
         assert told.fault == error.fault
+
+
+def test_an_agent_s_answers() -> None:
+    """D4, D8: a piece of a body that comes before its order is asked for again; what fails in an agent stays there."""
+    code = """
+import logging
+from runner.cluster import agent
+from runner.cluster.messages import Delivery, Pulse, decode
+agent._ORDER_PATIENCE = 0.01
+one = agent.Agent(b"no pickle")
+assert one.feed("job", b"piece") == b"again"
+one.kill("job")
+assert one.feed("job", b"piece") == b"stop"
+assert decode(one.run(b"nonsense"), Delivery).end.kind == "closed"
+assert decode(one.more("nothing"), Delivery).end.kind == "closed"
+assert not decode(one.ping("host", 0, logging.CRITICAL), Pulse).known
+assert b"UnpicklingError" in one.join("host")
+one._news = None
+assert one.ping("host", 0, logging.CRITICAL) == b""
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout == b"done\n"

@@ -1,8 +1,8 @@
 """The agent: an actor on each node that owns an ordinary local pool, and runs there what hosts send it.
 
-Its methods run in threads, in four groups, so that none waits behind another kind: `run` and `more` bring a response,
-`feed` takes a request's body, and the group `ctl` is for what must always be answered. Each gives bytes and raises
-nothing.
+Its methods run in threads, in groups, so that none waits behind another kind: `run` and `more` bring a response,
+`feed` takes a request's body, `ctl` is for what must always be answered, `life` for what takes long. Each gives bytes
+and raises nothing.
 
 Hosts ping their agents. A host that has not been heard of for LEASE seconds is taken for gone, or cut off, and its
 jobs are ended: nobody is left who would. An agent without hosts ends.
@@ -10,6 +10,7 @@ jobs are ended: nobody is left who would. An agent without hosts ends.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
@@ -17,7 +18,8 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final, ParamSpec
 
 import msgspec
 import ray
@@ -55,11 +57,14 @@ SOON: Final = 0.002
 _END_SOON: Final = 0.0002
 """Seconds that the first of a body waits for the rest: a response that is whole by then costs one call."""
 
-LEASE_PATIENCE: Final = 0.03
-"""Seconds that a job waits for a worker of this node, before it is placed anew."""
+_SMALL: Final = 16 * 1024
+"""Bytes of a body from which on its first piece waits for nothing more."""
 
 _TOMBSTONES: Final = 60.0
 """Seconds for which a job that was killed, or is over, is remembered: its order, or a part of its body, may be late."""
+
+_ORDER_PATIENCE: Final = 1.0
+"""Seconds that a piece of a body waits for its job's order."""
 
 _LOOK: Final = 0.5
 _MOST_NEWS: Final = 2000
@@ -67,6 +72,29 @@ _MOST_NEWS: Final = 2000
 _decode_order = msgspec.msgpack.Decoder(Order).decode
 _decode_head = msgspec.msgpack.Decoder(RequestHead).decode
 _OK: Final = Ending("ok")
+
+
+P = ParamSpec("P")
+
+
+def _answers(group: str) -> Callable[[Callable[P, bytes]], Callable[P, bytes]]:
+    """For a method that hosts call, in a group of threads. An exception that leaves an actor is unpickled in its host:
+    none does. It is logged, and b"" says that there was one."""
+
+    def decorate(method: Callable[P, bytes]) -> Callable[P, bytes]:
+        @functools.wraps(method)
+        def guarded(*arguments: P.args, **named: P.kwargs) -> bytes:
+            try:
+                return method(*arguments, **named)
+            except BaseException:
+                logger.exception("the agent failed at %s", method.__name__)
+                return b""
+
+        mark: Any = ray.method(concurrency_group=group)
+        mark(method)  # Ray looks for its mark at the innermost
+        return guarded
+
+    return decorate
 
 
 class _Running:
@@ -82,10 +110,14 @@ class _Running:
 
 
 class Agent:
-    """One node's part of a ClusterPool. `payload` is a pickle of the pool: hosts are trusted by their agents."""
+    """One node's part of a ClusterPool. `payload` is a pickle of the pool: hosts are trusted by their agents.
 
-    def __init__(self, payload: bytes) -> None:
+    `cores` is how many workers there are, where that is the node's concern.
+    """
+
+    def __init__(self, payload: bytes, cores: int | None = None) -> None:
         self._payload = payload
+        self._cores = cores
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._hosts: dict[str, float] = {}
@@ -94,12 +126,13 @@ class Agent:
         self._pool: Pool | None = None
         self._starting = threading.Lock()
         self._ending = False
+        self._orphaned_since = time.monotonic()
         self._news = _News()
         threading.Thread(target=self._watch_hosts, name="blastdoor-lease", daemon=True).start()
 
     # -- hosts -------------------------------------------------------------------------------------
 
-    @ray.method(concurrency_group="ctl")
+    @_answers("life")
     def join(self, host: str) -> bytes:
         """A host is there. Starts the pool, if that has not been done; a Joined."""
         with self._lock:
@@ -114,7 +147,7 @@ class Agent:
                     pool.subscribe(self._news.note_event)
                     pool.start()
                     self._pool = pool
-            answer = Joined(self._pool._size.most)
+            answer = Joined(self._pool._size.most, self._news.since(0)[2])
         except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
             words = str(error) if isinstance(error, BlastdoorError) else f"{type(error).__name__}: {error}"
             answer = Joined(error=words or type(error).__name__)
@@ -122,23 +155,24 @@ class Agent:
             self._hosts[host] = time.monotonic()
         return encode(answer)
 
-    @ray.method(concurrency_group="ctl")
+    @_answers("ctl")
     def ping(self, host: str, seen: int, level: int) -> bytes:
         """A host lives, and has news up to number `seen`, and wants records from `level` on; a Pulse."""
         with self._lock:
-            if host in self._hosts:
+            known = host in self._hosts
+            if known:
                 self._hosts[host] = max(self._hosts[host], time.monotonic())
         if level < logger.getEffectiveLevel():
             logger.setLevel(level)
         records, events, latest = self._news.since(seen)
         pool = self._pool
         if pool is None:
-            return encode(Pulse(0, 0, 0, 0, 0, [], records, events, latest))
+            return encode(Pulse(known, 0, 0, 0, 0, 0, [], records, events, latest))
         stats, workers = pool.stats(), pool.workers()
         numbers = stats.starting, stats.idle, stats.busy, stats.waiting, stats.deaths
-        return encode(Pulse(*numbers, workers, records, events, latest))
+        return encode(Pulse(known, *numbers, workers, records, events, latest))
 
-    @ray.method(concurrency_group="ctl")
+    @_answers("life")
     def leave(self, host: str) -> bytes:
         """A host goes. b"last" where it was the only one: its pool is closed then, and the actor may be killed."""
         with self._lock:
@@ -150,7 +184,7 @@ class Agent:
             self._close_pool()
         return b"last" if last else b""
 
-    @ray.method(concurrency_group="ctl")
+    @_answers("ctl")
     def kill(self, job_id: str) -> bytes:
         """The caller of a job has left: it ends, or never begins."""
         self._end_job(job_id, "its caller has left")
@@ -158,28 +192,29 @@ class Agent:
 
     # -- jobs --------------------------------------------------------------------------------------
 
-    @ray.method(concurrency_group="run")
+    @_answers("run")
     def run(self, data: bytes) -> bytes:
         """Begin a job; a Delivery, with all of the response where it is whole SOON."""
-        running: _Running | None = None
         job_id = ""
         try:
             order = _decode_order(data)
             job_id = order.job_id
-            running = self._begin(order)
-            if running is None or self._pool is None:
-                return encode(Delivery(None, None, [], Ending("closed", "its caller has left")))
+            begun = self._begin(order)
+            if isinstance(begun, Ending):
+                return encode(Delivery(None, None, [], begun))
+            running, pool = begun, self._pool
+            assert pool is not None
             request, context = _request_of(_decode_head(order.head), order.body)
             with running.scope:
                 upload = running.upload or Upload(request.body)
-                timeouts = (LEASE_PATIENCE, order.read_timeout, order.write_timeout)
-                job = running.job = self._pool._open(request, upload, context, job_id, *timeouts)
+                timeouts = (order.patience, order.read_timeout, order.write_timeout)
+                job = running.job = pool._open(request, upload, context, job_id, *timeouts)
         except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
             self._forget(job_id)
             return encode(Delivery(None, None, [], ending_of(error)))
         return self._deliver(job, with_head=True)
 
-    @ray.method(concurrency_group="more")
+    @_answers("more")
     def more(self, job_id: str) -> bytes:
         """What comes next of a job's response; a Delivery. It waits until there is something."""
         with self._lock:
@@ -188,11 +223,16 @@ class Agent:
             return encode(Delivery(None, None, [], Ending("closed", "it had ended before")))
         return self._deliver(running.job)
 
-    @ray.method(concurrency_group="feed")
+    @_answers("feed")
     def feed(self, job_id: str, piece: bytes) -> bytes:
-        """The next piece of a job's request body, b"" for its end; b"more" when it was taken, else b"stop"."""
+        """The next piece of a job's request body, b"" for its end; b"more" when it was taken, b"stop" when none is.
+
+        b"again" says that the job's order has not come yet.
+        """
         running = self._await_order(job_id)
-        if running is None or running.upload is None:
+        if running is None:
+            return b"again" if job_id not in self._over else b"stop"
+        if running.upload is None:
             return b"stop"
         return b"more" if running.upload.feed(piece) else b"stop"
 
@@ -202,7 +242,7 @@ class Agent:
         try:
             if with_head and not job.settled:
                 job.read_ready(pieces, SOON)
-                if not job.settled:
+                if not job.settled and sum(map(len, pieces)) < _SMALL:
                     time.sleep(_END_SOON)
                     job.read_ready(pieces, 0)
             else:
@@ -217,11 +257,13 @@ class Agent:
             self._forget(job.job_id)
         return encode(Delivery(job.worker_pid, job.head if with_head else None, pieces, end))
 
-    def _begin(self, order: Order) -> _Running | None:
-        """Note a job; None where it was killed before it came, or its host is gone."""
+    def _begin(self, order: Order) -> _Running | Ending:
+        """Note a job; how it has ended where it was killed before it came, or nobody here may begin it."""
         with self._lock:
-            if order.job_id in self._over or order.host not in self._hosts or self._ending:
-                return None
+            if order.job_id in self._over:
+                return Ending("closed", "its caller has left")
+            if order.host not in self._hosts or self._ending or self._pool is None:
+                return Ending("busy", "its agent had taken its host for gone")
             running = _Running(order.host, FedUpload() if order.uploads else None)
             self._jobs[order.job_id] = running
             self._arrived.notify_all()
@@ -230,7 +272,7 @@ class Agent:
     def _await_order(self, job_id: str) -> _Running | None:
         """A job, whose order may be on its way still; None where it is over."""
         with self._lock:
-            self._arrived.wait_for(lambda: job_id in self._jobs or job_id in self._over, LEASE)
+            self._arrived.wait_for(lambda: job_id in self._jobs or job_id in self._over, _ORDER_PATIENCE)
             return self._jobs.get(job_id)
 
     def _forget(self, job_id: str) -> None:
@@ -265,35 +307,41 @@ class Agent:
 
     def _make_pool(self) -> Pool:
         """The pool of this node: with none of Ray's environment for its workers, and by its own number of cores."""
-        pool, cores, path = pickle.loads(self._payload)
+        pool, path = pickle.loads(self._payload)
         sys.path += [place for place in path if place not in sys.path]
         settings = pool._settings
         if settings["env"] is None and pool._config.sandbox is None:
             settings["env"] = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        if cores:
-            count = os.cpu_count() or 1
-            settings["size"] = msgspec.structs.replace(settings["size"], least=count, most=count)
+        if self._cores is not None:
+            settings["size"] = msgspec.structs.replace(settings["size"], least=self._cores, most=self._cores)
         pool._set_up()
         assert isinstance(pool, Pool)
         return pool
 
     def _watch_hosts(self) -> None:
-        orphaned_since = time.monotonic()
         while True:
             time.sleep(_LOOK)
-            now = time.monotonic()
-            with self._lock:
-                silent = [host for host, heard in self._hosts.items() if now - heard > LEASE]
-                for host in silent:
-                    del self._hosts[host]
-                if self._hosts:
-                    orphaned_since = now
-                alone = now - orphaned_since > ORPHANED
-                self._ending = self._ending or alone
+            try:
+                self._look_at_hosts()
+            except Exception:
+                logger.exception("the agent can't look after its hosts' leases")
+
+    def _look_at_hosts(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            silent = [host for host, heard in self._hosts.items() if now - heard > LEASE]
             for host in silent:
-                self._end_jobs_of(host, f"its host was not heard of for {LEASE:g} s")
-            if alone:
+                del self._hosts[host]
+            if self._hosts:
+                self._orphaned_since = now
+            alone = now - self._orphaned_since > ORPHANED
+            self._ending = self._ending or alone
+        for host in silent:
+            self._end_jobs_of(host, f"its host was not heard of for {LEASE:g} s")
+        if alone:
+            try:
                 self._close_pool()
+            finally:
                 os._exit(0)
 
     def _end_jobs_of(self, host: str, why: str) -> None:
@@ -322,7 +370,7 @@ class _News(logging.Handler):
         super().__init__()
         self._kept: deque[tuple[int, LogRecord | bytes]] = deque(maxlen=_MOST_NEWS)
         self._number = 0
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -7,23 +7,26 @@ one for each agent that is being made, ends when that is ready.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 import ray
 import ray._private.state
-import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from runner.cluster import session
 from runner.cluster.agent import Agent
 from runner.cluster.link import Link
 from runner.cluster.messages import Joined, decode
 from runner.cluster.placement import Node
 from runner.cluster.round_trip import Host
-from runner.errors import StartError, WorkersUnavailable
+from runner.errors import PoolClosed, StartError, WorkersUnavailable
 from runner.events import WorkerInfo
 
 logger = logging.getLogger("blastdoor")
@@ -39,37 +42,86 @@ BEAT: Final = 1.0
 _AGAIN: Final = 2.0
 """Seconds after which an agent that could not be made is tried again."""
 
+_MOST_FAILURES: Final = 5
+"""How often the agent of a node may fail to be made, before a start fails that has no other."""
+
 _STUCK: Final = 15.0
 """Seconds that an agent that is there already has to answer."""
 
 _LEAVE_PATIENCE: Final = 10.0
 """Seconds that agents have to end their workers, when a pool is closed."""
 
-_CUT_OFF_PATIENCE: Final = 2.0
-"""Seconds that those have which had not answered: they end by themselves, later."""
+_END_PATIENCE: Final = 2.0
+"""Seconds that the threads have to end, and agents that had not answered before: those end by themselves, later."""
 
 _CTL_THREADS: Final = 8
-_EXTRA_THREADS: Final = 4
+_LIFE_THREADS: Final = 4
+_EXTRA_THREADS: Final = 8
+MOST_WORKERS: Final = 1000
+"""How many jobs one agent runs at most: each has a thread of its own there while it is answered."""
+
+
+class Agents:
+    """What a fleet's agents are made from.
+
+    `workers` is how many there are at most on each node, None for one per core that Ray counts there. `shared` says
+    that other pools may use the same ones.
+    """
+
+    def __init__(self, name: str, payload: bytes, workers: int | None, *, shared: bool) -> None:
+        self.name = name
+        self.shared = shared
+        self._payload = payload
+        self._workers = workers
+
+    def on(self, node: str, cores: int, host: str) -> Any:
+        """The agent of a node, made where there is none: by whichever host comes first. One that is stuck is killed."""
+        name = f"{self.name}:{node}"
+        with contextlib.suppress(ValueError):
+            there: Any = ray.get_actor(name, NAMESPACE)
+            answered, _ = ray.wait([there.ping.remote(host, 0, logging.CRITICAL)], timeout=_STUCK)
+            if not answered:
+                ray.kill(there)
+                raise Unready("it did not answer, and is killed")
+            return there
+        workers = cores if self._workers is None else self._workers
+        threads = min(workers, MOST_WORKERS) + _EXTRA_THREADS
+        groups = {"ctl": _CTL_THREADS, "life": _LIFE_THREADS, "run": threads, "more": threads, "feed": threads}
+        remote: Any = ray.remote(num_cpus=0, concurrency_groups=groups)  # type: ignore[call-overload]
+        return (
+            remote(Agent)
+            .options(
+                name=name,
+                namespace=NAMESPACE,
+                get_if_exists=True,
+                lifetime="detached",
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            )
+            .remote(self._payload, cores if self._workers is None else None)
+        )
 
 
 class Fleet:
     """Finds the nodes, has an agent on each, and knows which of them answer."""
 
-    def __init__(self, host: Host, name: str, payload: bytes, capacity: int, start_timeout: float) -> None:
+    def __init__(self, host: Host, agents: Agents, start_timeout: float) -> None:
         self._host = host
-        self._name = name
-        self._payload = payload
-        self._capacity = capacity
+        self._agents = agents
         self._start_timeout = start_timeout
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._poke = threading.Event()
-        self._ended = threading.Event()
-        self._settled = threading.Condition()
-        self._joining: set[str] = set()
-        self._errors: dict[str, str] = {}
-        self._not_before: dict[str, float] = {}
+        self._pulse = threading.Event()
+        self._ended = False
         self._looked = False
+        self._alive: set[str] = set()
+        self._joining: dict[str, Any] = {}
+        self._errors: dict[str, str] = {}
+        self._failures: Counter[str] = Counter()
         self._last_failure = ""
+        self._not_before: dict[str, float] = {}
         self._deaths = 0
         self._lost_actors: dict[str, Any] = {}
         self._threads: set[threading.Thread] = set()
@@ -80,38 +132,68 @@ class Fleet:
             self._spawn(self._follow_nodes, "blastdoor-nodes")
             self._spawn(self._beat, "blastdoor-pulse")
         except RuntimeError as error:
+            self.end()
             raise StartError(f"the pool can't start its threads: {error}") from error
 
     def wait_started(self, timeout: float) -> None:
         """Wait until each node of this moment has an agent that is ready. StartError where one can't be had."""
-        with self._settled:
-            done = self._settled.wait_for(lambda: self._looked and (not self._joining or bool(self._errors)), timeout)
-        if self._errors:
-            raise StartError(next(iter(self._errors.values())))
-        if not self._host.links:
-            why = (
-                self._last_failure or "it has no node that lives"
-                if done
-                else f"no agent was ready within {timeout:g} s"
-            )
-            raise StartError(f"the Ray cluster gives no place for workers: {why}")
+        with self._changed:
+            self._changed.wait_for(self._has_started, timeout)
+            if self._ended:
+                raise PoolClosed("the pool was closed while it started")
+            if self._errors:
+                raise StartError(next(iter(self._errors.values())))
+            if not self._host.links:
+                why = self._last_failure or (
+                    f"no agent was ready within {timeout:g} s" if self._alive else "it has no node that lives"
+                )
+                raise StartError(f"the Ray cluster gives no place for workers: {why}")
+
+    def _has_started(self) -> bool:
+        """Whether there is nothing left to wait for. An agent that was about to end is made anew meanwhile."""
+        if self._ended or self._errors:
+            return True
+        if not self._looked or self._joining:
+            return False
+        return bool(self._host.links) or all(self._failures[name] >= _MOST_FAILURES for name in self._alive)
 
     def end(self) -> None:
         """Leave all agents, which end with their last host, and end the threads."""
-        self._ended.set()
+        with self._changed:
+            self._ended = True
+            threads = list(self._threads)
+            self._changed.notify_all()
         self._poke.set()
-        for thread in list(self._threads):
-            thread.join()
-        now = time.monotonic()
-        until = dict.fromkeys(self._lost_actors.values(), now + _CUT_OFF_PATIENCE)
-        until |= {link.actor: now + _LEAVE_PATIENCE for link in self._host.links.values()}
-        self._host.links.clear()
-        with contextlib.suppress(Exception):  # no connection is left to say it by: they hear of no host, and end
-            leaving = [(actor, actor.leave.remote(self._host.name), latest) for actor, latest in until.items()]
-            for actor, left, latest in leaving:
-                with contextlib.suppress(ray.exceptions.RayError, ValueError):
-                    if ray.get(left, timeout=max(latest - time.monotonic(), 0)) == b"last":
-                        ray.kill(actor)
+        self._pulse.set()
+        until = time.monotonic() + _END_PATIENCE
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(until - time.monotonic(), 0))  # one that Ray does not let go is left behind
+        with self._lock:
+            links = list(self._host.links.values())
+            unsure = [*self._lost_actors.values(), *self._joining.values()]
+            self._host.links.clear()
+        for node in self._host.placement.nodes():
+            self._host.placement.remove(node)
+        if session.is_connected():
+            with contextlib.suppress(Exception):  # those that can't be told hear of no host any more, and end
+                self._leave([link.actor for link in links], _LEAVE_PATIENCE)
+            with contextlib.suppress(Exception):
+                self._leave(unsure, _END_PATIENCE)
+
+    def _leave(self, actors: list[Any], patience: float) -> None:
+        """Tell agents that this host goes, and kill those that have no other then."""
+        told = {actor.leave.remote(self._host.name): actor for actor in actors}
+        if not told:
+            return
+        done, late = ray.wait(list(told), num_returns=len(told), timeout=patience)
+        for answer in done:
+            with contextlib.suppress(Exception):
+                if ray.get(answer) == b"last":
+                    ray.kill(told[answer])
+        for answer in late:
+            if not self._agents.shared:
+                ray.kill(told[answer])
 
     def numbers(self) -> tuple[int, int, int]:
         """How many workers are starting, how many idle, and how many have died, as the agents last told."""
@@ -127,16 +209,21 @@ class Fleet:
     # -- the nodes' thread -------------------------------------------------------------------------
 
     def _follow_nodes(self) -> None:
-        while not self._ended.is_set():
+        blind = False
+        while not self._ended:
             try:
-                self._look()
-            except Exception:
-                logger.exception("the nodes of the Ray cluster can't be listed")
+                if session.is_connected():
+                    self._look()
+                blind = False
+            except Exception as error:  # noqa: BLE001 - Ray has no one root for what it raises here
+                if not blind:
+                    logger.error("the nodes of the Ray cluster can't be listed: %s: %s", type(error).__name__, error)
+                blind = True
             self._poke.wait(LOOK)
             self._poke.clear()
 
     def _look(self) -> None:
-        alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         draining = _draining()
         for name, link in list(self._host.links.items()):
             if name not in alive:
@@ -145,119 +232,124 @@ class Fleet:
                 logger.info("node %s is %s", link.node.address, "draining" if name in draining else "taken back")
                 self._host.placement.update(link.node, draining=name in draining)
         now = time.monotonic()
-        for name, address in alive.items():
+        for name, node in alive.items():
             with self._lock:
-                if (
-                    name in self._host.links
-                    or name in self._joining
-                    or name in draining
-                    or self._not_before.get(name, 0) > now
-                ):
+                taken = name in self._host.links or name in self._joining or name in draining
+                if self._ended or taken or self._not_before.get(name, 0) > now:
                     continue
-                self._joining.add(name)
-            self._spawn(lambda name=name, address=address: self._join(name, address), "blastdoor-join")
-        with self._settled:
+                self._joining[name] = None
+            address, cores = node["NodeManagerAddress"], max(int(node["Resources"].get("CPU", 1)), 1)
+            try:
+                self._spawn(functools.partial(self._join, name, address, cores), "blastdoor-join")
+            except RuntimeError:
+                with self._lock:
+                    del self._joining[name]
+                raise
+        with self._changed:
             self._looked = True
-            self._settled.notify_all()
+            self._alive = set(alive)
+            for kept in (self._errors, self._failures, self._not_before, self._lost_actors):
+                for name in set(kept) - self._alive:
+                    del kept[name]
+            self._changed.notify_all()
 
-    def _join(self, name: str, address: str) -> None:
-        error = ""
+    def _join(self, name: str, address: str, cores: int) -> None:
+        error = failure = ""
+        actor = None
         try:
-            actor = self._agent(name)
+            actor = self._joining[name] = self._agents.on(name, cores, self._host.name)
             joined = decode(self._await(actor.join.remote(self._host.name)), Joined)
             if joined.ending:
-                raise _Unready(f"the agent on node {address} is about to end")
+                raise Unready("it is about to end")
             if joined.error:
-                ray.kill(actor)
                 error = joined.error
-                raise _Unready(f"no worker can be started on node {address}: {joined.error}")
-            pulse = self._await(actor.ping.remote(self._host.name, 0, logger.getEffectiveLevel()))
-            self._add(actor, Node(name, address, joined.capacity), pulse)
+                raise Unready(f"no worker can be started there: {joined.error}")
+            pulse = self._await(actor.ping.remote(self._host.name, joined.seen, logger.getEffectiveLevel()))
+            self._add(actor, Node(name, address, min(joined.capacity, MOST_WORKERS)), pulse)
         except Exception as why:  # noqa: BLE001 - Ray has no one root for what it raises here
-            if not self._ended.is_set():
-                logger.error("no agent on node %s: %s", address, why)
-                self._last_failure = str(why)
+            failure = f"no agent on node {address}: {why}"
+            if not self._ended:
+                logger.error("%s", failure)
+        if actor is not None and (error or self._ended) and name not in self._host.links:
+            with contextlib.suppress(Exception):
+                self._leave([actor], 0 if self._ended else _END_PATIENCE)
+        with self._changed:
+            self._joining.pop(name, None)
+            self._threads.discard(threading.current_thread())
+            if failure:
+                self._last_failure = failure
+                self._failures[name] += 1
                 self._not_before[name] = time.monotonic() + (_AGAIN if error else LOOK)
-        finally:
-            with self._settled:
-                self._joining.discard(name)
-                if error:
+                if error and not self._ended:
                     self._errors[name] = error
                     if not self._host.links:
                         self._host.placement.refuse(lambda: WorkersUnavailable(error, _AGAIN))
-                else:
-                    self._errors.pop(name, None)
-                self._settled.notify_all()
-            self._threads.discard(threading.current_thread())
-
-    def _agent(self, node: str) -> Any:
-        """The agent of a node, made where there is none: by whichever host comes first. One that is stuck is killed."""
-        name = f"{self._name}:{node}"
-        with contextlib.suppress(ValueError):
-            there: Any = ray.get_actor(name, NAMESPACE)
-            answered, _ = ray.wait([there.ping.remote(self._host.name, 0, logging.CRITICAL)], timeout=_STUCK)
-            if not answered:
-                ray.kill(there)
-                raise _Unready("it did not answer, and is killed")
-            return there
-        threads = min(2 * self._capacity + _EXTRA_THREADS, 512)
-        groups = {"ctl": _CTL_THREADS, "run": threads, "more": threads, "feed": threads}
-        remote: Any = ray.remote(num_cpus=0, concurrency_groups=groups)  # type: ignore[call-overload]
-        return (
-            remote(Agent)
-            .options(
-                name=name,
-                namespace=NAMESPACE,
-                get_if_exists=True,
-                lifetime="detached",
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-            )
-            .remote(self._payload)
-        )
+            else:
+                self._errors.pop(name, None)
+                self._failures.pop(name, None)
+            self._changed.notify_all()
 
     def _await(self, answer: Any) -> object:
         """Wait for an agent to be ready, for its workers' start too, and no longer than this pool lives."""
         until = time.monotonic() + self._start_timeout + 30
-        while not self._ended.is_set():
+        while not self._ended:
             ready, _ = ray.wait([answer], timeout=LOOK)
             if ready:
                 return ray.get(answer)
             if time.monotonic() > until:
-                raise _Unready("it was not ready in time")
-        raise _Unready("the pool is closed")
+                raise Unready("it was not ready in time")
+        raise Unready("the pool is closed")
 
     def _add(self, actor: Any, node: Node, pulse: object) -> None:
-        link = Link(actor, self._host.name, node, self._host.placement, self._host.events)
+        link = Link(actor, node, self._host, poke=self._pulse.set)
         link.on_lost = self._lost
-        self._host.links[node.name] = link
-        link.pulsed(pulse)
-        self._host.placement.add(node)
+        link.pulsed(time.monotonic(), pulse)
+        with self._lock:
+            if self._ended:
+                raise Unready("the pool is closed")
+            self._host.links[node.name] = link
+            self._host.placement.add(node)
         logger.info("node %s takes part, with %d workers", node.address, node.capacity)
 
     def _lost(self, link: Link) -> None:
         """A link's agent is gone, or cut off: have another one made, where its node still lives."""
-        self._deaths += link.pulse.deaths
-        if self._host.links.get(link.node.name) is link:
-            del self._host.links[link.node.name]
-        self._lost_actors[link.node.name] = link.actor
+        with self._lock:
+            self._deaths += link.pulse.deaths
+            if self._host.links.get(link.node.name) is link:
+                del self._host.links[link.node.name]
+            if not self._ended:
+                self._lost_actors[link.node.name] = link.actor
         self._poke.set()
 
-    # -- the pulse ---------------------------------------------------------------------------------
+    # -- the pulse's thread ------------------------------------------------------------------------
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
-            for link in list(self._host.links.values()):
-                link.beat()
+        next_beat = 0.0
+        while not self._ended:
+            links = list(self._host.links.values())
+            now = time.monotonic()
+            for link in links:
+                try:
+                    link.tell_news()
+                    if now >= next_beat:
+                        link.beat()
+                except Exception:
+                    logger.exception("looking after the agent on node %s failed", link.node.address)
+            if now >= next_beat:
+                next_beat = now + BEAT
+            self._pulse.wait(max(next_beat - time.monotonic(), 0.01))
+            self._pulse.clear()
 
-    def _spawn(self, work: Any, name: str) -> None:
+    def _spawn(self, work: Callable[[], object], name: str) -> None:
         thread = threading.Thread(target=work, name=name, daemon=True)
-        self._threads.add(thread)
-        thread.start()
+        with self._lock:
+            if self._ended:
+                raise RuntimeError("the pool is closed")
+            thread.start()
+            self._threads.add(thread)
 
 
-class _Unready(Exception):
+class Unready(Exception):
     """An agent can't be used, and why."""
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from anyio.lowlevel import checkpoint
 
-from runner.cluster.round_trip import ClusterRoundTrip, Host, PlaceAnew
+from runner.cluster.round_trip import ClusterRoundTrip, Host, PlaceAnew, left
 from runner.errors import LeaseTimeout, WorkersUnavailable
 from runner.waiters import TaskWaiter
 
@@ -34,15 +34,14 @@ class ClusterJob(ClusterRoundTrip):
         job = cls(host, call)
         until = None if call.lease_timeout is None else time.monotonic() + call.lease_timeout
         while True:
-            if job._closed_by is not None:
-                raise job._closed()
             try:
-                seat = host.placement.lease(_left(until), call.scope, call.context.provider)
+                job._check_time(until)
+                seat = host.placement.lease(left(until), call.scope, call.context.provider)
             except (LeaseTimeout, WorkersUnavailable) as error:
                 job._refused(error)
                 raise
             try:
-                job._sit(seat)
+                job._sit(seat, left(until))
                 while job._head is None and job._failure is None:
                     job._advance()
                 break
@@ -93,8 +92,8 @@ class ClusterJob(ClusterRoundTrip):
             self._break_off(error)
             raise
         finally:
-            left = self._end_use()
-        if left:
+            closed = self._end_use()
+        if closed:
             raise self._closed()
 
 
@@ -113,15 +112,14 @@ class ClusterAsyncJob(ClusterRoundTrip):
         job = cls(host, call)
         until = None if call.lease_timeout is None else time.monotonic() + call.lease_timeout
         while True:
-            if job._closed_by is not None:
-                raise job._closed()
             try:
-                seat = await host.placement.lease_async(_left(until), call.scope, call.context.provider)
+                job._check_time(until)
+                seat = await host.placement.lease_async(left(until), call.scope, call.context.provider)
             except (LeaseTimeout, WorkersUnavailable) as error:
                 job._refused(error)
                 raise
             try:
-                job._sit(seat)
+                job._sit(seat, left(until))
                 while job._head is None and job._failure is None:
                     await job._advance()
                 break
@@ -178,10 +176,6 @@ class ClusterAsyncJob(ClusterRoundTrip):
             self._break_off(error)
             raise
         finally:
-            left = self._end_use()
-        if left:
+            closed = self._end_use()
+        if closed:
             raise self._closed()
-
-
-def _left(until: float | None) -> float | None:
-    return None if until is None else max(until - time.monotonic(), 0)

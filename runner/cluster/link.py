@@ -6,19 +6,19 @@ import logging
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 
 import ray.exceptions
 
-from runner.cluster.agent import LEASE
+from runner.cluster import session
 from runner.cluster.messages import Pulse, decode, decode_event
-from runner.cluster.placement import Node, Placement
-from runner.events import Events
+from runner.cluster.placement import Node
 
 if TYPE_CHECKING:
-    from runner.cluster.round_trip import ClusterRoundTrip
+    from runner.cluster.round_trip import ClusterRoundTrip, Host
 
 logger = logging.getLogger("blastdoor")
 
@@ -28,16 +28,19 @@ Answered = Callable[[object], object]
 SILENT: Final = 2.0
 """Seconds without an answer to a ping after which no new jobs go to an agent."""
 
+GIVE_UP: Final = 4.0
+"""Seconds after which its jobs are lost. Less than LEASE, after which it ends them: it never forgets its host first."""
+
 KILL_AGAIN: Final = 1.0
 """Seconds after which a kill that was not acknowledged is sent again."""
 
-_NO_PULSE: Final = Pulse(0, 0, 0, 0, 0, [], [], [], 0)
+_NO_PULSE: Final = Pulse(True, 0, 0, 0, 0, 0, [], [], [], 0)
 
 
 class Link:
-    """One agent, as its host sees it."""
+    """One agent, as its host sees it. `poke` is called when there is news to tell."""
 
-    def __init__(self, actor: Any, host: str, node: Node, placement: Placement, events: Events) -> None:
+    def __init__(self, actor: Any, node: Node, host: Host, poke: Callable[[], object] = lambda: None) -> None:
         self.actor = actor
         self.node = node
         self.lost = ""
@@ -45,17 +48,19 @@ class Link:
         self.jobs: dict[str, weakref.ref[ClusterRoundTrip]] = {}
         self.on_lost: Callable[[Link], object] = lambda link: None
         self._host = host
-        self._placement = placement
-        self._events = events
+        self._poke = poke
         self._heard = time.monotonic()
         self._seen = 0
-        self._lock = threading.Lock()
+        self._news: deque[Pulse] = deque()
+        self._lock = threading.RLock()  # reentrant: a finaliser may close a job in the middle of anything
         self._kills: dict[str, tuple[float, Callable[[], object]]] = {}
         self._methods = {name: getattr(actor, name) for name in ("run", "more", "feed", "kill", "ping")}
 
     def call(self, method: str, *arguments: object, answered: Answered) -> None:
         """Call the agent; it is never waited for here."""
         try:
+            if not session.is_connected():
+                raise ConnectionError("this process has left the Ray cluster")
             future: Future[object] = self._methods[method].remote(*arguments).future()
         except Exception as error:  # noqa: BLE001 - Ray has no one root for what it raises here
             answered(error)
@@ -75,11 +80,11 @@ class Link:
         self.jobs.pop(job.job_id, None)
 
     def failed(self, error: BaseException) -> None:
-        """A call has failed: where the agent is dead, all of its jobs are lost."""
+        """A call has failed: where the agent is dead, or out of reach for good, all of its jobs are lost."""
         if isinstance(error, (ray.exceptions.ActorDiedError, ray.exceptions.NodeDiedError)):
-            self.lose(
-                "its agent has ended" if "node" not in str(error).lower() else "its node, or its agent, has ended"
-            )
+            self.lose("its agent, or the node, has ended")
+        elif isinstance(error, ConnectionError):
+            self.lose(str(error))
 
     def lose(self, why: str) -> None:
         """The agent is gone, or can't be reached: its jobs end with a 502, and nothing is sent there any more."""
@@ -89,7 +94,7 @@ class Link:
             self.lost = why
             jobs, self.jobs = list(self.jobs.values()), {}
             kills, self._kills = list(self._kills.values()), {}
-        self._placement.remove(self.node)
+        self._host.placement.remove(self.node)
         logger.error("node %s is lost: %s; %d jobs ran there", self.node.address, why, len(jobs))
         for reference in jobs:
             if (job := reference()) is not None:
@@ -98,14 +103,22 @@ class Link:
             done()
         self.on_lost(self)
 
+    def _retire(self, why: str) -> None:
+        """The agent answers, but knows nothing of this host any more: what is under way there it will answer itself."""
+        with self._lock:
+            jobs, self.jobs = self.jobs, {}
+        self.lose(why)
+        self.jobs.update(jobs)
+
     # -- kills -------------------------------------------------------------------------------------
 
     def kill(self, job_id: str, done: Callable[[], object]) -> None:
         """End a job at its agent, whether its order has come there or not; `done` is called once that is sure."""
         with self._lock:
-            if not self.lost:
+            lost = self.lost
+            if not lost:
                 self._kills[job_id] = (time.monotonic(), done)
-        if self.lost:
+        if lost:
             done()
         else:
             self._send_kill(job_id)
@@ -124,24 +137,25 @@ class Link:
     # -- pulse -------------------------------------------------------------------------------------
 
     def beat(self) -> None:
-        """Ping the agent, send again what it has not heard, and give it up where it has been silent for its lease."""
+        """Ping the agent, send again what it has not heard, and give it up where it has been silent for too long."""
         if self.lost:
             return
         now = time.monotonic()
         silence = now - self._heard
-        if silence > LEASE:
+        if silence > GIVE_UP:
             self.lose(f"it has not answered for {silence:.1f} s")
             return
         if (silence > SILENT) is not self.node.silent:
-            self._placement.update(self.node, silent=silence > SILENT)
-        self.call("ping", self._host, self._seen, logger.getEffectiveLevel(), answered=self.pulsed)
+            self._host.placement.update(self.node, silent=silence > SILENT)
+        level = logger.getEffectiveLevel()
+        self.call("ping", self._host.name, self._seen, level, answered=lambda result: self.pulsed(now, result))
         with self._lock:
             again = [job_id for job_id, (sent, _) in self._kills.items() if now - sent > KILL_AGAIN]
         for job_id in again:
             self._send_kill(job_id)
 
-    def pulsed(self, result: object) -> None:
-        """The answer to a ping."""
+    def pulsed(self, sent: float, result: object) -> None:
+        """The answer to a ping that was sent at this moment. It may come in a thread of Ray's: nothing is told here."""
         if isinstance(result, BaseException):
             self.failed(result)
             return
@@ -150,22 +164,30 @@ class Link:
         except ValueError as error:
             logger.error("node %s: a pulse can't be read: %s", self.node.address, error)
             return
-        self._heard = time.monotonic()
+        if not pulse.known:
+            self._retire("it had taken this host for gone")
+            return
         with self._lock:
-            news = pulse.seen > self._seen  # else it was overtaken by a later one
-            self._seen = max(self._seen, pulse.seen)
+            if sent < self._heard and self.pulse is not _NO_PULSE:
+                return  # overtaken by a later one
+            self._heard = sent
             self.pulse = pulse
-        self._placement.update(self.node, silent=False, others=max(0, pulse.busy - self.node.running))
-        for record in pulse.records if news else ():
-            logger.log(
-                record.level,
-                "node %s: %s",
-                self.node.address,
-                record.message,
-                extra={**record.extra, "node": self.node.address},
-            )
-        for data in pulse.events if news else ():
-            self._events.emit(decode_event(data))
+            if pulse.seen > self._seen:
+                self._seen = pulse.seen
+                self._news.append(pulse)
+        self._host.placement.update(self.node, silent=False, others=max(0, pulse.busy - self.node.running))
+        if self._news:
+            self._poke()
+
+    def tell_news(self) -> None:
+        """Log what the agent has logged, and tell of what has happened to its workers."""
+        while self._news:
+            pulse = self._news.popleft()
+            for record in pulse.records:
+                extra = {**record.extra, "node": self.node.address}
+                logger.log(record.level, "node %s: %s", self.node.address, record.message, extra=extra)
+            for data in pulse.events:
+                self._host.events.emit(decode_event(data))
 
 
 def _outcome(future: Future[object]) -> object:

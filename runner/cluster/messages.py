@@ -25,7 +25,7 @@ from runner.messages import Fault, ResponseHead
 
 
 class Order(msgspec.Struct, array_like=True, frozen=True):
-    """Host to agent: run this job. `head` is a RequestHead, `body` what is there of the body.
+    """Host to agent: run this job, if a worker is free within `patience`. `head` is a RequestHead, `body` some of it.
 
     `uploads` says that more of the body follows by `feed`. Times are in seconds, None for ever.
     """
@@ -35,6 +35,7 @@ class Order(msgspec.Struct, array_like=True, frozen=True):
     head: bytes
     body: bytes
     uploads: bool
+    patience: float
     read_timeout: float | None
     write_timeout: float | None
 
@@ -61,9 +62,13 @@ class Delivery(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Joined(msgspec.Struct, array_like=True, frozen=True):
-    """An agent is ready for a host, for so many jobs at once; or can't be, and why; or it is about to end."""
+    """An agent is ready for a host, for so many jobs at once; or can't be, and why; or it is about to end.
+
+    `seen` is the number of its latest news: what was before concerns others.
+    """
 
     capacity: int = 0
+    seen: int = 0
     error: str = ""
     ending: bool = False
 
@@ -77,8 +82,12 @@ class LogRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Pulse(msgspec.Struct, array_like=True, frozen=True):
-    """An agent's answer to its host's ping: its workers now, and what was logged and happened up to number `seen`."""
+    """An agent's answer to its host's ping: its workers now, and what was logged and happened up to number `seen`.
 
+    An agent that has taken the host for gone says that it is not `known`.
+    """
+
+    known: bool
     starting: int
     idle: int
     busy: int

@@ -11,9 +11,13 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Final
 
 from runner.errors import LeaseTimeout
 from runner.lending import Lender
+
+PATIENCE: Final = 0.03
+"""Seconds that a job waits for a worker at its node, before it is placed anew."""
 
 
 class Node:

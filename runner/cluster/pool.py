@@ -20,11 +20,11 @@ import msgspec
 
 from runner.call import Call
 from runner.cluster import session
-from runner.cluster.fleet import Fleet
+from runner.cluster.fleet import Agents, Fleet
 from runner.cluster.job import ClusterAsyncJob, ClusterJob
 from runner.cluster.placement import Placement
 from runner.cluster.round_trip import Host
-from runner.errors import ConfigurationError, PoolClosed, PoolForked
+from runner.errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from runner.events import Events, PoolStats, Subscriber, WorkerInfo
 from runner.messages import JobContext
 from runner.pool import Pool, endless, restore_pool
@@ -76,12 +76,16 @@ class ClusterPool:
         self._drain: float = settings["drain"]
         self._start_timeout: float = settings["start_timeout"]
         self._queue_timeout: float | None = settings["queue_timeout"]
-        self._capacity: int = settings["size"].most
         self._address = address
         per_node = {**settings, "queue": None, "queue_timeout": None, "per_provider": {}}
         token = uuid.uuid4().hex
-        self._name = f"pool-{token}" if name is None else f"{name}-{_digest(template, per_node)}"
-        self._payload = pickle.dumps((_pool_of(template, per_node), by_cores, _path()))
+        workers = None if by_cores else per_node["size"].most
+        self._agents = Agents(
+            f"pool-{token}" if name is None else f"{name}-{_digest(template, per_node, workers)}",
+            pickle.dumps((_pool_of(template, per_node), _path())),
+            workers,
+            shared=name is not None,
+        )
         self._placement = Placement(settings["queue"], settings["per_provider"])
         self._events = Events()
         self._host = Host(token, self._placement, self._events, {})
@@ -103,8 +107,8 @@ class ClusterPool:
         fleet = self._begin()
         try:
             fleet.wait_started(self._start_timeout + 30)
-        except BaseException:
-            self._start_over(fleet)
+        except BaseException as error:
+            self._start_over(fleet, error)
             raise
         return self
 
@@ -118,7 +122,7 @@ class ClusterPool:
                 raise PoolClosed("the pool is closed: open a new one")
             if self._fleet is None:
                 session.attach(self._address)
-                fleet = Fleet(self._host, self._name, self._payload, self._capacity, self._start_timeout)
+                fleet = Fleet(self._host, self._agents, self._start_timeout)
                 try:
                     fleet.begin()
                 except BaseException:
@@ -127,14 +131,18 @@ class ClusterPool:
                 self._fleet = fleet
             return self._fleet
 
-    def _start_over(self, failed: Fleet) -> None:
+    def _start_over(self, failed: Fleet, why: BaseException) -> None:
         """Clear away a start that has failed: the next one begins anew."""
         with self._start_lock:
             if self._fleet is not failed:
                 return
             self._fleet = None
-        failed.end()
-        session.detach()
+            # Those who have come meanwhile, and wait for a worker.
+            self._placement.refuse(lambda: StartError(f"the pool could not start: {why}"))
+        try:
+            failed.end()
+        finally:
+            session.detach()
 
     def close(self, drain: float | None = None) -> None:
         """Take no more requests, wait up to `drain` seconds for the jobs under way, then end the workers of all nodes.
@@ -146,6 +154,7 @@ class ClusterPool:
             return
         with self._start_lock:
             self._closed = True
+            self._host.closing = True
             self._placement.close(lambda: PoolClosed("the pool is closed: open a new one"))
             fleet, self._fleet = self._fleet, None
         drain = self._drain if drain is None else drain
@@ -159,8 +168,10 @@ class ClusterPool:
                 for reference in list(link.jobs.values()):
                     if (job := reference()) is not None:
                         job.close(PoolClosed("the pool was closed before the job's end"))
-            fleet.end()
-            session.detach()
+            try:
+                fleet.end()
+            finally:
+                session.detach()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -234,7 +245,8 @@ class ClusterPool:
 
     def stats(self) -> PoolStats:
         """The numbers of this moment, over all nodes. Workers that start, idle or have died are told of each second."""
-        starting, idle, deaths = (0, 0, 0) if self._fleet is None else self._fleet.numbers()
+        fleet = self._fleet
+        starting, idle, deaths = (0, 0, 0) if fleet is None else fleet.numbers()
         busy, waiting = self._placement.numbers()
         return PoolStats(starting, idle, busy, waiting, deaths, self._events.outcomes())
 
@@ -312,8 +324,10 @@ def _path() -> list[str]:
     return [os.path.abspath(place) for place in sys.path]
 
 
-def _digest(template: Pool, settings: dict[str, Any]) -> str:
-    """What tells pools of one name apart that run something else, or otherwise."""
+def _digest(template: Pool, settings: dict[str, Any], workers: int | None) -> str:
+    """What tells pools of one name apart that run something else, or otherwise. None: one worker per core of a node."""
+    if workers is None:
+        settings = {name: value for name, value in settings.items() if name != "size"}
     config = msgspec.msgpack.encode(template._config)
     return hashlib.sha256(config + repr(sorted(settings.items())).encode()).hexdigest()[:12]
 

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from runner.cluster.messages import Delivery, Ending, Order, decode, encode, error_of, lost
-from runner.errors import JobClosed, JobFailed, WorkersUnavailable, closed_by
+from runner.cluster.placement import PATIENCE
+from runner.errors import JobClosed, JobFailed, LeaseTimeout, PoolClosed, WorkersUnavailable, closed_by
 from runner.events import Events, JobAnswered, JobEnded, JobRefused, JobStarted, Outcome
 from runner.failures import failure
 from runner.messages import Fault, ResponseHead
@@ -51,6 +52,7 @@ class Host:
         self.placement = placement
         self.events = events
         self.links = links
+        self.closing = False
         self.forgotten = False
 
 
@@ -160,15 +162,20 @@ class ClusterRoundTrip:
 
     # -- placing -----------------------------------------------------------------------------------
 
-    def _sit(self, seat: Seat) -> None:
-        """Send the request to the agent of this seat. PlaceAnew where that is lost already."""
+    def _sit(self, seat: Seat, left: float | None) -> None:
+        """Send the request to the agent of this seat. PlaceAnew where that is lost already.
+
+        `left` is how many seconds the caller waits for a worker at most.
+        """
         call, host = self._call, self._host
         link = host.links.get(seat.node.name)
         self._try += 1
         self._seat, self._link = seat, link
-        if link is None or not link.take(self):
+        if link is None or host.closing or not link.take(self):
+            if link is None:
+                host.placement.remove(seat.node)
             host.placement.give_back(seat)
-            raise PlaceAnew
+            raise PoolClosed("the pool is closed: open a new one") if host.closing else PlaceAnew
         self._settled = self._stopped = self._feeding = False
         self.began = time.monotonic()
         if call.scope is not None:
@@ -182,8 +189,19 @@ class ClusterRoundTrip:
         uploads = upload.lazy or self._piece is not None
         if upload.lazy:
             upload.on_ready(_ringer(self))
-        order = Order(host.name, self.job_id, call.head, upload.inline, uploads, *call.timeouts)
+        patience = PATIENCE if left is None else min(PATIENCE, left)
+        order = Order(host.name, self.job_id, call.head, upload.inline, uploads, patience, *call.timeouts)
         link.call("run", encode(order), answered=self._mailer(ANSWER))
+
+    def _check_time(self, until: float | None) -> None:
+        """Before a try: LeaseTimeout where a job that was placed before is out of time, and what it was closed with."""
+        if self._closed_by is not None:
+            raise self._closed()
+        if self._try and until is not None and time.monotonic() >= until:
+            raise LeaseTimeout(
+                f"no worker became free within {self._call.lease_timeout} s, on any node: start the pool with more "
+                f"workers, or wait longer (lease_timeout; the client's connect or pool timeout)"
+            )
 
     def _refused(self, error: BaseException) -> None:
         """Tell of a caller that got no seat."""
@@ -247,13 +265,21 @@ class ClusterRoundTrip:
                 self._receive(result)
             elif kind is FED:
                 self._feeding = False
-                self._piece = None if result == b"more" else self._piece
-                self._stopped = result != b"more"
+                self._fed(result)
             else:
                 self._fail(lost(self.job_id, str(result)))
         if self._stopped and self._head is not None:
             self._close_upload()
         self._push_upload()
+
+    def _fed(self, result: object) -> None:
+        """What came of the piece that was fed."""
+        if result == b"more":
+            self._piece = None
+        elif result == b"stop":
+            self._stopped = True
+        elif result != b"again":
+            self._give_up(result)
 
     def _push_upload(self) -> None:
         """Feed the next piece of the body, if there is one, and the last one was taken."""
@@ -278,8 +304,7 @@ class ClusterRoundTrip:
     def _receive(self, result: object) -> None:
         assert self._link is not None
         if isinstance(result, BaseException):
-            self._link.failed(result)
-            self._fail(lost(self.job_id, self._link.lost or f"{type(result).__name__} came instead of an answer"))
+            self._give_up(result)
             return
         try:
             delivery = decode(result, Delivery)
@@ -321,14 +346,26 @@ class ClusterRoundTrip:
         else:
             self._fail(error_of(end, self.job_id))
 
+    def _give_up(self, result: object) -> None:
+        """A call has failed; what has become of the job is not known."""
+        assert self._link is not None
+        if isinstance(result, BaseException):
+            self._link.failed(result)
+        why = self._link.lost or f"{type(result).__name__} came instead of an answer"
+        self._fail(lost(self.job_id, why), sure=False)
+
     def _break(self, why: str) -> None:
         detail = f"the agent broke its protocol: {why}"
-        self._fail(failure(Fault(kind="protocol", detail=detail, job_id=self.job_id)))
+        self._fail(failure(Fault(kind="protocol", detail=detail, job_id=self.job_id)), sure=False)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException, *, sure: bool = True) -> None:
+        """The job has failed. Where it is not `sure` that it has ended at its agent, it is killed there."""
         self._failure = error
         self._outcome = error.fault.kind if isinstance(error, JobFailed) else "left"
-        self._settle()
+        if sure:
+            self._settle()
+        else:
+            self._kill()
 
     def _next_piece(self) -> bytes | None:
         """A piece of the body that is there, b"" at its end; None where it has to be waited for."""
@@ -358,18 +395,26 @@ class ClusterRoundTrip:
     # -- the end -----------------------------------------------------------------------------------
 
     def _closed(self) -> BaseException:
+        """What a read of a job that was ended raises: the fault that ended it, or that it was closed."""
         assert self._closed_by is not None
-        return closed_by(self._closed_by)
+        if isinstance(self._closed_by, JobFailed):
+            return self._closed_by
+        return closed_by(self._closed_by, f"job {self.job_id}")
 
     def _leave(self) -> None:
         """The caller has left: have the job ended at its agent, and its seat given back then."""
-        assert self._link is not None
-        assert self._seat is not None
         if isinstance(self._closed_by, JobFailed):
             self._outcome = self._closed_by.fault.kind
-        placement, seat = self._host.placement, self._seat
-        self._settle(keep_seat=True)
-        self._link.kill(self.job_id, lambda: placement.give_back(seat))
+        self._kill()
+
+    def _kill(self) -> None:
+        assert self._link is not None
+        assert self._seat is not None
+        link, placement, seat = self._link, self._host.placement, self._seat
+        try:
+            self._settle(keep_seat=True)
+        finally:
+            link.kill(self.job_id, lambda: placement.give_back(seat))
 
     def _settle(self, *, over: bool = True, keep_seat: bool = False) -> None:
         """The job is over; or, where it is not, nobody has begun it."""
@@ -401,6 +446,11 @@ class ClusterRoundTrip:
                     self.job_id, context.provider, context.source, self._worker, status, self._outcome, seconds, detail
                 )
             )
+
+
+def left(until: float | None) -> float | None:
+    """Seconds left until a moment on the monotonic clock, None for ever."""
+    return None if until is None else max(until - time.monotonic(), 0)
 
 
 def _closer(job: ClusterRoundTrip) -> Callable[[BaseException], None]:

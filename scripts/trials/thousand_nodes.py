@@ -21,10 +21,9 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from runner.cluster.agent import LEASE, LEASE_PATIENCE
 from runner.cluster.fleet import BEAT
-from runner.cluster.link import SILENT
-from runner.cluster.placement import Node, Placement, Seat
+from runner.cluster.link import GIVE_UP, SILENT
+from runner.cluster.placement import PATIENCE, Node, Placement, Seat
 from runner.waiters import Waiter
 
 ONE_WAY: Final = 0.0005
@@ -91,7 +90,7 @@ class TimedPlacement(Placement):
 
 
 class Agent:
-    """A node: so many workers, and a queue in which a job waits for LEASE_PATIENCE at most."""
+    """A node: so many workers, and a queue in which a job waits for PATIENCE at most."""
 
     def __init__(self, name: str, workers: int, clock: Clock) -> None:
         self.name = name
@@ -109,7 +108,7 @@ class Agent:
             self._begin(job)
         else:
             self.queue.append((self.clock.now, job))
-            self.clock.after(LEASE_PATIENCE, lambda: self._give_up(job))
+            self.clock.after(PATIENCE, lambda: self._give_up(job))
 
     def _begin(self, job: Job) -> None:
         self.busy += 1
@@ -156,7 +155,7 @@ class Host:
         if agent.alive:
             self.heard[agent.name] = self.clock.now
             self.placement.update(node, others=max(0, agent.busy - node.running))
-        elif self.clock.now - self.heard[agent.name] > LEASE:
+        elif self.clock.now - self.heard[agent.name] > GIVE_UP:
             self.lose(agent, node)
             return
         elif self.clock.now - self.heard[agent.name] > SILENT:
