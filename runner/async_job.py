@@ -7,14 +7,14 @@ awaited to clean up, so a cancelled task frees its caller at once.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio.lowlevel import checkpoint
 
 from runner.errors import WorkersUnavailable
 from runner.frames import Frame
+from runner.opened import AsyncReadable
 from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from runner.worker_record import Worker
 
 
-class AsyncJob(RoundTrip):
+class AsyncJob(RoundTrip, AsyncReadable):
     """A request in a worker, and its response: the async twin of `Job`.
 
     `Pool.aopen` makes it and returns once the head is there. Iterate for the body: each piece as it comes.
@@ -55,22 +55,6 @@ class AsyncJob(RoundTrip):
             raise
         job._answered(job._exchange.head)
         return job
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        if piece := await self.read():
-            return piece
-        raise StopAsyncIteration
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(error)
 
     async def read(self) -> bytes:
         """The next piece of the body as it comes, b"" at its end.

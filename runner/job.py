@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from runner.frames import Frame
+from runner.opened import Readable
 from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip, sooner
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from runner.worker_record import Worker
 
 
-class Job(RoundTrip):
+class Job(RoundTrip, Readable):
     """A request in a worker, and its response.
 
     `Pool.open` makes it and returns once the head is there. Iterate for the body: each piece as it comes.
@@ -49,18 +49,6 @@ class Job(RoundTrip):
         self._send_request(call)
         while self._exchange.awaits_head and self._closed_by is None:
             self._advance()
-
-    def __iter__(self) -> Iterator[bytes]:
-        while piece := self.read():
-            yield piece
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(error)
 
     def read(self) -> bytes:
         """The next piece of the body as it comes, b"" at its end.

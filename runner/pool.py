@@ -9,22 +9,21 @@ import math
 import os
 import threading
 import uuid
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 
 from runner.call import Call
 from runner.errors import ConfigurationError, PoolClosed, PoolForked, StartError
-from runner.events import Events, PoolStats, Subscriber, WorkerInfo
+from runner.events import Events, PoolStats, WorkerInfo
 from runner.job import Job
 from runner.leases import Admission, Leases
 from runner.limits import Limits, share_cores
 from runner.messages import JobContext, Kind, ZygoteConfig
+from runner.opened import Startable
 from runner.recycle import Recycle
 from runner.request import Request, Upload
 from runner.sandbox.profile import Sandbox
@@ -39,7 +38,7 @@ logger = logging.getLogger("blastdoor")
 _NO_CONTEXT: Final = JobContext()
 
 
-class Pool:
+class Pool(Startable):
     """Worker processes that run one handler, each one job at a time.
 
     `handler` is an import string (`"package.module:attribute"`, imported only in the workers) or a callable,
@@ -250,46 +249,9 @@ class Pool:
                 job.close(PoolClosed("the pool was closed before the job's end"))
             supervisor.stop(self._settings["stop_timeout"])
 
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        from runner.waiters import in_thread
-
-        try:
-            await in_thread(self.start)
-        except BaseException:
-            await in_thread(lambda: self.close(drain=0))
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self, drain: float | None = None) -> None:
-        """As `close`, without blocking the event loop, and not to be interrupted."""
-        from runner.waiters import in_thread
-
-        await in_thread(lambda: self.close(drain))
-
-    def __del__(self) -> None:
-        if getattr(self, "_supervisor", None) is not None and not self._forked:
-            try:
-                warnings.warn(
-                    "a pool was dropped without being closed: use it in a with block, or call close()",
-                    ResourceWarning,
-                    stacklevel=2,
-                    source=self,
-                )
-            finally:
-                self.close(drain=0)
+    @property
+    def _has_begun(self) -> bool:
+        return getattr(self, "_supervisor", None) is not None
 
     def __reduce__(self) -> tuple[Callable[..., Pool], tuple[Any, ...]]:
         # In this process a pickle is a reference; elsewhere it is a pool of its own, set up alike.
@@ -303,10 +265,6 @@ class Pool:
             self._supervisor.forget()
 
     # -- what it is doing ----------------------------------------------------------------------------
-
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Have `subscriber` called with each event of `runner.events`, where it happens; gives what ends that."""
-        return self._events.subscribe(subscriber)
 
     @property
     def ready(self) -> bool:

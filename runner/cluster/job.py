@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from anyio.lowlevel import checkpoint
 
 from runner.cluster.round_trip import ClusterRoundTrip, Host, PlaceAnew, left
 from runner.errors import LeaseTimeout, WorkersUnavailable
+from runner.opened import AsyncReadable, Readable
 from runner.waiters import TaskWaiter
 
 if TYPE_CHECKING:
     from runner.call import Call
 
 
-class ClusterJob(ClusterRoundTrip):
+class ClusterJob(ClusterRoundTrip, Readable):
     """A request at an agent, and its response, for threads: what `runner.Job` is on one machine."""
 
     __slots__ = ("_bell",)
@@ -53,18 +52,6 @@ class ClusterJob(ClusterRoundTrip):
         job._answered()
         return job
 
-    def __iter__(self) -> Iterator[bytes]:
-        while piece := self.read():
-            yield piece
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(error)
-
     def read(self) -> bytes:
         """The next piece of the body as it comes, b"" at its end. Raises as `runner.Job.read` does, and NodeLost."""
         while (piece := self._next_piece()) is None:
@@ -97,7 +84,7 @@ class ClusterJob(ClusterRoundTrip):
             raise self._closed()
 
 
-class ClusterAsyncJob(ClusterRoundTrip):
+class ClusterAsyncJob(ClusterRoundTrip, AsyncReadable):
     """A request at an agent, and its response, for tasks: what `runner.AsyncJob` is on one machine."""
 
     __slots__ = ("_waiter",)
@@ -130,22 +117,6 @@ class ClusterAsyncJob(ClusterRoundTrip):
                 raise
         job._answered()
         return job
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        if piece := await self.read():
-            return piece
-        raise StopAsyncIteration
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(error)
 
     async def read(self) -> bytes:
         """The next piece of the body as it comes, b"" at its end. Raises as `runner.Job.read` does, and NodeLost."""

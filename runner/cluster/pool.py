@@ -10,10 +10,8 @@ import pickle
 import sys
 import threading
 import uuid
-import warnings
 import weakref
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Final, Self, Unpack
 
 import msgspec
@@ -25,8 +23,9 @@ from runner.cluster.job import ClusterAsyncJob, ClusterJob
 from runner.cluster.placement import Placement
 from runner.cluster.round_trip import Host
 from runner.errors import ConfigurationError, PoolClosed, PoolForked, StartError
-from runner.events import Events, PoolStats, Subscriber, WorkerInfo
+from runner.events import Events, PoolStats, WorkerInfo
 from runner.messages import JobContext
+from runner.opened import Startable
 from runner.pool import Pool, endless, restore_pool
 from runner.request import Request, Upload
 from runner.settings import PoolOptions
@@ -34,7 +33,7 @@ from runner.settings import PoolOptions
 _NO_CONTEXT: Final = JobContext()
 
 
-class ClusterPool:
+class ClusterPool(Startable):
     """Worker processes on every node of a Ray cluster that run one handler, each one job at a time.
 
     It takes what `runner.Pool` takes, and stands wherever that does. `workers`, `spares` and `recycle` are each node's
@@ -173,46 +172,9 @@ class ClusterPool:
             finally:
                 session.detach()
 
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        from runner.waiters import in_thread
-
-        try:
-            await in_thread(self.start)
-        except BaseException:
-            await in_thread(lambda: self.close(drain=0))
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self, drain: float | None = None) -> None:
-        """As `close`, without blocking the event loop, and not to be interrupted."""
-        from runner.waiters import in_thread
-
-        await in_thread(lambda: self.close(drain))
-
-    def __del__(self) -> None:
-        if getattr(self, "_fleet", None) is not None and not self._forked:
-            try:
-                warnings.warn(
-                    "a pool was dropped without being closed: use it in a with block, or call close()",
-                    ResourceWarning,
-                    stacklevel=2,
-                    source=self,
-                )
-            finally:
-                self.close(drain=0)
+    @property
+    def _has_begun(self) -> bool:
+        return getattr(self, "_fleet", None) is not None
 
     def __reduce__(self) -> tuple[Callable[..., ClusterPool], tuple[Any, ...]]:
         # In this process a pickle is a reference; elsewhere it is a pool of its own, set up alike.
@@ -228,10 +190,6 @@ class ClusterPool:
             self._events.forget()
 
     # -- what it is doing ----------------------------------------------------------------------------
-
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Have `subscriber` called with each event of `runner.events`; gives what ends that. Workers' are told late."""
-        return self._events.subscribe(subscriber)
 
     @property
     def ready(self) -> bool:
