@@ -531,7 +531,7 @@ from runner.cluster import ClusterPool
 with ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1) as pool:
     print("started", flush=True)
     try:
-        job = pool.open(Request("GET", "/complete?place={tmp_path}&name=cut&seconds=7"))
+        job = pool.open(Request("GET", "/complete?place={tmp_path}&name=cut&seconds=6.2"))
         print("completed", flush=True)
     except JobFailed as error:
         print(error.fault.kind, flush=True)
@@ -542,7 +542,7 @@ with ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1) as pool:
         assert host.stdout.readline() == "started\n"
         wait_until((tmp_path / "begun-cut").exists)
         host.send_signal(signal.SIGSTOP)
-        time.sleep(8)  # the lease, and what the job would have needed
+        time.sleep(6.8)  # the lease, and what the job would have needed
         assert not (tmp_path / "completed-cut").exists()
         host.send_signal(signal.SIGCONT)
         assert host.stdout.readline() == "lost\n"

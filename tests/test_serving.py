@@ -677,3 +677,14 @@ def test_closing_a_pool_that_is_being_closed(pool: Pool) -> None:
     with pytest.raises(JobClosed):
         while job.read():
             pass
+
+
+def test_the_environment() -> None:
+    """G11: workers have the server's environment, unless the command line names what they have."""
+    with Process("tests.cluster_handlers:app", "--workers=1", "--port=0", "--admin=none", env={"GIVEN": "1"}) as served:
+        assert "GIVEN" in requests.get(f"{served.url}/look_around?file=/dev/null").json()["names"]
+    arguments = ("tests.cluster_handlers:app", "--workers=1", "--port=0", "--admin=none", "--env=OTHER=2")
+    with Process(*arguments, env={"GIVEN": "1"}) as served:
+        names = requests.get(f"{served.url}/look_around?file=/dev/null").json()["names"]
+    assert "GIVEN" not in names
+    assert "OTHER" in names

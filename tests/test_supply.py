@@ -309,7 +309,7 @@ def test_chaos(start: Callable[..., Pool]) -> None:
     threads.append(threading.Thread(target=killer))
     for thread in threads:
         thread.start()
-    time.sleep(float(os.environ.get("BLASTDOOR_CHAOS_SECONDS", "20")))  # how long it goes on
+    time.sleep(float(os.environ.get("BLASTDOOR_CHAOS_SECONDS", "10")))  # how long it goes on
     stop.set()
     for thread in threads:
         thread.join(30)

@@ -338,8 +338,8 @@ def test_state_left_behind(host: Driver) -> None:
 @every_mode
 def test_what_goes_on_after_its_job(host: Driver) -> None:
     """S: a worker that computes without a job is replaced."""
-    assert host.attack("leave_spinning", {})["body"] == "fine"
     pids = host.tell("workers", pool="plain")["workers"]
+    assert host.attack("leave_spinning", {})["body"] == "fine"
     wait_until(lambda: host.tell("workers", pool="plain")["workers"] != pids)
     assert host.attack("nothing", {})["body"] == "fine"
 

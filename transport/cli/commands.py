@@ -63,7 +63,6 @@ def options(
 
 @app.command()
 def serve(
-    context: typer.Context,
     apps: Annotated[
         list[str] | None,
         typer.Argument(
@@ -116,9 +115,10 @@ def serve(
     """
     from transport.cli.serve import serve_until_stopped
 
-    named = {name: value for name, value in context.params.items() if name not in ("apps", "config")}
+    # typer's own record of the parameters has what click made of them: an empty list for what was not given.
+    given = {name: value for name, value in locals().items() if name not in ("apps", "config", "serve_until_stopped")}
     with _explained():
-        serve_until_stopped(apps or [], config, {name: value for name, value in named.items() if value is not None})
+        serve_until_stopped(apps or [], config, {name: value for name, value in given.items() if value is not None})
 
 
 @app.command()
