@@ -331,10 +331,7 @@ class ClusterRoundTrip:
             if end.kind == "unavailable":
                 placement.update(self._seat.node, paused_until=time.monotonic() + max(end.retry_after, 0.1))
                 self._tries -= 1
-            self._outcome = "not taken"
-            seat = self._seat
-            self._settle(over=False, keep_seat=True)
-            placement.full(seat)
+            self._unsettle()
             if end.kind == "unavailable" and not self._tries:
                 raise WorkersUnavailable(end.words, end.retry_after)
             raise PlaceAnew
@@ -411,24 +408,39 @@ class ClusterRoundTrip:
         assert self._link is not None
         assert self._seat is not None
         link, placement, seat = self._link, self._host.placement, self._seat
-        try:
-            self._settle(keep_seat=True)
-        finally:
-            link.kill(self.job_id, lambda: placement.give_back(seat))
+        if self._mark_settled():
+            try:
+                self._tidy_up(over=True)
+            finally:
+                link.kill(self.job_id, lambda: placement.give_back(seat))
 
-    def _settle(self, *, over: bool = True, keep_seat: bool = False) -> None:
-        """The job is over; or, where it is not, nobody has begun it."""
-        with self._lock:
-            if self._settled:
-                return
-            self._settled = True
-        assert self._link is not None
+    def _settle(self) -> None:
+        """The job is over at its agent."""
         assert self._seat is not None
+        if self._mark_settled():
+            self._host.placement.give_back(self._seat)
+            self._tidy_up(over=True)
+
+    def _unsettle(self) -> None:
+        """The job was not begun: its seat is given back, since no worker of its node was free, and it has none now."""
+        assert self._seat is not None
+        self._outcome = "not taken"
+        if self._mark_settled():
+            self._host.placement.full(self._seat)
+            self._tidy_up(over=False)
+
+    def _mark_settled(self) -> bool:
+        """Whether this is the one end of the job, or of its try."""
+        with self._lock:
+            first = not self._settled
+            self._settled = True
+        return first
+
+    def _tidy_up(self, *, over: bool) -> None:
+        assert self._link is not None
         self._link.drop(self)
         if self._call.scope is not None:
             self._call.scope.unwatch(id(self))
-        if not keep_seat:
-            self._host.placement.give_back(self._seat)
         if over:
             self._close_upload()
         self._tell_end()
