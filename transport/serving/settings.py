@@ -230,6 +230,7 @@ def _kind_of_pool(cluster: str | UnsetType) -> Callable[..., AnyPool]:
     """What makes a pool, here or on a cluster. ConfigurationError where Ray is not installed."""
     if cluster is UNSET or not cluster:
         return Pool
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # it would print a C++ stack at each SIGTERM
     try:
         from runner.cluster import ClusterPool  # Ray is loaded where it is used
     except ImportError as error:
