@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import time
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def on_hold(request: HandlerRequest, response: HandlerResponse) -> None:
     while not Path(parameter(request, "until")).exists():
         time.sleep(0.01)
     response.write(b" done")
+
+
+def on_deaf(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Hears nothing of its caller's going."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    response.write(b"on and on")
+    time.sleep(3600)
 
 
 def on_look_around(request: HandlerRequest, response: HandlerResponse) -> bytes:

@@ -762,7 +762,7 @@ def test_tasks(pool: ClusterPool, backend: str) -> None:
 def test_time_limits_for_a_worker(start: Callable[..., ClusterPool]) -> None:
     """D4, W4: while workers are still at jobs that were left, others wait no longer than they said."""
     pool = start(workers=1, grace=3.0)
-    for job in [pool.open(Request("GET", "/stubborn")) for _ in range(2)]:
+    for job in [pool.open(Request("GET", "/deaf")) for _ in range(2)]:
         job.close()
     began = time.monotonic()
     with pytest.raises(LeaseTimeout):
