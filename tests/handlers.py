@@ -440,10 +440,11 @@ def do_spin(request: HandlerRequest, response: HandlerResponse) -> None:
 
 
 def do_stubborn(request: HandlerRequest, response: HandlerResponse) -> None:
-    """Streams on whatever is raised in it."""
+    """Streams on whatever is raised in it, at whatever instant: the jump of the inner loop is guarded too."""
     while True:
         try:
-            response.write(b"on and on")
+            while True:
+                response.write(b"on and on")
         except BaseException:
             continue
 
