@@ -840,6 +840,7 @@ def test_a_call_that_fails(pool: ClusterPool) -> None:
     """D6: where an answer does not come though the agent lives, the caller is told, and the worker is free again."""
     job = pool.open(Request("GET", "/stream?count=1000&pause=0.01"))
     assert job._link is not None
+    wait_until(lambda: pool.stats().idle == 3)  # told by now: the numbers are a second old
     with job._lock:
         job._mail.append(("answer", job._try, ray.exceptions.RaySystemError("lost on the way")))
     with pytest.raises(NodeLost, match="RaySystemError"):
