@@ -40,8 +40,9 @@ class AsyncJob(RoundTrip, AsyncReadable):
         call: Call,
     ) -> AsyncJob:
         """Send the request and wait for the response's head."""
-        job = cls(worker, supervisor, call)
+        job = cls.__new__(cls)
         try:
+            job.__init__(worker, supervisor, call)  # type: ignore[misc] # a signal's handler may raise in it
             if job._scope is not None:
                 job._watch_scope(job._scope)
             job._open_event_fd()
@@ -67,14 +68,14 @@ class AsyncJob(RoundTrip, AsyncReadable):
 
     async def _use(self, step: Callable[[], Awaitable[None]]) -> None:
         """Take a step on the channel, as the one task that uses it; a close that comes meanwhile follows it."""
-        self._take_channel()
         try:
+            self._take_channel(step)
             await step()
         except BaseException as error:
-            self._break_off(error)
+            self._break_off(step, error)
             raise
         finally:
-            left = self._release_channel()
+            left = self._release_channel(step)
         if left:
             raise self._closed()
 

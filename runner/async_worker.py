@@ -1,7 +1,7 @@
 """The worker's loop for handlers that are coroutines: one event loop for its whole life.
 
 What an app has left running on the loop, a poller that its start-up began, say, runs on between jobs. A cancel is
-heard by the loop: the job's number comes over the eventfd. The handler is asked first, where it has ears for that
+heard by the loop: the job's number comes over the cancel pipe. The handler is asked first, where it has ears for that
 (ASGI's `http.disconnect`), and then its task is cancelled, both within the pool's grace time.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 from runner.async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
-from runner.cancellation import SIGNAL, STACKS_SIGNAL
+from runner.cancellation import SIGNAL, STACKS_SIGNAL, read_cancel
 from runner.errors import AbortHandler
 from runner.handlers.bridge import AsyncBridge
 from runner.messages import FaultReport, Header
@@ -42,14 +42,13 @@ class AsyncWorker:
         self._asking = grace * _ASKING_SHARE
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
-        self._number = 0
-        self._cancelled_early = False
+        self._cancelled_early: int | None = None
         self._job: tuple[AsyncRequest, AsyncResponse] | None = None
         self._task: asyncio.Task[FaultReport | None] | None = None
 
     def start(self) -> None:
         """Get the handler ready; raises what it raises."""
-        signal.signal(SIGNAL, signal.SIG_IGN)  # the eventfd says it all
+        signal.signal(SIGNAL, signal.SIG_IGN)  # the cancel pipe says it all
         faulthandler.unregister(STACKS_SIGNAL)  # or it would take the next line's handler for its own work
         signal.signal(STACKS_SIGNAL, lambda number, frame: print_stacks(self._loop, sys.stderr))
         faulthandler.register(STACKS_SIGNAL, 2, all_threads=True, chain=True)
@@ -74,6 +73,7 @@ class AsyncWorker:
 
     async def _serve(self) -> None:
         pipes = AsyncPipes(self._request_fd, self._response_fd, self._prints)
+        os.set_blocking(self._cancel_fd, False)
         self._loop.add_reader(self._cancel_fd, self._hear)
         try:
             while True:
@@ -111,23 +111,24 @@ class AsyncWorker:
     # -- cancelling ----------------------------------------------------------------------------------
 
     def _begin(self, request: AsyncRequest, response: AsyncResponse) -> None:
-        self._hear()  # cancels of the job before; all that is unread now is of that one, or of this one
+        self._hear()  # cancels of the job before, or of this one already
         self._job = request, response
-        self._number = request.number
-        if self._cancelled_early:
-            self._cancelled_early = False
+        if self._cancelled_early == request.number:
             request.cancel()
 
     def _hear(self) -> None:
-        """Read the eventfd: the number of the cancelled job, or the sum of two where both came since the last look."""
+        """Read the cancel pipe: the job under way is told; a later one, when it begins."""
         try:
-            heard = os.eventfd_read(self._cancel_fd)
-        except BlockingIOError:
+            number = read_cancel(self._cancel_fd)
+        except EOFError:
+            self._loop.remove_reader(self._cancel_fd)  # the end of the request pipe tells the rest
             return
-        number = self._number
-        self._cancelled_early = heard in (number + 1, 2 * number + 1)
+        if number is None:
+            return
         job = self._job
-        if job is not None and heard in (number, 2 * number + 1) and not job[1].ended:
+        if job is None or number != job[0].number:
+            self._cancelled_early = number
+        elif not job[1].ended:
             self._cancel(job[0])
 
     def _cancel(self, request: AsyncRequest) -> None:

@@ -29,10 +29,12 @@ _encode = msgspec.msgpack.Encoder().encode
 class Call:
     """A request with all that belongs to it. Raises InvalidRequest, and JobClosed where the scope is cancelled.
 
+    It holds the worker that was leased for it until a job does, so that one is let go whatever is raised where.
     `sent_at` tells when its head went to the worker that was found for it, where that was done for a caller who waited.
     """
 
     __slots__ = (
+        "__weakref__",
         "_supervisor",
         "asked_at",
         "context",
@@ -77,15 +79,17 @@ class Call:
         tries = _MAX_TRIES
         while True:
             try:
-                worker = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
-            except (LeaseTimeout, WorkersUnavailable) as error:
-                self._refused(error)
-                raise
-            try:
                 supervisor.oversight.look_after_jobs()
+                worker = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
                 return Job(worker, supervisor, self)
             except NeverTaken as never:
                 tries = _next_try(never, tries)
+            except (LeaseTimeout, WorkersUnavailable) as error:
+                self._refused(error)
+                raise
+            except BaseException:
+                self._let_go()
+                raise
 
     async def run_async(self, supervisor: Supervisor) -> AsyncJob:
         """As `run`, for a task of an event loop."""
@@ -95,17 +99,19 @@ class Call:
         tries = _MAX_TRIES
         while True:
             try:
+                supervisor.oversight.look_after_jobs()
                 worker = await supervisor.leases.lease_async(
                     self.lease_timeout, self.scope, self.context.provider, self
                 )
-            except (LeaseTimeout, WorkersUnavailable) as error:
-                self._refused(error)
-                raise
-            try:
-                supervisor.oversight.look_after_jobs()
                 return await AsyncJob.open(worker, supervisor, self)
             except NeverTaken as never:
                 tries = _next_try(never, tries)
+            except (LeaseTimeout, WorkersUnavailable) as error:
+                self._refused(error)
+                raise
+            except BaseException:
+                self._let_go()
+                raise
 
     def _refused(self, error: BlastdoorError) -> None:
         events = self._supervisor.events
@@ -113,10 +119,16 @@ class Call:
             context, waited = self.context, time.monotonic() - self.asked_at
             events.emit(JobRefused(context.job_id, context.provider, context.source, waited, str(error)))
 
+    def _let_go(self) -> None:
+        """Whatever was raised: a worker that was leased, and that no job holds, goes back."""
+        worker = self._supervisor.leases.held_by(self)
+        if worker is not None:
+            self.withdraw(worker)
+
     def present(self, worker: Worker) -> None:
         """Write the request to a worker that came free for this call, before its caller has woken up."""
         worker.log.job_id = self.context.job_id
-        worker.channel.written = 0
+        worker.channel.begin()
         try:
             self.send(worker.channel, job_number(worker.jobs + 1))
         except BrokenPipeError:
@@ -125,9 +137,11 @@ class Call:
             self.sent_at = time.monotonic()
 
     def withdraw(self, worker: Worker) -> None:
-        """Give up a worker that was presented: one that has begun ends the job as any that its caller leaves."""
+        """Give up a worker that was found: one that has begun ends the job as any that its caller leaves."""
         if self.sent_at is not None:
             RoundTrip(worker, self._supervisor, self).close()
+        elif worker.channel.torn:
+            self._supervisor.leases.discard(worker)
         else:
             self._supervisor.leases.give_back(worker)
 

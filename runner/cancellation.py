@@ -1,6 +1,6 @@
 """How a job hears, in its worker, that its caller has left: an exception in the handler, once.
 
-The host writes the job's number to an eventfd and sends a signal. The signal's handler runs in the main
+The host writes the job's number to a pipe and sends a signal. The signal's handler runs in the main
 thread, between two bytecodes of whatever runs there, and raises JobCancelled if the number is the running
 job's: so a cancel that comes late touches no other job. In the worker's own dealings with its pipes the
 exception waits until they are done, so that no frame is cut.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import threading
 from types import FrameType, TracebackType
 from typing import Final
@@ -17,10 +18,30 @@ from typing import Final
 from runner.errors import JobCancelled
 
 SIGNAL: Final = signal.SIGRTMIN + 12
-"""Tells a worker to look at its cancel eventfd. A real-time signal: applications have uses for the others."""
+"""Tells a worker to look at its cancel pipe. A real-time signal: applications have uses for the others."""
 
 STACKS_SIGNAL: Final = SIGNAL - 1
 """Has a worker print its stacks. Real-time signals are delivered lowest first: this one before the other."""
+
+_NUMBER: Final = struct.Struct("<I")
+_MOST: Final = 4096
+
+pack_cancel = _NUMBER.pack
+"""A cancel as it crosses the pipe: the job's number. So short a write goes whole or not at all (pipe(7))."""
+
+
+def read_cancel(fd: int) -> int | None:
+    """The number of the last job that was cancelled since the last look, None where there is none.
+
+    EOFError where the host has closed its end.
+    """
+    try:
+        data = os.read(fd, _MOST)
+    except BlockingIOError:
+        return None
+    if not data:
+        raise EOFError
+    return int(_NUMBER.unpack(data[-_NUMBER.size :])[0])
 
 
 class Cancellation:
@@ -29,6 +50,7 @@ class Cancellation:
     __slots__ = ("_fd", "_job", "_main", "_pending", "_shields", "cancelled")
 
     def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
         self._fd = fd
         self._job = 0
         self._main = threading.get_ident()
@@ -66,10 +88,10 @@ class Cancellation:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         try:
-            job = os.eventfd_read(self._fd)
-        except BlockingIOError:
-            return
-        if job != self._job:
+            job = read_cancel(self._fd)
+        except EOFError:
+            return  # the end of the request pipe tells the rest
+        if job is None or job != self._job:
             return
         self.cancelled = True
         if self._shields:

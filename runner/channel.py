@@ -13,8 +13,11 @@ import os
 import select
 import struct
 import termios
+import time
 from typing import Final
 
+from runner.cancellation import pack_cancel
+from runner.durations import LONGEST_WAIT
 from runner.frames import TO_HOST, Frame, FrameDecoder
 from runner.outgoing import Outgoing
 
@@ -47,13 +50,15 @@ class Channel:
         "_wants_write",
         "request_fd",
         "response_fd",
+        "torn",
         "written",
     )
 
     def __init__(self, request_fd: int, response_fd: int, cancel_fd: int) -> None:
         self._cancel_fd = cancel_fd
-        os.set_blocking(request_fd, False)
-        os.set_blocking(response_fd, False)
+        # Each end has its own open file description: the worker can't make the host's ends block (open(2)).
+        for fd in (request_fd, response_fd, cancel_fd):
+            os.set_blocking(fd, False)
         self.request_fd = request_fd
         self.response_fd = response_fd
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -66,6 +71,7 @@ class Channel:
         self._epoll: select.epoll | None = None
         self._epoll_wants_write = False
         self.written = 0
+        self.torn = False
 
     @property
     def flushed(self) -> bool:
@@ -77,27 +83,46 @@ class Channel:
         """Whether the response stream stands between two frames."""
         return self._decoder.clean
 
+    def begin(self) -> None:
+        """A new job: nothing of it is written."""
+        self.written = 0
+
     def send(self, *pieces: bytes | memoryview) -> None:
         """Write what the pipe takes now and keep the rest for `flush`. `written` counts what went into the pipe.
 
-        Raises BrokenPipeError when the worker's end is closed.
+        Raises BrokenPipeError when the worker's end is closed. Where a signal's handler raises in the midst, the stream
+        is `torn`: nobody knows what was written, but never more than `written`.
         """
         if not self._outgoing and len(pieces) == 1:
             piece = pieces[0]
+            size = len(piece)
+            self.torn = True
+            self.written += size
             try:
-                written = os.write(self.request_fd, piece)
+                sent = os.write(self.request_fd, piece)
             except BlockingIOError:
-                written = 0
-            self.written += written
-            if written < len(piece):
-                self._outgoing.append(memoryview(piece)[written:])
+                sent = 0
+            except OSError:
+                self.written -= size
+                self.torn = False
+                raise
+            if sent < size:
+                self.written -= size - sent
+                self._outgoing.append(memoryview(piece)[sent:])
+            self.torn = False
             return
         self._outgoing.extend(memoryview(piece) for piece in pieces)
         self.flush()
 
     def flush(self) -> None:
         """Write what is left over, as far as the pipe takes it now. Raises BrokenPipeError like `send`."""
-        self.written += self._outgoing.flush(self.request_fd)
+        self.torn = True
+        try:
+            self.written += self._outgoing.flush(self.request_fd)
+        except OSError:
+            self.torn = False
+            raise
+        self.torn = False
 
     def drop_outgoing(self) -> None:
         """Forget what is left over: the worker takes no more."""
@@ -115,6 +140,8 @@ class Channel:
                 self._poll.register(self.request_fd, select.POLLOUT)
             else:
                 self._poll.unregister(self.request_fd)
+        if timeout is not None and timeout > LONGEST_WAIT:
+            return self._wait_long(timeout, write=write)
         readable = writable = woken = False
         for fd, event in self._poll.poll(None if timeout is None else math.ceil(timeout * 1000)):
             if fd == self.response_fd:
@@ -128,6 +155,13 @@ class Channel:
             elif event & _WRITABLE:
                 writable = True
         return readable, writable, woken
+
+    def _wait_long(self, timeout: float, *, write: bool) -> tuple[bool, bool, bool]:
+        until = time.monotonic() + timeout
+        ready = (False, False, False)
+        while not any(ready) and (left := until - time.monotonic()) > 0:
+            ready = self.wait(min(left, LONGEST_WAIT), write=write)
+        return ready
 
     def event_fd(self, *, write: bool = False) -> int:
         """A descriptor that is readable when `wait` would return at once: for event loops, which wait in their own way.
@@ -167,10 +201,18 @@ class Channel:
         if self._wake_fd >= 0:
             os.eventfd_write(self._wake_fd, 1)
 
-    def name_cancelled(self, job: int) -> None:
-        """Tell the worker which job is cancelled; a signal has to follow."""
-        if self._cancel_fd >= 0:
-            os.eventfd_write(self._cancel_fd, job)
+    def name_cancelled(self, job: int) -> bool:
+        """Tell the worker which job is cancelled; a signal has to follow. False where it does not take it.
+
+        A worker that leaves its cancels unread, or has closed its end, is not an honest one.
+        """
+        if self._cancel_fd < 0:
+            return False
+        try:
+            os.write(self._cancel_fd, pack_cancel(job))
+        except OSError:
+            return False
+        return True
 
     def unread(self) -> int:
         """How many bytes in the request pipe the worker has not taken."""

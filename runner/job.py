@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from runner.durations import sooner
 from runner.frames import Frame
 from runner.opened import Readable
-from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip, sooner
+from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
     from runner.call import Call
@@ -31,8 +32,8 @@ class Job(RoundTrip, Readable):
         supervisor: Supervisor,
         call: Call,
     ) -> None:
-        super().__init__(worker, supervisor, call)
         try:
+            super().__init__(worker, supervisor, call)
             if self._scope is not None:
                 self._watch_scope(self._scope)
             self._use(lambda: self._await_head(call))
@@ -79,14 +80,14 @@ class Job(RoundTrip, Readable):
 
     def _use(self, step: Callable[[], None]) -> None:
         """Take a step on the channel, as the one thread that uses it; a close that comes meanwhile follows it."""
-        self._take_channel()
         try:
+            self._take_channel(step)
             step()
         except BaseException as error:
-            self._break_off(error)
+            self._break_off(step, error)
             raise
         finally:
-            left = self._release_channel()
+            left = self._release_channel(step)
         if left:
             raise self._closed()
 

@@ -3,6 +3,12 @@
 A caller's own thread takes a worker here and gives it back; a worker that comes free goes straight to
 the caller that has waited longest. The one lock guards a worker's change of hands, its death, and its
 descriptors: a pidfd is never used after it was closed, a channel is closed by whoever holds it last.
+
+Under the lock nothing is done to a worker that it could hold up: no pipe of its is read or written, no file of its in
+/proc read. It is only signalled, which waits for nobody (pidfd_send_signal(2)).
+
+An exception that a signal's handler raises in the midst of a change of hands may leave a worker with nobody: `lost`
+finds those, and the supervisor has them replaced.
 """
 
 from __future__ import annotations
@@ -10,17 +16,18 @@ from __future__ import annotations
 import os
 import signal
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from runner.cancellation import SIGNAL as CANCEL_SIGNAL
 from runner.cancellation import STACKS_SIGNAL
-from runner.errors import LeaseTimeout
 from runner.lending import Lender
 from runner.recycle import Recycle
+from runner.waiters import Caller
 from runner.worker_record import Worker
 
 if TYPE_CHECKING:
@@ -59,9 +66,9 @@ class Leases(Lender[Worker]):
         self._idle: list[Worker] = []
         self._leased: set[Worker] = set()
 
-    def _take(self, provider: str) -> Worker | None:
+    def _take(self, provider: str, caller: Caller[Worker] | None) -> Worker | None:
         if self._idle and self._admits(provider):
-            return self._hand_out(self._idle.pop(), provider)
+            return self._hand_out(self._idle.pop(), provider, caller)
         return None
 
     def _give_up(self, loan: Worker) -> None:
@@ -74,9 +81,12 @@ class Leases(Lender[Worker]):
         limit = admission.per_provider.get(provider) if admission.per_provider else None
         return limit is None or self._running[provider] < limit
 
-    def _hand_out(self, worker: Worker, provider: str) -> Worker:
+    def _hand_out(self, worker: Worker, provider: str, caller: Caller[Worker] | None) -> Worker:
         worker.leased = True
         worker.provider = provider
+        worker.turn += 1
+        if caller is not None:
+            worker.caller = weakref.ref(caller)
         self._leased.add(worker)
         if self._admission.per_provider:
             self._running[provider] += 1
@@ -84,28 +94,14 @@ class Leases(Lender[Worker]):
             self.pressed()
         return worker
 
-    def _offer(self, worker: Worker) -> None:
-        """A worker has come free, and with it perhaps room for a provider: serve whoever has waited longest."""
-        self._idle.append(worker)
-        if self._waiters:
-            self._serve_waiters()
-
-    def _serve_waiters(self) -> None:
+    def _find_for_waiters(self) -> None:
+        """Find idle workers for those who have waited longest; `_hand_over` has to follow. Under the lock."""
         while self._idle and (waiter := self._next_waiter()) is not None:
-            worker = waiter.found = self._hand_out(self._idle.pop(), waiter.provider)
-            if waiter.caller is not None:
-                waiter.caller.present(worker)
-            if not waiter.wake():
-                waiter.found, waiter.error = None, LeaseTimeout("the event loop of this caller has ended")
-                if waiter.caller is not None:
-                    waiter.caller.withdraw(worker)
-                else:
-                    self._take_back(worker)
-                    self._idle.append(worker)
+            self._find(waiter, self._hand_out(self._idle.pop(), waiter.provider, waiter.caller))
 
     def _take_back(self, worker: Worker) -> None:
         worker.leased = False
-        worker.job = None
+        worker.job = worker.caller = None
         self._leased.discard(worker)
         if self._admission.per_provider:
             self._running[worker.provider] -= 1
@@ -121,19 +117,23 @@ class Leases(Lender[Worker]):
             if self._recycle is not None:
                 worker.last_job = self._recycle.last_job()
             if not worker.dead and not worker.doomed:
-                self._offer(worker)
+                self._idle.append(worker)
+            self._find_for_waiters()
+        self._hand_over()
 
     def give_back(self, worker: Worker) -> None:
         """The holder is done with a worker that stands between two jobs."""
+        due = self._recycle is not None and not worker.dead and not self._closed and self._is_due(worker)
         with self._lock:
             self._take_back(worker)
             dead = worker.dead
-            due = self._recycle is not None and not dead and not self._closed and self._is_due(worker)
             if not dead and not worker.doomed and not due:
                 worker.idle_since = time.monotonic()
-                self._offer(worker)
-            elif self._waiters:
-                self._serve_waiters()  # there may be room now for somebody whom others did not admit
+                self._idle.append(worker)
+            if self._waiters:  # there may be room now for somebody whom others did not admit
+                self._find_for_waiters()
+        if self._at_hand:
+            self._hand_over()
         if dead:
             worker.channel.close()
         elif due:
@@ -189,16 +189,61 @@ class Leases(Lender[Worker]):
             dead = worker.dead
             self._signal(worker)
             if self._waiters:
-                self._serve_waiters()
+                self._find_for_waiters()
+        if self._at_hand:
+            self._hand_over()
         if dead:
             worker.channel.close()
 
-    def cancel(self, worker: Worker, job: int) -> None:
-        """Tell the worker that the caller of its job has left."""
+    def held_by(self, caller: object) -> Worker | None:
+        """The worker that this caller has leased, and that no job holds yet."""
         with self._lock:
-            if worker.pidfd is not None:
-                worker.channel.name_cancelled(job)
-                self._signal_with(worker, CANCEL_SIGNAL)
+            for worker in self._leased:
+                if worker.leased and worker.job is None and worker.caller is not None and worker.caller() is caller:
+                    return worker
+        return None
+
+    def lost(self, workers: Iterable[Worker]) -> dict[Worker, int]:
+        """Which of these nobody holds, or whose holder has done with them without saying so; with their turns.
+
+        It may be only for this moment: that one was lost is sure where it still is at the same turn a while later.
+        """
+        with self._lock:
+            return {
+                worker: worker.turn
+                for worker in workers
+                if worker.ready
+                and not worker.dead
+                and not worker.doomed
+                and (worker.forgotten if worker.leased else worker not in self._idle)
+            }
+
+    def reclaim(self, worker: Worker, turn: int) -> bool:
+        """Kill a worker that was lost, if it still is; whether it was."""
+        with self._lock:
+            if worker not in self.lost([worker]) or worker.turn != turn:
+                return False
+            if worker.leased:
+                self._take_back(worker)
+            self._leased.discard(worker)
+            self._running = Counter(held.provider for held in self._leased)
+            self._signal(worker)
+            self._find_for_waiters()
+        self._hand_over()
+        return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether a worker is held, or somebody waits for one."""
+        return bool(self._leased or self._waiters or self._at_hand)
+
+    def cancel(self, worker: Worker, job: int) -> bool:
+        """Tell the worker, which the caller holds, that its job's caller has left; whether it can be told."""
+        if not worker.channel.name_cancelled(job):
+            return False
+        with self._lock:
+            self._signal_with(worker, CANCEL_SIGNAL)
+        return True
 
     def kill(self, worker: Worker) -> None:
         """SIGKILL the worker, if it lives. Whoever holds it still does."""

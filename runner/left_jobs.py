@@ -58,10 +58,9 @@ class LeftJobs:
         """Whether this is the job of its worker still."""
         return self._jobs.get(job.worker) is job
 
-    def in_background(self, worker: Worker) -> LeftJob | None:
-        """The worker's job, where it is at its background work."""
-        job = self._jobs.get(worker)
-        return job if job is not None and job.exchange.background else None
+    def of(self, worker: Worker) -> LeftJob | None:
+        """The job that this worker was left with."""
+        return self._jobs.get(worker)
 
     def take(self, worker: Worker, rest: Rest) -> None:
         """Take over a worker."""
@@ -75,21 +74,22 @@ class LeftJobs:
         if not grace and not background:
             self.settle(job)
             return
+        # First of all the end of it: whatever happens to what follows, the worker is not held for ever.
+        self._await_expiry(job)
+        if not background:
+            self._reactor.after(grace, lambda: self._give_up(job))
         channel = worker.channel
         self._reactor.watch(channel.response_fd, job.look)
         if not channel.flushed:
             self._reactor.watch(channel.request_fd, job.look, selectors.EVENT_WRITE)
         job.look()
-        if not self.holds(job):
+        if not self.holds(job) or not exchange.open:
             return  # its end was there already
-        if background:
-            self._await_background(job)
-            return
-        if exchange.open:
-            if rest.timed_out:
-                self._leases.dump_stacks(worker)
-            self._leases.cancel(worker, exchange.job)
-        self._reactor.after(grace, lambda: self._give_up(job))
+        if rest.timed_out:
+            self._leases.dump_stacks(worker)
+        if not self._leases.cancel(worker, exchange.job):
+            logger.warning("job %s: worker %s does not take its cancel, and is killed", job.job_id, worker.pid)
+            self.settle(job)
 
     def flushed(self, worker: Worker) -> None:
         """All that was sent to the worker is in its pipe."""
@@ -111,16 +111,28 @@ class LeftJobs:
         if not self.holds(job):
             return  # settled before; a timer may come late, when the worker was left once more
         del self._jobs[worker]
-        self._reactor.unwatch(worker.channel.response_fd)
-        self._reactor.unwatch(worker.channel.request_fd)
-        worker.log.read()  # so that the next job's lines are not taken for this one's
-        if job.timed_out:
-            logger.error("job %s: %s%s", worker.log.job_id, job.timed_out, _last_words(worker))
-        report = job.exchange.report
-        if report is not None and job.exchange.whole:
-            log_background_failure(worker.log.job_id, report)
-        if healthy:
-            self._leases.give_back(worker)
+        try:
+            self._reactor.unwatch(worker.channel.response_fd)
+            self._reactor.unwatch(worker.channel.request_fd)
+            worker.log.read()  # so that the next job's lines are not taken for this one's
+            if job.timed_out:
+                logger.error("job %s: %s%s", worker.log.job_id, job.timed_out, _last_words(worker))
+            report = job.exchange.report
+            if report is not None and job.exchange.whole:
+                log_background_failure(worker.log.job_id, report)
+        except BaseException:
+            healthy = False
+            raise
+        finally:
+            if healthy:
+                self._leases.give_back(worker)
+            else:
+                self._leases.discard(worker)
+
+    def drop(self, worker: Worker) -> None:
+        """Something has failed that should not: the worker goes, whatever it was at."""
+        if (job := self._jobs.get(worker)) is not None:
+            self.settle(job)
         else:
             self._leases.discard(worker)
 
@@ -132,31 +144,28 @@ class LeftJobs:
         else:
             self.settle(job)
 
-    def _await_background(self, job: LeftJob) -> None:
-        if job.expires is not None:
+    def _await_expiry(self, job: LeftJob) -> None:
+        if job.expires is not None and not job.timed_out:
             assert self._wall_seconds is not None
             words = over_wall_time(self._wall_seconds)
             self._reactor.after(max(job.expires - time.monotonic(), 0), lambda: self.over_time(job, words))
 
     def _give_up(self, job: LeftJob) -> None:
-        if not self.holds(job):
+        if not self.holds(job) or job.exchange.background:  # its response did come to its end
             return
-        if job.exchange.background:  # its response did come to its end
-            self._await_background(job)
-        else:
-            logger.warning(
-                "job %s: %s, and its handler did not end within %s s: worker %s is killed",
-                job.job_id,
-                job.timed_out or "its caller has left",
-                self._grace,
-                job.worker.pid,
-            )
-            self.settle(job)
+        logger.warning(
+            "job %s: %s, and its handler did not end within %s s: worker %s is killed",
+            job.job_id,
+            job.timed_out or "its caller has left",
+            self._grace,
+            job.worker.pid,
+        )
+        self.settle(job)
 
     def over_time(self, job: LeftJob, words: str) -> None:
-        """Its background work is over a time limit: it has a moment to say where it stands."""
+        """It is over a time limit: it has a moment to say where it stands."""
         if self.holds(job) and not job.timed_out:
-            job.timed_out = f"in its background work {words}"
+            job.timed_out = f"in its background work {words}" if job.exchange.background else words
             self._leases.dump_stacks(job.worker)
             self._reactor.after(STACKS_LIMIT, lambda: self.settle(job))
 
@@ -166,7 +175,7 @@ class LeftJob:
 
     __slots__ = ("_jobs", "exchange", "expires", "job_id", "timed_out", "worker")
 
-    began = math.inf  # its wall time is not for the inspection to look at: a timer runs
+    began = math.inf  # its wall time is not for the inspection to look at: timers run
 
     def __init__(self, worker: Worker, rest: Rest, jobs: LeftJobs) -> None:
         self.worker = worker
@@ -182,7 +191,7 @@ class LeftJob:
         return not self._jobs.holds(self)
 
     def over_time(self, detail: str) -> None:
-        """End its background work, which is over a time limit of the pool, with these words."""
+        """End it: it is over a time limit of the pool, with these words."""
         self._jobs.over_time(self, detail)
 
     def look(self) -> None:

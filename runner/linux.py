@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
+import stat
 import threading
 from typing import Final
 
@@ -170,8 +172,8 @@ def _children_by_search(parent: int) -> list[int]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                with open(f"/proc/{name}/stat", encoding="ascii", errors="replace") as stat:
-                    fields = stat.read().rpartition(")")[2].split()
+                with open(f"/proc/{name}/stat", encoding="ascii", errors="replace") as file:
+                    fields = file.read().rpartition(")")[2].split()
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it ended while we looked
             if int(fields[1]) == parent:
@@ -223,6 +225,28 @@ def kill_holders(inodes: set[int]) -> int:
 def open_descriptors() -> set[int]:
     """The numbers of this process's open descriptors."""
     return {fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_open(fd)}
+
+
+def reopen(fd: int) -> bool:
+    """Put a new open file description of the same file in the place of an old one; False where there can be none.
+
+    Only regular files and character devices can be opened anew with the same meaning (proc(5), /proc/pid/fd).
+    """
+    try:
+        kind = os.fstat(fd).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISCHR(kind):
+            return False
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC)
+        again = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(kind):
+                os.lseek(again, os.lseek(fd, 0, os.SEEK_CUR), os.SEEK_SET)
+            os.dup2(again, fd, inheritable=os.get_inheritable(fd))
+        finally:
+            os.close(again)
+    except OSError:
+        return False
+    return True
 
 
 def _is_open(fd: int) -> bool:

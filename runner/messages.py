@@ -128,7 +128,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spawn(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """Host to zygote, with a worker's ends: request pipe, response pipe, log pipe, cancel eventfd."""
+    """Host to zygote, with a worker's ends: request pipe, response pipe, log pipe, cancel pipe."""
 
     worker: int
 

@@ -1,4 +1,4 @@
-"""Looking after the workers of a pool while it runs: jobs held to their limits, idle workers held to idleness.
+"""Looking after the workers of a pool while it runs: jobs held to their limits, idle workers to idleness, none lost.
 
 All of it happens in the supervisor's thread, at intervals, and only while there is something to look at.
 """
@@ -6,7 +6,7 @@ All of it happens in the supervisor's thread, at intervals, and only while there
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -26,10 +26,24 @@ IDLE_INTERVAL: Final = 0.5
 """Seconds between two looks at the idle workers of a sandboxed pool."""
 
 
-class Oversight:
-    """Ends what is over the pool's limits."""
+LOST_INTERVAL: Final = 0.25
+"""Seconds between two looks, while there are jobs, for workers that nobody holds: the second one is sure."""
 
-    def __init__(self, reactor: Reactor, leases: Leases, left: LeftJobs, limits: Limits) -> None:
+
+class Oversight:
+    """Ends what is over the pool's limits. `workers` are those in service, none that is to be replaced."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        leases: Leases,
+        left: LeftJobs,
+        limits: Limits,
+        workers: Callable[[], Iterable[Worker]],
+    ) -> None:
+        self._workers = workers
+        self._looking_for_lost = False
+        self._lost: dict[Worker, int] = {}
         self._reactor = reactor
         self._leases = leases
         self._left = left
@@ -40,10 +54,13 @@ class Oversight:
         self._ended = False
 
     def look_after_jobs(self) -> None:
-        """Begin to watch the jobs under way, where the limits ask for it; it ends by itself when there are none.
+        """Begin to watch the jobs under way; it ends by itself when there are none.
 
-        May be called from any thread.
+        May be called from any thread, before a worker is leased for a job.
         """
+        if not self._looking_for_lost:
+            self._looking_for_lost = True
+            self._reactor.call(self._look_for_lost)
         if self._limits.watched and not self._inspecting:
             self._inspecting = True
             self._reactor.call(self._begin_inspecting)
@@ -68,6 +85,21 @@ class Oversight:
             logger.error("worker %s was stopped without a job, and is killed", worker.pid)
         else:
             self._reactor.after(IDLE_INTERVAL, lambda: self.look_at_stopped(worker))
+
+    def _look_for_lost(self) -> None:
+        """Replace the workers that an exception of a signal's handler has left with nobody; hand over what it held up."""
+        self._looking_for_lost = False
+        if self._ended:
+            return
+        self._leases.hand_over_late(LOST_INTERVAL)
+        lost = self._leases.lost(worker for worker in self._workers() if worker not in self._left)
+        for worker, turn in lost.items():
+            if self._lost.get(worker) == turn and self._leases.reclaim(worker, turn):
+                logger.error("worker %s was lost by a job that was interrupted, and is replaced", worker.pid)
+        self._lost = lost
+        if lost or self._leases.busy:
+            self._looking_for_lost = True
+            self._reactor.after(LOST_INTERVAL, self._look_for_lost)
 
     def end(self) -> None:
         """Look no more."""
@@ -105,10 +137,8 @@ class Oversight:
     def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, Subject]]:
         """The jobs that are to be held to the limits. A caller's is held fast before anything is found out about it."""
         for worker in workers:
-            if worker in self._left:
-                left = self._left.in_background(worker)
-                if left is not None:
-                    yield worker, left
+            if (left := self._left.of(worker)) is not None:
+                yield worker, left
             elif (reference := worker.job) is not None and (job := reference()) is not None:
                 yield worker, job
 

@@ -12,10 +12,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Final
+
+from runner.durations import LONGEST_WAIT
 
 logger = logging.getLogger("blastdoor")
 
 Callback = Callable[[], object]
+
+_REPORT_INTERVAL: Final = 1.0
+"""Seconds between two reports of errors in callbacks."""
 
 
 class Reactor:
@@ -35,6 +41,8 @@ class Reactor:
             raise
         self._selector.register(self._wake_fd, selectors.EVENT_READ, self._take_calls)
         self._finished = False
+        self._errors = 0
+        self._next_report = 0.0
 
     def call(self, callback: Callback) -> bool:
         """Have `callback` called soon; False where the loop has ended, and it never will be."""
@@ -63,13 +71,10 @@ class Reactor:
         return fd >= 0 and fd in self._selector.get_map()
 
     def run(self) -> None:
-        """Wait and call back until `finish`; an error in a callback is logged, and the loop goes on."""
+        """Wait and call back until `finish`; an error in a callback is logged, and touches no other."""
         try:
             while not self._finished:
-                try:
-                    self._step()
-                except Exception:  # noqa: BLE001 - whatever it was, workers have to be looked after
-                    self._report()
+                self._guard(self._step)
         finally:
             with self._lock:
                 os.close(self._wake_fd)
@@ -77,11 +82,18 @@ class Reactor:
             self._run_calls()
             self._selector.close()
 
-    @staticmethod
-    def _report() -> None:
-        # Logging itself may be what raises: a filter or a handler of the application's.
-        with contextlib.suppress(Exception):
-            logger.exception("the supervisor met an error, and goes on")
+    def _guard(self, callback: Callback) -> None:
+        try:
+            callback()
+        except Exception:  # noqa: BLE001 - whatever it was, workers have to be looked after
+            now = time.monotonic()
+            self._errors += 1
+            if now < self._next_report:
+                return  # the same callback may fail again and again: its descriptor stays ready
+            self._next_report = now + _REPORT_INTERVAL
+            # Logging itself may be what raises: a filter or a handler of the application's.
+            with contextlib.suppress(Exception):
+                logger.exception("the supervisor met an error, its %dth, and goes on", self._errors)
 
     def abandon(self) -> None:
         """Close the descriptors of a loop whose `run` was never begun."""
@@ -103,13 +115,19 @@ class Reactor:
             self._wake_fd = -1
 
     def _step(self) -> None:
-        timeout = max(self._timers[0][0] - time.monotonic(), 0) if self._timers else None
+        timeout = None
+        if self._timers:
+            timeout = min(max(self._timers[0][0] - time.monotonic(), 0), LONGEST_WAIT)
         for key, _ in self._selector.select(timeout):
             # An earlier callback of this round may have ended this watch, or begun another on its number.
             if self._selector.get_map().get(key.fd) is key:
-                key.data()
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            heapq.heappop(self._timers)[2]()
+                self._guard(key.data)
+        now = time.monotonic()
+        due = []
+        while self._timers and self._timers[0][0] <= now:  # one that is set meanwhile has its turn in the next step
+            due.append(heapq.heappop(self._timers)[2])
+        for callback in due:
+            self._guard(callback)
 
     def _take_calls(self) -> None:
         os.eventfd_read(self._wake_fd)
@@ -117,4 +135,4 @@ class Reactor:
 
     def _run_calls(self) -> None:
         while self._calls:
-            self._calls.popleft()()
+            self._guard(self._calls.popleft())

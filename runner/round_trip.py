@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from runner.durations import sooner
 from runner.errors import (
     JobClosed,
     JobFailed,
@@ -58,6 +59,9 @@ LAST_WORDS: Final = "; its last output:\n"
 
 NOTHING: Final[list[Frame]] = []
 """Instead of frames: there are none yet."""
+
+_CLOSER: Final = object()
+"""Uses the channel where `close` ends a job that nobody reads at the moment."""
 
 Timeouts = tuple[float | None, float | None]
 """Seconds to wait for progress of the response, and of the request's body; None for ever."""
@@ -98,7 +102,7 @@ class RoundTrip:
         "_supervisor",
         "_upload",
         "_uploading",
-        "_using",
+        "_user",
         "_wall_seconds",
         "_worker",
         "_write_timeout",
@@ -115,6 +119,7 @@ class RoundTrip:
         supervisor: Supervisor,
         call: Call,
     ) -> None:
+        self._settled = True  # until the last line: whoever leased the worker sees to it
         context = call.context
         wall_seconds = supervisor.limits.wall_seconds
         self.job_id = job_id = context.job_id
@@ -128,22 +133,24 @@ class RoundTrip:
         self._supervisor = supervisor
         self._upload = call.upload
         self._read_timeout, self._write_timeout = call.timeouts
-        self._lock = threading.Lock()
-        self._using = False
-        self._settled = False
+        # Reentrant: a signal's handler may close the job in the midst of anything that its thread does.
+        self._lock = threading.RLock()
+        self._user: object = None
         self._closed_by: BaseException | None = None
         worker.jobs += 1
-        worker.job = weakref.ref(self)
         worker.log.job_id = job_id
         self._number = job_number(worker.jobs)
         self._expires = None if wall_seconds is None else self.began + wall_seconds
         self._wall_seconds = wall_seconds or 0.0
         self._exchange = ResponseExchange(self._number, call.method)
         if sent_at is None:
-            self._channel.written = 0
+            self._channel.begin()
             self._uploading = False
         else:
             self._uploading = self._upload.lazy or not self._channel.flushed
+        reference = weakref.ref(self)
+        # From here on the job is the one that has to let the worker go. No signal is handled within this line.
+        self._settled, worker.job = False, reference
         if self._upload.lazy:
             self._upload.on_ready(_waker(self))
         if supervisor.events.subscribers:
@@ -166,6 +173,11 @@ class RoundTrip:
     def settled(self) -> bool:
         """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
         return self._settled
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is done for the job any more: its worker is let go, or was forgotten by a signal's handler."""
+        return self._settled or (self._closed_by is not None and self._user in (None, _CLOSER))
 
     @property
     def worker_pid(self) -> int | None:
@@ -215,9 +227,10 @@ class RoundTrip:
             if self._settled or self._closed_by is not None:
                 return
             self._closed_by = cause or JobClosed("close() was called")
-            if self._using:
+            if self._user is not None:
                 self._channel.wake()
                 return
+            self._user = _CLOSER
         self._leave()
 
     def over_time(self, detail: str) -> None:
@@ -227,7 +240,7 @@ class RoundTrip:
     def _wake(self) -> None:
         """The upload has something to send: have whoever waits for the channel look."""
         with self._lock:
-            if self._using and not self._settled:
+            if self._user is not None and not self._settled:
                 self._channel.wake()
 
     # -- sending -------------------------------------------------------------------------------------
@@ -283,26 +296,32 @@ class RoundTrip:
 
     # -- receiving -----------------------------------------------------------------------------------
 
-    def _take_channel(self) -> None:
-        """Become the one that uses the channel. Raises what the job was closed with."""
+    def _take_channel(self, step: object) -> None:
+        """Become the one that uses the channel, for this step. Raises what the job was closed with."""
         with self._lock:
             if self._settled or self._closed_by is not None:
                 raise self._closed()
-            if self._using:
+            if self._user is not None:
                 raise RuntimeError(f"job {self.job_id} is being read already: one thread or task reads at a time")
-            self._using = True
+            self._user = step
+            if self._closed_by is not None:  # by a signal's handler, just now
+                raise self._closed()
 
-    def _break_off(self, error: BaseException) -> None:
-        """What was done on the channel has raised: the job is over."""
-        self._closed_by = self._closed_by or error
-        if not self._settled:
-            self._leave()
+    def _break_off(self, step: object, error: BaseException) -> None:
+        """The step has raised: the job is over, where it had the channel."""
+        if self._user is step:
+            self._closed_by = self._closed_by or error
+            if not self._settled:
+                self._leave()
 
-    def _release_channel(self) -> bool:
+    def _release_channel(self, step: object) -> bool:
         """Use the channel no more; whether a close came meanwhile, which has been seen to."""
         with self._lock:
-            self._using = False
+            if self._user is not step:
+                return False
             leave = self._closed_by is not None and not self._settled
+            if not leave:
+                self._user = None
         if leave:
             self._leave()
         return leave
@@ -452,9 +471,15 @@ class RoundTrip:
             )
         try:
             self._stop_upload()
-        finally:
+        except BaseException:
+            self._discard()  # its upload has no end: the next request would be taken for the rest of it
+            raise
+        try:
             self._mark_settled()
-            if self._channel.flushed and not exchange.background:
+        finally:
+            if self._channel.torn:
+                self._supervisor.leases.discard(self._worker)
+            elif self._channel.flushed and not exchange.background:
                 self._supervisor.leases.give_back(self._worker)
             else:
                 self._hand_over()
@@ -465,9 +490,16 @@ class RoundTrip:
             self._outcome = self._closed_by.fault.kind
         try:
             self._stop_upload()
-        finally:
+        except BaseException:
+            self._discard()
+            raise
+        channel = self._channel
+        try:
             self._mark_settled()
-            if self._channel.written or not self._channel.flushed:
+        finally:
+            if channel.torn:
+                self._supervisor.leases.discard(self._worker)  # nobody knows what it has heard
+            elif channel.written or not channel.flushed:
                 self._hand_over()
             else:
                 self._supervisor.leases.give_back(self._worker)  # it has not heard of this job
@@ -484,8 +516,10 @@ class RoundTrip:
         self._supervisor.adopt(self._worker, rest)
 
     def _discard(self) -> None:
-        self._mark_settled()
-        self._supervisor.leases.discard(self._worker)
+        try:
+            self._mark_settled()
+        finally:
+            self._supervisor.leases.discard(self._worker)
 
     def _mark_settled(self) -> None:
         # Under the lock, before the worker is let go: `close` wakes a channel only while it is held.
@@ -524,14 +558,6 @@ class RoundTrip:
         if failure is not None:
             return failure.fault.detail
         return "" if self._closed_by is None else str(self._closed_by)
-
-
-def sooner(timeout: float | None, moment: float | None) -> float | None:
-    """The shorter of a wait in seconds and what is left until a moment on the monotonic clock."""
-    if moment is None:
-        return timeout
-    left = max(moment - time.monotonic(), 0)
-    return left if timeout is None else min(timeout, left)
 
 
 def _waker(job: RoundTrip) -> Callable[[], None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import signal
 import threading
@@ -39,6 +40,12 @@ _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
 
 _SETTLED: Final = 2.0
 """Seconds that a worker has to live after READY to count as a start that has succeeded."""
+
+_STATUS_LIMIT: Final = 1.0
+"""Seconds that the zygote has to tell how a worker has ended."""
+
+_SILENCE_LIMIT: Final = 5.0
+"""Seconds that the zygote may say nothing while it owes us news."""
 
 _EXIT_LIMIT: Final = 1.0
 """Seconds that the zygote has to exit by itself when a pool closes."""
@@ -94,6 +101,10 @@ class Supervisor:
         self._numbers = itertools.count(1)
         self._ready_unborn: set[Worker] = set()
         self._zygote: ZygoteProcess | None = None
+        self._zygote_heard_at = math.inf
+        self._zygote_is_watched = False
+        self._zygote_owes_since = 0.0
+        self._unreported: set[int] = set()
         self._started = threading.Event()
         self._start_error = ""
         self._zygote_error = ""
@@ -103,7 +114,7 @@ class Supervisor:
         self.forgotten = False
         self._reactor = Reactor()
         self._left = LeftJobs(self._reactor, leases, grace, config.limits.wall_seconds)
-        self.oversight = Oversight(self._reactor, leases, self._left, config.limits)
+        self.oversight = Oversight(self._reactor, leases, self._left, config.limits, self._in_service)
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
 
     # -- called from other threads -------------------------------------------------------------------
@@ -203,6 +214,7 @@ class Supervisor:
             self._respawn_after(1.0)
             return
         self._zygote = zygote
+        self._zygote_heard_at = math.inf  # until it has forked its first worker it may import for as long as that takes
         self._reactor.watch(zygote.log.fd, lambda: self._read_log(zygote.log))
         self._reactor.watch(zygote.control_fd, self._hear_zygote)
         self._reactor.watch(zygote.pidfd, self._zygote_ended)
@@ -216,6 +228,7 @@ class Supervisor:
             if self._zygote.silent:
                 self._reactor.unwatch(self._zygote.control_fd)  # it is ending; its pidfd tells the rest
             return False
+        self._zygote_heard_at = time.monotonic()
         news, pidfd = heard
         if isinstance(news, Born):
             if pidfd < 0:
@@ -227,9 +240,12 @@ class Supervisor:
             else:
                 self._born(self._workers[news.worker], news.pid, pidfd)
         elif isinstance(news, Died):
-            self._bury(self._workers[news.worker], news.status)
+            self._unreported.discard(news.worker)
+            if (worker := self._workers.get(news.worker)) is not None:  # else it was too late to tell
+                self._bury(worker, news.status)
         elif isinstance(news, Stopped):
-            self.oversight.look_at_stopped(self._workers[news.worker])
+            if (worker := self._workers.get(news.worker)) is not None:
+                self.oversight.look_at_stopped(worker)
         elif isinstance(news, Lacking):
             for layer in news.layers:
                 logger.warning("the sandbox goes without a layer on this machine: %s", layer)
@@ -248,6 +264,7 @@ class Supervisor:
         self._reactor.unwatch(zygote.log.fd)
         status = zygote.close()
         self._zygote = None
+        self._unreported.clear()
         workers = list(self._workers.values())
         inodes = {os.fstat(fd).st_ino for worker in workers for fd in worker.pipe_ends()}
         for worker in workers:
@@ -266,6 +283,45 @@ class Supervisor:
             why = f"{why}:\n{output}"
         self._start_failed(why)
         self._respawn()
+
+    def _note_exit(self, worker: Worker) -> None:
+        """A worker has ended. The zygote, which is its parent, tells its status in a moment, or is stuck."""
+        if worker.pidfd is not None:
+            self._reactor.unwatch(worker.pidfd)
+        self._reactor.after(_STATUS_LIMIT, lambda: self._bury_untold(worker))
+        self._unreported.add(worker.number)
+        self._watch_zygote()
+
+    def _bury_untold(self, worker: Worker) -> None:
+        if not worker.dead:
+            self._bury(worker, None)
+
+    def _watch_zygote(self) -> None:
+        """Have the zygote looked at as long as it owes us news."""
+        if not self._zygote_is_watched:
+            self._zygote_is_watched = True
+            self._zygote_owes_since = time.monotonic()
+            self._reactor.after(_SILENCE_LIMIT, self._look_at_zygote)
+
+    def _look_at_zygote(self) -> None:
+        """Begin anew where the zygote owes us a birth or a death and says nothing: it was stopped, or hangs."""
+        self._zygote_is_watched = False
+        if self._zygote is None or self._stopping:
+            return
+        if not self._unreported and all(worker.pid is not None for worker in self._workers.values()):
+            return
+        silent = max(time.monotonic() - max(self._zygote_heard_at, self._zygote_owes_since), 0)
+        if silent >= _SILENCE_LIMIT:
+            logger.error(
+                "the zygote process %d has said nothing for %.0f s, though it should: it is stopped, or hangs. "
+                "It is killed, with all its workers, and starts anew",
+                self._zygote.pid,
+                silent,
+            )
+            self._zygote.kill()
+        else:
+            self._zygote_is_watched = True
+            self._reactor.after(_SILENCE_LIMIT - silent, self._look_at_zygote)
 
     # -- the number of workers -----------------------------------------------------------------------
 
@@ -303,6 +359,9 @@ class Supervisor:
             self._retire(worker)
         if self._wanted > least:
             self._reactor.after(self._size.shrink_after / 4, self._shrink)
+
+    def _in_service(self) -> list[Worker]:
+        return [worker for worker in self._workers.values() if worker not in self._retiring]
 
     # -- what is left behind ----------------------------------------------------------------------
 
@@ -358,26 +417,28 @@ class Supervisor:
             for _ in range(3):
                 fds += make_pipe()
             request_read, request_write, response_read, response_write, log_read, log_write = fds
-            fds.append(cancel_fd := os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-            channel = Channel(request_write, response_read, cancel_fd)
+            cancel_read, cancel_write = os.pipe2(os.O_CLOEXEC)
+            fds += cancel_read, cancel_write
+            channel = Channel(request_write, response_read, cancel_write)
         except OSError as error:  # out of descriptors
             for fd in fds:
                 os.close(fd)
             self._spawn_failed(error)
             return False
         try:
-            self._zygote.spawn(number, (request_read, response_write, log_write, cancel_fd))
+            self._zygote.spawn(number, (request_read, response_write, log_write, cancel_read))
         except OSError as error:  # the zygote is gone or stuck
             channel.close()
-            for fd in (request_read, response_write, log_read, log_write):
+            for fd in (request_read, response_write, log_read, log_write, cancel_read):
                 os.close(fd)
             self._spawn_failed(error)
             return False
-        for fd in (request_read, response_write, log_write):
+        for fd in (request_read, response_write, log_write, cancel_read):
             os.close(fd)
         log = LogPipe(log_read, f"worker {number} (starting)")
         worker = Worker(number, channel, log)
         self._workers[number] = worker
+        self._watch_zygote()
         self._reactor.watch(log.fd, lambda: self._read_log(log))
         self._reactor.watch(response_read, lambda: self._hear_starting(worker))
         self._reactor.after(self._start_timeout, lambda: self._check_started(number))
@@ -395,6 +456,7 @@ class Supervisor:
         worker.log.pid = pid
         self.events.emit(WorkerStarted(pid))
         self.leases.adopt_pidfd(worker, pid, pidfd)
+        self._reactor.watch(pidfd, lambda: self._note_exit(worker))
         if self._stopping:
             self.leases.kill(worker)
         if worker in self._ready_unborn:
@@ -480,7 +542,7 @@ class Supervisor:
         """A worker has ended: log its last words, tell its holder, and see to its successor."""
         del self._workers[worker.number]
         self._ready_unborn.discard(worker)
-        for fd in (worker.channel.response_fd, worker.channel.request_fd, worker.log.fd):
+        for fd in (worker.channel.response_fd, worker.channel.request_fd, worker.log.fd, worker.pidfd or -1):
             self._reactor.unwatch(fd)
         worker.log.close()
         self.leases.bury(worker, status)
@@ -504,8 +566,12 @@ class Supervisor:
     def _take_left(self, worker: Worker, rest: Rest) -> None:
         if self._closing:
             self.leases.discard(worker)
-        else:
+            return
+        try:
             self._left.take(worker, rest)
+        except BaseException:
+            self._left.drop(worker)
+            raise
 
     # -- the end of it all ---------------------------------------------------------------------------
 

@@ -14,27 +14,39 @@ class Caller(Protocol[Given]):
     """Whoever a loan is for, as far as others may act for it while it waits, or is still to wake up."""
 
     def present(self, worker: Given, /) -> None:
-        """The worker was found: have it begin at once. Called by whoever gave it up, who holds the lock."""
+        """The worker was found: have it begin at once. Called by whoever gave it up."""
 
     def withdraw(self, worker: Given, /) -> None:
         """The caller waits no more, and was found a worker at the same moment: see to it."""
 
 
 class Waiter(Generic[Loan]):
-    """What was found for a caller: a loan, or an error. Guarded by the lock of its `Lender`, as is `wake`."""
+    """What was found for a caller: a loan, or an error. Guarded by the lock of its `Lender`, as is `wake`.
 
-    __slots__ = ("caller", "error", "found", "provider")
+    `told` says that it was woken to take it, `left` that it waits no more though something was found.
+    """
+
+    __slots__ = ("caller", "error", "found", "left", "provider", "told")
 
     def __init__(self, provider: str, caller: Caller[Loan] | None = None) -> None:
         self.provider = provider
         self.caller = caller
         self.found: Loan | None = None
         self.error: Exception | None = None
+        self.told = False
+        self.left = False
 
     @property
     def done(self) -> bool:
         """Whether something was found."""
         return self.found is not None or self.error is not None
+
+    def result(self) -> Loan:
+        """What was found. Raises the error, where it is one."""
+        if self.found is None:
+            assert self.error is not None
+            raise self.error
+        return self.found
 
     def wake(self) -> bool:
         """Something was found; whether there is anybody to take it. Called once, from any thread."""

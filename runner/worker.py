@@ -1,7 +1,7 @@
 """The child: one process that runs one job at a time, from fork to exit.
 
 `run` is what the zygote's fork calls. It takes on the worker's descriptors (requests on 3, responses on 4,
-the cancel eventfd on 5, /dev/null on 0, the log pipe on 1 and 2), closes all else, sheds what belonged to the
+cancels on 5, /dev/null on 0, the log pipe on 1 and 2), closes all else, sheds what belonged to the
 zygote, loads the handler, says READY, and then serves jobs until the request pipe ends.
 """
 
@@ -31,7 +31,7 @@ RESPONSE_FD: Final = 4
 CANCEL_FD: Final = 5
 LAST_FD: Final = CANCEL_FD
 DESCRIPTORS: Final = 4
-"""How many descriptors come with a Spawn order: request pipe, response pipe, log pipe, cancel eventfd."""
+"""How many descriptors come with a Spawn order: request pipe, response pipe, log pipe, cancel pipe."""
 
 _DESCRIPTOR_CEILING: Final = 1 << 20
 
@@ -55,7 +55,7 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
     """The life of a worker. `handler` is given where the zygote has preloaded it."""
     if birth.nest is not None:
         birth.nest()
-    _take_descriptors(birth.fds, birth.inherited)
+    _take_descriptors(birth.fds, birth.inherited, sandboxed=birth.enter is not None)
     cancellation = Cancellation(CANCEL_FD)
     prints = Prints()
     pipes = Pipes(REQUEST_FD, RESPONSE_FD, cancellation, prints)
@@ -118,14 +118,23 @@ def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingRespons
         response.fail(report, implied=(200, []) if report.kind == "aborted" else None)
 
 
-def _take_descriptors(fds: list[int], inherited: frozenset[int]) -> None:
-    """Put the job's descriptors on their numbers and close all that is not the handler's own."""
+def _take_descriptors(fds: list[int], inherited: frozenset[int], *, sandboxed: bool) -> None:
+    """Put the job's descriptors on their numbers and close all that is not the handler's own.
+
+    What has no number here is not shared with anybody: open file descriptions have a position, flags, locks and owners
+    that whoever shares one may change (open(2)). Only a preload of trusted code leaves some to its workers; a sandboxed
+    worker has them anew.
+    """
     request_fd, response_fd, log_fd, cancel_fd = fds
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
     os.dup2(request_fd, REQUEST_FD, inheritable=False)
     os.dup2(response_fd, RESPONSE_FD, inheritable=False)
     os.dup2(cancel_fd, CANCEL_FD, inheritable=False)
+    if sandboxed:
+        inherited = frozenset(fd for fd in inherited if linux.reopen(fd))
     start = LAST_FD + 1
     for kept in sorted(fd for fd in inherited if fd > LAST_FD):
         os.closerange(start, kept)

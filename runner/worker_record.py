@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """The host's record of one worker process. Guarded by its `Leases`, but for what only its holder uses."""
+    """The host's record of one worker process. Guarded by its `Leases`, but for what only its holder uses.
+
+    `turn` counts how often it was leased; `caller` is who leased it, `job` who holds it, once it has begun.
+    """
 
     __slots__ = (
+        "caller",
         "channel",
         "dead",
         "doomed",
@@ -38,6 +42,7 @@ class Worker:
         "ready",
         "ready_at",
         "status",
+        "turn",
         "verdict",
     )
 
@@ -58,10 +63,20 @@ class Worker:
         self.ordered_at = time.monotonic()
         self.last_job: int | None = None
         self.verdict = ""
+        self.turn = 0
+        self.caller: weakref.ref[object] | None = None
         self.job: weakref.ref[RoundTrip] | None = None
         self.failure = ""
         self.status: int | None = None
         self.exited = threading.Event()
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether whoever leased it is gone, or has done with it, and has not said so."""
+        if self.job is not None:
+            job = self.job()
+            return job is None or job.over
+        return self.caller is None or self.caller() is None
 
     def forget(self) -> None:
         """In a forked child: close the inherited descriptors, and leave the process alone."""

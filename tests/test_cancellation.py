@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from runner.cancellation import SIGNAL, Cancellation
+from runner.cancellation import SIGNAL, Cancellation, pack_cancel
 from runner.exchange import ResponseExchange
 from runner.frames import BODY, END, REQUEST, TO_HOST, FrameDecoder, encode
 from runner.handlers.native import HandlerRequest, HandlerResponse, NativeBridge
@@ -32,8 +32,8 @@ class Bench:
     def __init__(self, handler: Callable[[HandlerRequest, HandlerResponse], bytes | None]) -> None:
         self.request_read, self.request_write = os.pipe()
         self.response_read, self.response_write = os.pipe()
-        self.cancel_fd = os.eventfd(0, os.EFD_NONBLOCK)
-        self.cancellation = Cancellation(self.cancel_fd)
+        self.cancel_read, self.cancel_write = os.pipe()
+        self.cancellation = Cancellation(self.cancel_read)
         self.cancellation.install()
         self.pipes = Pipes(self.request_read, self.response_write, self.cancellation, Prints())
         self.bridge = NativeBridge(handler)
@@ -58,7 +58,8 @@ class Bench:
         return exchange
 
     def close(self) -> None:
-        for fd in (self.request_read, self.request_write, self.response_read, self.response_write, self.cancel_fd):
+        ends = self.request_read, self.request_write, self.response_read, self.response_write
+        for fd in (*ends, self.cancel_read, self.cancel_write):
             os.close(fd)
 
 
@@ -100,7 +101,7 @@ def run_cancelled_at(bench: Bench, number: int, instant: int) -> bool:
                 left -= 1
                 if left == -1:
                     sys.settrace(None)
-                    os.eventfd_write(bench.cancel_fd, number)
+                    os.write(bench.cancel_write, pack_cancel(number))
                     signal.raise_signal(SIGNAL)
         return trace
 

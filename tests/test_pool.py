@@ -67,14 +67,13 @@ def test_one_worker_one_job(start: Callable[..., Pool]) -> None:
 
 
 def test_what_a_worker_holds(pool: Pool) -> None:
-    """W1, W2: its two pipes, /dev/null, the log pipe and the cancel eventfd; nothing of the zygote's or the host's."""
+    """W1, W2: its two pipes, /dev/null, the log pipe and the cancel pipe; nothing of the zygote's or the host's."""
     found = state(pool)
     pipes = found["descriptors"]
     assert pipes["0"] == "/dev/null"
     assert pipes["1"] == pipes["2"]
-    assert len({pipes["1"], pipes["3"], pipes["4"]}) == 3
-    assert all(pipes[number].startswith("pipe:") for number in "1234")
-    assert pipes["5"] == "anon_inode:[eventfd]"
+    assert len({pipes[number] for number in "1345"}) == 4
+    assert all(pipes[number].startswith("pipe:") for number in "12345")
     assert set(pipes) == {"0", "1", "2", "3", "4", "5"}
     assert found["argv"] == [""]
     assert found["threads"] == 1
@@ -214,7 +213,7 @@ def test_a_blocked_reader_is_freed(pool: Pool) -> None:
 
     thread = threading.Thread(target=read)
     thread.start()
-    while not job._using:
+    while job._user is None:
         thread.join(0.001)
     cause = RuntimeError("enough")
     job.close(cause)

@@ -429,7 +429,7 @@ def test_closed_by_another_thread(session: requests.Session) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    while not job_of(response)._using:
+    while job_of(response)._user is None:
         reader.join(0.001)
     response.close()
     reader.join(5)

@@ -361,7 +361,7 @@ def test_a_blocked_reader_and_a_closer(start: Callable[..., Pool]) -> None:
 
         reader = threading.Thread(target=read)
         reader.start()
-        while not job._using:
+        while job._user is None:
             time.sleep(0.0005)
         job.close()
         reader.join(1)

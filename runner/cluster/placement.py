@@ -15,6 +15,7 @@ from typing import Final
 
 from runner.errors import LeaseTimeout
 from runner.lending import Lender
+from runner.waiters import Caller
 
 PATIENCE: Final = 0.03
 """Seconds that a job waits for a worker at its node, before it is placed anew."""
@@ -177,7 +178,7 @@ class Placement(Lender[Seat]):
         limit = self._per_provider.get(provider) if self._per_provider else None
         return limit is None or self._running[provider] < limit
 
-    def _take(self, provider: str) -> Seat | None:
+    def _take(self, provider: str, caller: Caller[Seat] | None = None) -> Seat | None:
         if not self._admits(provider) or (node := self._least_loaded()) is None:
             return None
         node.running += 1
@@ -228,7 +229,8 @@ class Placement(Lender[Seat]):
             seat = self._take(waiter.provider)
             assert seat is not None
             waiter.found = seat
-            if not waiter.wake():
+            self._drop(waiter)
+            if not self._tell(waiter):
                 waiter.found, waiter.error = None, LeaseTimeout("the event loop of this caller has ended")
                 self.give_back(seat)
                 return
