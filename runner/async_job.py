@@ -51,11 +51,11 @@ class AsyncJob(RoundTrip, AsyncReadable):
                 await job._use(job._advance)
                 if job._exchange.head is None:
                     job._check_end()
+            job._answered(job._exchange.head)
+            return job
         except BaseException as error:
-            job.close(error)
+            job._fail_to_open(error)
             raise
-        job._answered(job._exchange.head)
-        return job
 
     async def read(self) -> bytes:
         """The next piece of the body as it comes, b"" at its end.

@@ -129,12 +129,12 @@ class Call:
         """Write the request to a worker that came free for this call, before its caller has woken up."""
         worker.log.job_id = self.context.job_id
         worker.channel.begin()
+        self.sent_at = time.monotonic()  # first: it must not be sent twice, whatever is raised here
+        worker.channel.torn = True  # until it is sent
         try:
             self.send(worker.channel, job_number(worker.jobs + 1))
         except BrokenPipeError:
-            pass  # the caller finds out by itself
-        else:
-            self.sent_at = time.monotonic()
+            self.sent_at = None  # the caller finds out by itself
 
     def withdraw(self, worker: Worker) -> None:
         """Give up a worker that was found: one that has begun ends the job as any that its caller leaves."""

@@ -111,7 +111,8 @@ class Channel:
                 self._outgoing.append(memoryview(piece)[sent:])
             self.torn = False
             return
-        self._outgoing.extend(memoryview(piece) for piece in pieces)
+        self.torn = True
+        self._outgoing.extend(map(memoryview, pieces))
         self.flush()
 
     def flush(self) -> None:

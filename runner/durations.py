@@ -22,9 +22,9 @@ def check_seconds(name: str, seconds: object, *, optional: bool = False, endless
     """
     if seconds is None and optional:
         return
-    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool):
-        if 0 <= seconds <= LONGEST or (endless and seconds == math.inf):
-            return
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if number and (0 <= seconds <= LONGEST or (endless and seconds == math.inf)):  # type: ignore[operator]
+        return
     also = ", or None" if optional else ""
     raise ConfigurationError(f"{name} is a time in seconds, from 0 to {LONGEST:g}{also}, not {seconds!r}")
 

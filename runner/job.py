@@ -41,10 +41,10 @@ class Job(RoundTrip, Readable):
             if head is None:
                 self._check_end()
                 raise AssertionError("a response that has ended, without a head, has failed")
+            self._answered(head)
         except BaseException as error:
-            self.close(error)
+            self._fail_to_open(error)
             raise
-        self._answered(head)
 
     def _await_head(self, call: Call) -> None:
         self._send_request(call)

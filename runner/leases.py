@@ -82,12 +82,12 @@ class Leases(Lender[Worker]):
         return limit is None or self._running[provider] < limit
 
     def _hand_out(self, worker: Worker, provider: str, caller: Caller[Worker] | None) -> Worker:
+        reference: weakref.ref[object] | None = None if caller is None else weakref.ref(caller)
+        self._leased.add(worker)
         worker.leased = True
         worker.provider = provider
         worker.turn += 1
-        if caller is not None:
-            worker.caller = weakref.ref(caller)
-        self._leased.add(worker)
+        worker.caller = reference
         if self._admission.per_provider:
             self._running[provider] += 1
         if self.pressed is not None and not self._idle:
@@ -214,23 +214,34 @@ class Leases(Lender[Worker]):
                 for worker in workers
                 if worker.ready
                 and not worker.dead
-                and not worker.doomed
                 and (worker.forgotten if worker.leased else worker not in self._idle)
             }
 
     def reclaim(self, worker: Worker, turn: int) -> bool:
-        """Kill a worker that was lost, if it still is; whether it was."""
+        """Kill a worker that was lost, if it still is; whether that is news."""
         with self._lock:
             if worker not in self.lost([worker]) or worker.turn != turn:
                 return False
+            doomed = worker.doomed
             if worker.leased:
                 self._take_back(worker)
             self._leased.discard(worker)
             self._running = Counter(held.provider for held in self._leased)
-            self._signal(worker)
+            self._signal(worker)  # again perhaps: who was to kill it may have been interrupted
             self._find_for_waiters()
         self._hand_over()
-        return True
+        return not doomed
+
+    def serve_late(self, older_than: float) -> None:
+        """Serve those who wait, where whoever was to do it was interrupted, so many seconds ago."""
+        with self._lock:
+            waiting = {id(waiter.caller): waiter for waiter in self._waiters if waiter.caller is not None}
+            for worker in self._leased:  # to somebody who still waits, and does not know it?
+                caller = None if worker.caller is None or worker.job is not None else worker.caller()
+                if caller is not None and (waiter := waiting.get(id(caller))) is not None and not waiter.done:
+                    self._find(waiter, worker)
+            self._find_for_waiters()
+        self.hand_over_late(older_than)
 
     @property
     def busy(self) -> bool:

@@ -43,6 +43,7 @@ class Oversight:
     ) -> None:
         self._workers = workers
         self._looking_for_lost = False
+        self._lost_look_is_due = False
         self._lost: dict[Worker, int] = {}
         self._reactor = reactor
         self._leases = leases
@@ -59,11 +60,19 @@ class Oversight:
         May be called from any thread, before a worker is leased for a job.
         """
         if not self._looking_for_lost:
-            self._looking_for_lost = True
-            self._reactor.call(self._look_for_lost)
+            try:
+                self._looking_for_lost = True
+                self._reactor.call(self._begin_looking_for_lost)
+            except BaseException:  # a signal's handler raised: the next job begins it
+                self._looking_for_lost = False
+                raise
         if self._limits.watched and not self._inspecting:
-            self._inspecting = True
-            self._reactor.call(self._begin_inspecting)
+            try:
+                self._inspecting = True
+                self._reactor.call(self._begin_inspecting)
+            except BaseException:
+                self._inspecting = False
+                raise
 
     def look_at_idle(self) -> None:
         """Kill the sandboxed workers that go on without a job, from now on."""
@@ -86,19 +95,23 @@ class Oversight:
         else:
             self._reactor.after(IDLE_INTERVAL, lambda: self.look_at_stopped(worker))
 
+    def _begin_looking_for_lost(self) -> None:
+        if not self._lost_look_is_due:
+            self._look_for_lost()
+
     def _look_for_lost(self) -> None:
-        """Replace the workers that an exception of a signal's handler has left with nobody; hand over what it held up."""
-        self._looking_for_lost = False
+        """Replace the workers that a signal's handler has left with nobody, and hand over what it held up."""
+        self._looking_for_lost = self._lost_look_is_due = False
         if self._ended:
             return
-        self._leases.hand_over_late(LOST_INTERVAL)
+        self._leases.serve_late(LOST_INTERVAL)
         lost = self._leases.lost(worker for worker in self._workers() if worker not in self._left)
         for worker, turn in lost.items():
             if self._lost.get(worker) == turn and self._leases.reclaim(worker, turn):
                 logger.error("worker %s was lost by a job that was interrupted, and is replaced", worker.pid)
         self._lost = lost
         if lost or self._leases.busy:
-            self._looking_for_lost = True
+            self._looking_for_lost = self._lost_look_is_due = True
             self._reactor.after(LOST_INTERVAL, self._look_for_lost)
 
     def end(self) -> None:

@@ -85,7 +85,7 @@ class Reactor:
     def _guard(self, callback: Callback) -> None:
         try:
             callback()
-        except Exception:  # noqa: BLE001 - whatever it was, workers have to be looked after
+        except Exception:
             now = time.monotonic()
             self._errors += 1
             if now < self._next_report:

@@ -96,6 +96,7 @@ class RoundTrip:
         "_lock",
         "_number",
         "_outcome",
+        "_owes_end",
         "_read_timeout",
         "_scope",
         "_settled",
@@ -148,6 +149,7 @@ class RoundTrip:
             self._uploading = False
         else:
             self._uploading = self._upload.lazy or not self._channel.flushed
+        self._owes_end = self._upload.lazy
         reference = weakref.ref(self)
         # From here on the job is the one that has to let the worker go. No signal is handled within this line.
         self._settled, worker.job = False, reference
@@ -176,7 +178,7 @@ class RoundTrip:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is done for the job any more: its worker is let go, or was forgotten by a signal's handler."""
+        """Whether nothing is done for the job any more: its worker is let go, or was forgotten, by an interrupt."""
         return self._settled or (self._closed_by is not None and self._user in (None, _CLOSER))
 
     @property
@@ -233,6 +235,11 @@ class RoundTrip:
             self._user = _CLOSER
         self._leave()
 
+    def _fail_to_open(self, error: BaseException) -> None:
+        """End a job whose opening has raised this, if it has begun to be one."""
+        if not getattr(self, "_settled", True):
+            self.close(error)
+
     def over_time(self, detail: str) -> None:
         """End the job, which is over a time limit of the pool, with these words."""
         self.close(over_limit("timeout", detail, self.job_id))
@@ -251,6 +258,9 @@ class RoundTrip:
         try:
             if call.sent_at is None:
                 call.send(channel, self._number)
+            elif channel.torn:
+                # Whoever sent it was interrupted. What the worker has read of it, if anything, its end will show.
+                self._supervisor.leases.kill(self._worker)
             call.sent_at = None
         except BrokenPipeError:
             self._outcome = "not taken"
@@ -269,7 +279,7 @@ class RoundTrip:
                 if piece:
                     channel.send(pack_header(BODY, self._number, len(piece)), piece)
                 else:
-                    channel.send(encode(END, self._number))
+                    self._end_upload(END)
         except BrokenPipeError:
             # The worker takes no more: its answer, or its death, tells the rest.
             channel.drop_outgoing()
@@ -286,13 +296,18 @@ class RoundTrip:
         """End an upload that has not come to its end: complete the frame that is under way, then STOP."""
         if self._uploading:
             self._uploading = False
-            lazy = self._upload.lazy
             self._close_upload()
-            if lazy:
+            if self._owes_end:
                 try:
-                    self._channel.send(encode(STOP, self._number))
+                    self._end_upload(STOP)
                 except BrokenPipeError:
                     self._channel.drop_outgoing()
+
+    def _end_upload(self, kind: int) -> None:
+        """Send the frame that ends the request: once, or the stream counts as torn."""
+        frame = encode(kind, self._number)
+        self._channel.torn, self._owes_end = True, False
+        self._channel.send(frame)
 
     # -- receiving -----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import fcntl
 import hashlib
 import json
 import mmap
@@ -437,6 +438,27 @@ def do_spin(request: HandlerRequest, response: HandlerResponse) -> None:
     if here := parameter(request, "here"):
         Path(here).touch()
     sum(range(10**15))
+
+
+def do_deaf(request: HandlerRequest, response: HandlerResponse) -> None:
+    """Does to its cancel pipe what `how` says, and hears of no cancel."""
+    how = parameter(request, "how")
+    if how == "full":
+        fd = os.open("/proc/self/fd/5", os.O_WRONLY | os.O_NONBLOCK)
+        for size in (4096, 1):
+            try:
+                while True:
+                    os.write(fd, b"x" * size)
+            except BlockingIOError:
+                continue
+    elif how == "closed":
+        os.close(5)
+    for fd in (0, 3, 4, 5) if how != "closed" else ():
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+    response.write(b"deaf")
+    while True:
+        time.sleep(3600)
 
 
 def do_stubborn(request: HandlerRequest, response: HandlerResponse) -> None:

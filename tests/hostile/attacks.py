@@ -5,6 +5,7 @@ A request's path names the attack, its body are the attack's arguments as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -214,6 +215,20 @@ def do_fill_many_files(size: int, each: int = 1024) -> str | None:
             os.unlink(os.path.join(directory, name))
         os.rmdir(directory)
     return f"{written} bytes"
+
+
+def do_hold_up() -> str | None:
+    """Make every end that it has block, fill what can be filled, close what is left, and hear of no cancel."""
+    for fd in range(6):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+    for fd in (0, 3, 5):
+        with contextlib.suppress(OSError):
+            os.write(fd, b"\xfe" + b"\xff" * 7)
+    os.close(5)
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+    while True:
+        time.sleep(600)
 
 
 # -- other processes -------------------------------------------------------------------------------------
