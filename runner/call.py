@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -12,7 +13,7 @@ from runner.events import JobRefused
 from runner.frames import BODY, END, MAX_HEAD, REQUEST, pack_header
 from runner.job import Job
 from runner.messages import JobContext, RequestHead
-from runner.request import Request, Upload
+from runner.request import Body, Request, Upload
 from runner.round_trip import NeverTaken, RoundTrip, Timeouts, job_number
 from runner.scope import CancelScope, current_scope
 
@@ -93,8 +94,7 @@ class Call:
 
     async def run_async(self, supervisor: Supervisor) -> AsyncJob:
         """As `run`, for a task of an event loop."""
-        from runner.async_job import AsyncJob  # anyio is loaded where it is used
-
+        AsyncJob = load_async()[0]
         self._supervisor = supervisor
         tries = _MAX_TRIES
         while True:
@@ -153,6 +153,16 @@ class Call:
         if inline:
             frames = b"".join((frames, pack_header(BODY, number, len(inline)), inline, pack_header(END, number, 0)))
         channel.send(frames)
+
+
+def load_async() -> tuple[type[AsyncJob], Callable[[Body], Upload]]:
+    """What only tasks need: anyio is loaded where it is used. WorkersUnavailable where no descriptor is left for that."""
+    try:
+        from runner.async_job import AsyncJob
+        from runner.async_upload import upload_of
+    except OSError as error:
+        raise WorkersUnavailable(f"no descriptor is left to import a module with: {error}", 1.0) from error
+    return AsyncJob, upload_of
 
 
 def _next_try(never: NeverTaken, tries: int) -> int:

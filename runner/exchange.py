@@ -21,6 +21,7 @@ import msgspec
 from runner.frames import BODY, BUSY, END, FAULT, HEAD, IDLE, INVALID, PRINTED, Frame
 from runner.headers import check_headers, content_length
 from runner.messages import FaultReport, ResponseHead
+from runner.printable import clean_report
 
 logger = logging.getLogger("blastdoor")
 
@@ -49,6 +50,15 @@ _decode_head = msgspec.msgpack.Decoder(ResponseHead).decode
 _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
 _HOP_HEADERS = frozenset({"transfer-encoding"})
 _NOT_AT_204 = _HOP_HEADERS | {"content-length"}
+
+
+def _with_one_length(head: ResponseHead, length: str) -> ResponseHead:
+    """The head with its Content-Length once, in one form: readers down the line may differ in `05` (RFC 9110, 8.6)."""
+    values = [value for name, value in head.headers if len(name) == 14 and name.lower() == "content-length"]
+    if values == [length]:
+        return head
+    headers = [pair for pair in head.headers if pair[0].lower() != "content-length"]
+    return ResponseHead(head.status, [*headers, ("content-length", length)])
 
 
 class ResponseExchange:
@@ -169,6 +179,8 @@ class ResponseExchange:
         dropped = _NOT_AT_204 if head.status == 204 else _HOP_HEADERS
         if head.headers and any(name.lower() in dropped for name, _ in head.headers):
             head = ResponseHead(head.status, [pair for pair in head.headers if pair[0].lower() not in dropped])
+        if self._left is not None and dropped is _HOP_HEADERS:
+            head = _with_one_length(head, str(self._left))
         self.head = head
         return True
 
@@ -194,7 +206,7 @@ class ResponseExchange:
         if report.kind == "aborted" and self.head is None and not self.background:
             self._break("a response that was cut off before its head")
             return False
-        self.report = report
+        self.report = clean_report(report)
         self.printed |= report.printed
         return True
 

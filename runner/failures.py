@@ -57,7 +57,7 @@ def _reported(report: FaultReport, job_id: str) -> JobFailed:
         return over_limit("memory", "the handler ran out of the memory that its worker may take", job_id)
     fault = Fault(
         kind="raised",
-        detail=f"the handler raised {report.exception}",
+        detail="the handler raised an exception",
         job_id=job_id,
         error=f"the handler raised {report.exception}: {report.message}",
         traceback=report.traceback,

@@ -19,8 +19,8 @@ import msgspec
 from runner.exchange import ResponseExchange
 from runner.leases import Leases
 from runner.limits import over_wall_time
-from runner.logs import printable
 from runner.messages import FaultReport, describe_exit
+from runner.printable import quoted
 from runner.reactor import Reactor
 from runner.worker_record import Worker
 
@@ -44,7 +44,15 @@ class Rest(msgspec.Struct, frozen=True):
 class LeftJobs:
     """The workers that were left, by their `LeftJob`."""
 
-    def __init__(self, reactor: Reactor, leases: Leases, grace: float, wall_seconds: float | None) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        leases: Leases,
+        grace: float,
+        wall_seconds: float | None,
+        background_seconds: float | None,
+    ) -> None:
+        self._background_seconds = background_seconds
         self._reactor = reactor
         self._leases = leases
         self._grace = grace
@@ -119,7 +127,7 @@ class LeftJobs:
                 logger.error("job %s: %s%s", worker.log.job_id, job.timed_out, _last_words(worker))
             report = job.exchange.report
             if report is not None and job.exchange.whole:
-                log_background_failure(worker.log.job_id, report)
+                log_background_failure(worker, worker.log.job_id, report)
         except BaseException:
             healthy = False
             raise
@@ -149,6 +157,12 @@ class LeftJobs:
             assert self._wall_seconds is not None
             words = over_wall_time(self._wall_seconds)
             self._reactor.after(max(job.expires - time.monotonic(), 0), lambda: self.over_time(job, words))
+        if self._background_seconds is not None:
+            limit = self._background_seconds
+            # From when it was left: its response may end within the grace time, and its background work begin.
+            self._reactor.after(
+                limit, lambda: self.over_time(job, f"the job went on for {limit:g} s after its response")
+            )
 
     def _give_up(self, job: LeftJob) -> None:
         if not self.holds(job) or job.exchange.background:  # its response did come to its end
@@ -215,11 +229,12 @@ class LeftJob:
                 self._jobs.settle(self, healthy=channel.clean)
 
 
-def log_background_failure(job_id: str, report: FaultReport) -> None:
+def log_background_failure(worker: Worker, job_id: str, report: FaultReport) -> None:
     """Tell of what a handler raised after the end of its response: nobody else hears of it."""
-    logger.error("job %s: its background work raised\n%s", job_id, printable(report.traceback))
+    if worker.log.charge(len(report.traceback)):
+        logger.error("job %s: its background work raised\n%s", job_id, quoted(report.traceback))
 
 
 def _last_words(worker: Worker) -> str:
     tail = worker.log.tail(worker.log.job_id)
-    return f"; what it printed last:\n{tail}" if tail else ""
+    return f"; what it printed last:\n{quoted(tail)}" if tail else ""

@@ -14,6 +14,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, fields
 from typing import Final
 
+from runner.durations import check_seconds
 from runner.errors import ConfigurationError
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B?|B)?\s*", re.IGNORECASE)
@@ -81,6 +82,12 @@ class Limits:
             elif field.name == "nice":
                 if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 19:
                     raise ConfigurationError(f"nice is a number from 0 to 19, not {value!r}")
+            elif field.name in ("open_files", "processes") and value is not None and not isinstance(value, int):
+                raise ConfigurationError(f"the limit {field.name} is a whole number above zero, or None, not {value!r}")
+            elif field.name in ("cpu_seconds", "wall_seconds"):
+                check_seconds(f"the limit {field.name}", value, optional=True)
+                if value == 0:
+                    raise ConfigurationError(f"the limit {field.name} is a time above zero, or None")
             elif value is not None and (
                 isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf")
             ):

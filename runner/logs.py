@@ -9,13 +9,14 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 import struct
 import termios
 import threading
 import time
 from collections import deque
 from typing import Final
+
+from runner.printable import printable
 
 logger = logging.getLogger("blastdoor.worker")
 
@@ -31,13 +32,6 @@ _TAIL: Final = 100
 
 _LINE_COST: Final = 100
 """What a line costs beside its bytes: a record in the log is never smaller."""
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """The text with control characters shown, not sent on: a worker must not drive the terminal that tails a log."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class LogPipe:
@@ -119,6 +113,15 @@ class LogPipe:
         if self._line:
             self._emit(self._line)
             self._line = b""
+
+    def charge(self, size: int) -> bool:
+        """Count what is logged of this process beside what it prints; False where that is over its budget as well."""
+        with self._lock:
+            if self._allow():
+                self._allowance -= size + _LINE_COST
+                return True
+            self._skipped += size
+            return False
 
     def forget(self) -> None:
         """In a forked child: close the inherited descriptors and log nothing."""

@@ -165,7 +165,13 @@ class Lacking(msgspec.Struct, array_like=True, frozen=True, tag=True):
     layers: list[str]
 
 
-News = Born | Died | Stopped | Failed | Lacking
+class Noted(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Zygote to host: what whoever started the pool should know."""
+
+    lines: list[str]
+
+
+News = Born | Died | Stopped | Failed | Lacking | Noted
 """What a zygote tells its host."""
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 
-from runner.call import Call
-from runner.errors import ConfigurationError, PoolClosed, PoolForked, StartError
+from runner.call import Call, load_async
+from runner.durations import check_seconds
+from runner.errors import PoolClosed, PoolForked, StartError
 from runner.events import Events, PoolStats, WorkerInfo
 from runner.job import Job
 from runner.leases import Admission, Leases
@@ -95,10 +96,7 @@ class Pool(Startable):
         check_settings(kind, most, env, root_path)
         check_preload(preload, sandbox)
         check_admission(least, most, spares, queue, per_provider, overload)
-        if queue_timeout is not None and not queue_timeout >= 0:
-            raise ConfigurationError(
-                f"queue_timeout is a time in seconds, zero or more, or None, not {queue_timeout!r}"
-            )
+        check_seconds("queue_timeout", queue_timeout, optional=True, endless=True)
         for name, seconds in (
             ("grace", grace),
             ("drain", drain),
@@ -106,8 +104,7 @@ class Pool(Startable):
             ("stop_timeout", stop_timeout),
             ("shrink_after", shrink_after),
         ):
-            if not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
-                raise ConfigurationError(f"{name} is a time in seconds, zero or more, not {seconds!r}")
+            check_seconds(name, seconds)
         self.debug = debug
         limits = limits or Limits()
         if sandbox is not None:
@@ -349,10 +346,9 @@ class Pool(Startable):
         supervisor = self._supervisor
         if supervisor is None or self._forked:
             supervisor = self._begin()
-        from runner.async_upload import upload_of  # anyio is loaded where it is used
+        upload = load_async()[1](request.body)
         from runner.waiters import in_thread
 
-        upload = upload_of(request.body)
         try:
             call = self._call(request, upload, context, self._next_job_id(), lease_timeout, read_timeout, write_timeout)
             return await call.run_async(supervisor)
@@ -377,6 +373,7 @@ class Pool(Startable):
         read_timeout: float | None,
         write_timeout: float | None,
     ) -> Call:
+        check_timeouts(lease_timeout, read_timeout, write_timeout)
         if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
             lease_timeout = self._queue_timeout
         if write_timeout is None:
@@ -386,6 +383,16 @@ class Pool(Startable):
 
 
 _ENDLESS = (None, None)
+
+
+def check_timeouts(lease: float | None, read: float | None, write: float | None) -> None:
+    """ConfigurationError for what is no time in seconds. Infinity is for ever, as None is."""
+    if lease is not None:
+        check_seconds("lease_timeout", lease, endless=True)
+    if read is not None:
+        check_seconds("read_timeout", read, endless=True)
+    if write is not None:
+        check_seconds("write_timeout", write, endless=True)
 
 
 def endless(timeout: float | None) -> float | None:

@@ -6,6 +6,7 @@ import random
 import time
 from dataclasses import dataclass
 
+from runner.durations import check_seconds
 from runner.errors import ConfigurationError
 from runner.limits import parse_size
 
@@ -27,11 +28,14 @@ class Recycle:
     def __post_init__(self) -> None:
         if self.above_rss is not None:
             object.__setattr__(self, "above_rss", parse_size(self.above_rss))
-        for name in ("after_jobs", "above_rss", "after_seconds"):
+        for name in ("after_jobs", "above_rss"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-                raise ConfigurationError(f"{name} is a number above zero, or None, not {value!r}")
-        if not 0 <= self.jitter <= 1:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not value > 0):
+                raise ConfigurationError(f"{name} is a whole number above zero, or None, not {value!r}")
+        check_seconds("after_seconds", self.after_seconds, optional=True)
+        if self.after_seconds == 0:
+            raise ConfigurationError("after_seconds is a time above zero, or None")
+        if not isinstance(self.jitter, (int, float)) or not 0 <= self.jitter <= 1:
             raise ConfigurationError(f"jitter is a fraction from 0 to 1, not {self.jitter!r}")
 
     def last_job(self) -> int | None:

@@ -18,6 +18,7 @@ SMALL: Final = 32 * 1024
 """Body bytes up to this size are joined with what goes out beside them, so that it is one write."""
 
 _BLANKS: Final = (" ", "\t")
+_LENGTHS: Final = frozenset({"content-length", "transfer-encoding"})
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -46,6 +47,13 @@ def _checked(headers: list[Header]) -> list[Header]:
     check_headers(headers)
     content_length(headers)
     return headers
+
+
+def with_length(status: int, headers: list[Header], size: int) -> list[Header]:
+    """The headers of a response whose body is there whole, with a Content-Length (RFC 9110, 8.6)."""
+    if status in (204, 304) or any(name.lower() in _LENGTHS for name, _ in headers if isinstance(name, str)):
+        return headers
+    return [*headers, ("content-length", str(size))]
 
 
 def flat(data: Data) -> Data:

@@ -40,8 +40,8 @@ from runner.failures import over_limit, response_failure, worker_death
 from runner.frames import BODY, END, STOP, Frame, encode, pack_header
 from runner.left_jobs import Rest, log_background_failure
 from runner.limits import over_wall_time
-from runner.logs import printable
 from runner.messages import ResponseHead
+from runner.printable import quoted
 from runner.scope import CancelScope, Watcher
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ class RoundTrip:
 
     def _stop_upload(self) -> None:
         """End an upload that has not come to its end: complete the frame that is under way, then STOP."""
-        if self._uploading:
+        if self._uploading or (self._owes_end and self._channel.written):
             self._uploading = False
             self._close_upload()
             if self._owes_end:
@@ -422,7 +422,7 @@ class RoundTrip:
             self.job_id,
             worker.pid,
             death.fault.detail,
-            f"{LAST_WORDS}{tail}" if tail else "",
+            f"{LAST_WORDS}{quoted(tail)}" if tail else "",
             extra=self._extra(),
         )
         raise death
@@ -471,7 +471,7 @@ class RoundTrip:
             return
         report = exchange.report
         if report is not None and exchange.whole:
-            log_background_failure(self.job_id, report)
+            log_background_failure(self._worker, self.job_id, report)
             report = None
         self._outcome = "ok"
         if exchange.missing:
@@ -480,10 +480,9 @@ class RoundTrip:
             self._outcome = report.kind
         if exchange.printed:
             self._worker.log.read()  # so that the next job's lines are not taken for this one's
-        if report is not None and report.kind in ("raised", "memory"):
-            logger.error(
-                "job %s: the handler raised\n%s", self.job_id, printable(report.traceback), extra=self._extra()
-            )
+        raised = report is not None and report.kind in ("raised", "memory")
+        if report is not None and raised and self._worker.log.charge(len(report.traceback)):
+            logger.error("job %s: the handler raised\n%s", self.job_id, quoted(report.traceback), extra=self._extra())
         try:
             self._stop_upload()
         except BaseException:
@@ -567,6 +566,9 @@ class RoundTrip:
             return worker_death(self._worker.status, self.job_id).fault.detail
         if self._outcome == "memory" and self._worker.verdict:
             return self._worker.verdict
+        report = self._exchange.report
+        if report is not None and report.kind == "raised":
+            return f"the handler raised {report.exception}"
         failure = response_failure(self._exchange, self.job_id)
         if failure is None and isinstance(self._closed_by, JobFailed):
             failure = self._closed_by

@@ -11,6 +11,7 @@ of the running context is a context variable (PEP 567): threads and tasks have t
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Self
 
-from runner.errors import ConfigurationError, DeadlineExceeded, JobClosed
+from runner.durations import check_seconds
+from runner.errors import DeadlineExceeded, JobClosed
 
 _current: ContextVar[CancelScope | None] = ContextVar("cancel_scope", default=None)
 
@@ -33,8 +35,9 @@ class CancelScope:
     """
 
     def __init__(self, timeout: float | None = None) -> None:
-        if timeout is not None and not timeout >= 0:
-            raise ConfigurationError(f"the timeout of a scope is a time in seconds, zero or more, not {timeout!r}")
+        check_seconds("the timeout of a scope", timeout, optional=True, endless=True)
+        if timeout == math.inf:
+            timeout = None
         self._timeout = timeout
         self._lock = threading.RLock()
         self._watchers: dict[object, Watcher] = {}

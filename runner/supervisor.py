@@ -27,8 +27,9 @@ from runner.frames import FAULT, READY
 from runner.leases import Leases
 from runner.left_jobs import LeftJobs, Rest
 from runner.logs import LogPipe
-from runner.messages import Born, Died, FaultReport, Lacking, Ready, Stopped, ZygoteConfig, describe_exit
+from runner.messages import Born, Died, FaultReport, Lacking, Noted, Ready, Stopped, ZygoteConfig, describe_exit
 from runner.oversight import Oversight
+from runner.printable import one_line, printable, quoted
 from runner.reactor import Reactor
 from runner.worker_record import Worker
 from runner.zygote_process import ZygoteProcess
@@ -40,6 +41,8 @@ _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
 
 _SETTLED: Final = 2.0
 """Seconds that a worker has to live after READY to count as a start that has succeeded."""
+
+_SHORTEST_LOOK: Final = 0.02
 
 _STATUS_LIMIT: Final = 1.0
 """Seconds that the zygote has to tell how a worker has ended."""
@@ -61,6 +64,11 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
     most: int
     spares: int = 0
     shrink_after: float = 10.0
+
+    @property
+    def look_after(self) -> float:
+        """Seconds between two looks for a worker that may go."""
+        return max(self.shrink_after / 4, _SHORTEST_LOOK)
 
     @property
     def elastic(self) -> bool:
@@ -113,7 +121,8 @@ class Supervisor:
         self._respawn_is_due = False
         self.forgotten = False
         self._reactor = Reactor()
-        self._left = LeftJobs(self._reactor, leases, grace, config.limits.wall_seconds)
+        background = None if config.sandbox is None else config.sandbox.background_seconds
+        self._left = LeftJobs(self._reactor, leases, grace, config.limits.wall_seconds, background)
         self.oversight = Oversight(self._reactor, leases, self._left, config.limits, self._in_service)
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
 
@@ -249,8 +258,11 @@ class Supervisor:
         elif isinstance(news, Lacking):
             for layer in news.layers:
                 logger.warning("the sandbox goes without a layer on this machine: %s", layer)
+        elif isinstance(news, Noted):
+            for line in news.lines:
+                logger.warning("%s", one_line(line))
         else:
-            self._zygote_error = news.why
+            self._zygote_error = printable(news.why)
         return True
 
     def _zygote_ended(self) -> None:
@@ -280,7 +292,7 @@ class Supervisor:
             why = self._zygote_error
             self._zygote_error = ""
         elif output := zygote.log.tail(""):
-            why = f"{why}:\n{output}"
+            why = f"{why}:\n{quoted(output)}"
         self._start_failed(why)
         self._respawn()
 
@@ -347,7 +359,7 @@ class Supervisor:
         if wanted > self._wanted and not self._closing:
             self._wanted = wanted
             self._respawn()
-            self._reactor.after(self._size.shrink_after / 4, self._shrink)
+            self._reactor.after(self._size.look_after, self._shrink)
 
     def _shrink(self) -> None:
         """Let go of a worker that has been idle for long; look again until as few are left as there should be."""
@@ -358,7 +370,7 @@ class Supervisor:
             self._wanted -= 1
             self._retire(worker)
         if self._wanted > least:
-            self._reactor.after(self._size.shrink_after / 4, self._shrink)
+            self._reactor.after(self._size.look_after, self._shrink)
 
     def _in_service(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if worker not in self._retiring]
@@ -477,7 +489,7 @@ class Supervisor:
                 self._ready(worker)
                 return
             if kind == FAULT:
-                worker.failure = _decode_report(payload).traceback
+                worker.failure = quoted(_decode_report(payload).traceback)
             elif kind is not None:
                 worker.failure = "its first frame was not READY: something in its start wrote to its response pipe"
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -29,7 +29,7 @@ import multiprocess
 from runner import linux, worker
 from runner.handlers.bridge import AsyncBridge, Bridge
 from runner.handlers.load import HandlerError, load
-from runner.messages import Born, Died, Failed, Lacking, News, Spawn, Stopped, ZygoteConfig
+from runner.messages import Born, Died, Failed, Lacking, News, Noted, Spawn, Stopped, ZygoteConfig
 from runner.reports import explain
 from runner.zygote_process import MAX_MESSAGE
 
@@ -104,6 +104,8 @@ class Zygote:
                 return False
             if self._cage.lacking:
                 self._send(Lacking(self._cage.lacking))
+            if self._cage.notes:
+                self._send(Noted(self._cage.notes))
         return True
 
     def _preload(self) -> None:

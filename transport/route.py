@@ -22,6 +22,7 @@ _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_~!$&'()*+,;=:@-][A-Za-z0-9._~!$&'()*+,;=
 _FORBIDDEN = re.compile(r"[/\\%?#\s\x00-\x20\x7f-\xa0]")
 # RFC 3986, 3: a scheme, if there is one, and an authority.
 _AUTHORITY = re.compile(r"(?:([A-Za-z][A-Za-z0-9+.-]*):)?//([^/?#]*)")
+_SLASHES = re.compile(r"/[/\\\s]+")
 _ROOT = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 
 
@@ -91,8 +92,8 @@ class Route:
         rest = rest[len(self.mount) :]
         if rest and rest[0] not in "/?#":
             return location  # a neighbour whose name begins alike
-        if rest.startswith("//"):
-            rest = "/" + rest.lstrip("/")  # it must not turn into another host
+        if (lead := _SLASHES.match(rest)) is not None:
+            rest = "/" + rest[lead.end() :]  # browsers read "/\\host" and "/<tab>/host" as "//host", another host
         return start + prefix + (rest if rest.startswith("/") else "/" + rest)
 
 

@@ -26,7 +26,7 @@ from runner.errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from runner.events import Events, PoolStats, WorkerInfo
 from runner.messages import JobContext
 from runner.opened import Startable
-from runner.pool import Pool, endless, restore_pool
+from runner.pool import Pool, check_timeouts, endless, restore_pool
 from runner.request import Request, Upload
 from runner.settings import PoolOptions
 
@@ -270,6 +270,7 @@ class ClusterPool(Startable):
         read_timeout: float | None,
         write_timeout: float | None,
     ) -> Call:
+        check_timeouts(lease_timeout, read_timeout, write_timeout)
         if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
             lease_timeout = self._queue_timeout
         timeouts = endless(read_timeout), endless(read_timeout if write_timeout is None else write_timeout)

@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from runner.async_pipes import AsyncRequest, AsyncResponse
 from runner.handlers.bridge import AsyncBridge
 from runner.handlers.native import FreezingHeaders, RequestView, log_line
-from runner.response_frames import Data
+from runner.messages import Header
+from runner.response_frames import Data, with_length
 
 AsyncHandler = Callable[["AsyncHandlerRequest", "AsyncHandlerResponse"], Awaitable[bytes | None]]
 """A native handler that is a coroutine function."""
@@ -79,9 +80,13 @@ class AsyncHandlerResponse(FreezingHeaders):
     async def flush(self) -> None:
         """Do nothing: every write is sent at once. It is here for code that looks for it."""
 
-    async def finish(self, data: bytes) -> None:
-        """Send the rest and the end."""
-        headers = [] if self._outgoing.started else self.freeze()
+    async def finish(self, data: bytes, *, sized: bool = False) -> None:
+        """Send the rest and the end; with a Content-Length where that is the whole body."""
+        headers: list[Header] = []
+        if not self._outgoing.started:
+            headers = self.freeze()
+            if sized:
+                headers = with_length(200, headers, len(data))
         await self._outgoing.finish(200, headers, data)
 
 
@@ -98,4 +103,4 @@ class AsyncNativeBridge(AsyncBridge):
         result: object = await self._handler(AsyncHandlerRequest(request), outgoing)
         if result is not None and not isinstance(result, bytes):
             raise TypeError(f"the handler returned a {type(result).__name__}: it may return its body as bytes, or None")
-        await outgoing.finish(result or b"")
+        await outgoing.finish(result or b"", sized=result is not None and request.head.method != "HEAD")

@@ -16,6 +16,7 @@ from runner.handlers.bridge import Bridge
 from runner.headers import Headers
 from runner.messages import Header, JobContext, RequestHead
 from runner.pipes import IncomingRequest, OutgoingResponse
+from runner.response_frames import with_length
 
 Handler = Callable[["HandlerRequest", "HandlerResponse"], bytes | None]
 """A native handler."""
@@ -166,9 +167,13 @@ class HandlerResponse(FreezingHeaders):
     def flush(self) -> None:
         """Do nothing: every write is sent at once. It is here for code that looks for it."""
 
-    def finish(self, data: bytes) -> None:
-        """Send the rest and the end."""
-        headers = [] if self._outgoing.started else self.freeze()
+    def finish(self, data: bytes, *, sized: bool = False) -> None:
+        """Send the rest and the end; with a Content-Length where that is the whole body."""
+        headers: list[Header] = []
+        if not self._outgoing.started:
+            headers = self.freeze()
+            if sized:
+                headers = with_length(200, headers, len(data))
         self._outgoing.finish(200, headers, [data])
 
 
@@ -200,7 +205,7 @@ class NativeBridge(Bridge):
         result: object = self._handler(HandlerRequest(request), outgoing)
         if result is not None and not isinstance(result, bytes):
             raise TypeError(f"the handler returned a {type(result).__name__}: it may return its body as bytes, or None")
-        outgoing.finish(result or b"")
+        outgoing.finish(result or b"", sized=result is not None and request.head.method != "HEAD")
 
 
 def log_line(line: str) -> None:

@@ -12,6 +12,7 @@ from runner.handlers.body import body_reader
 from runner.handlers.bridge import Bridge
 from runner.messages import Header
 from runner.pipes import IncomingRequest, OutgoingResponse
+from runner.response_frames import with_length
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 Application = Callable[[dict[str, Any], Callable[..., Callable[[bytes], None]]], Iterable[bytes]]
@@ -30,7 +31,8 @@ class WSGIBridge(Bridge):
         started = _StartedResponse(response)
         chunks = self._app(build_environ(request, self._root_path), started.start_response)
         if type(chunks) is list or type(chunks) is tuple:
-            started.finish(chunks)  # all of it is there: one write, and such a thing has no close()
+            # All of it is there: one write, and such a thing has no close().
+            started.finish(chunks, sized=request.head.method != "HEAD")
             return
         try:
             for chunk in chunks:
@@ -80,13 +82,16 @@ class _StartedResponse:
             self._check_started()
             self._response.start_with(self._status, self._headers, data)
 
-    def finish(self, chunks: Iterable[bytes]) -> None:
+    def finish(self, chunks: Iterable[bytes], *, sized: bool = False) -> None:
         rest = list(chunks)
         for chunk in rest:
             if not isinstance(chunk, bytes):
                 raise TypeError(f"a WSGI app must give bytes, not {type(chunk).__name__} (PEP 3333)")
         self._check_started()
-        self._response.finish(self._status, self._headers, rest)
+        headers = self._headers
+        if sized and not self._response.started:
+            headers = with_length(self._status, headers, sum(map(len, rest)))
+        self._response.finish(self._status, headers, rest)
 
     def _check_started(self) -> None:
         if not self._status:
@@ -123,10 +128,10 @@ def build_environ(request: IncomingRequest, root_path: str) -> dict[str, Any]:
         "wsgi.run_once": False,
         "blastdoor.context": head.context,
     }
+    dropped: list[str] = []
     for name, value in head.headers:
         if "_" in name:
-            # X_Key would pass for X-Key in the environ: dropped, as gunicorn and nginx do.
-            print(f"blastdoor: header {name!r} is dropped: it holds an underscore", file=sys.stderr)
+            dropped.append(name)  # X_Key would pass for X-Key in the environ: dropped, as gunicorn and nginx do
             continue
         key = name.upper().replace("-", "_")
         if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
@@ -136,4 +141,13 @@ def build_environ(request: IncomingRequest, root_path: str) -> dict[str, Any]:
             environ[key] = cast("str", environ[key]) + separator + value
         else:
             environ[key] = value
+    if dropped:
+        _tell_of_dropped(dropped)
     return environ
+
+
+def _tell_of_dropped(names: list[str]) -> None:
+    """One short line a request, however many there are: the client must not use up the worker's share of the log."""
+    which = ", ".join(repr(name[:40]) for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    print(f"blastdoor: headers that hold an underscore are dropped: {which}{more}", file=sys.stderr)

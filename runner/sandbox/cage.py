@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from runner import linux
-from runner.sandbox import cgroup, landlock, machine, seccomp
+from runner.sandbox import cgroup, landlock, machine, seccomp, unlisted
 from runner.sandbox.cgroup import Group
 from runner.sandbox.landlock import EXECUTE, READ, WRITE
 from runner.sandbox.profile import Sandbox
@@ -88,7 +88,10 @@ class Cage:
         self._dying: list[Group] = []
         layers = {layer.name: layer for layer in machine.survey()}
         wanted = wanted_layers(sandbox, own_user=machine.OWN_USER in layers)
-        self._rights = _rights(sandbox, handler, path)
+        app = _app(handler, path)
+        self.notes = [_note_of(handler, directory) for directory in app.folders if _others(handler, directory)]
+        self._beside = app.beside
+        self._rights = _rights(sandbox, handler, app)
         closed = [path for path in self._rights if first_closed(path)] if machine.OWN_USER in wanted else []
         if closed and layers[machine.SCRATCH].lacking:
             why = f"it could not read {closed[0]}, below a directory that is closed to others: install it elsewhere"
@@ -173,6 +176,7 @@ class Cage:
         linux.set_dumpable(dumpable=False)
         self._limit(seat)
         self._furnish(seat)
+        unlisted.install(self._beside, [path for path in self._rights if path not in self._beside])
         if self._files:
             rights = dict(self._rights)
             if seat.scratch:
@@ -263,13 +267,15 @@ def wanted_layers(sandbox: Sandbox, *, own_user: bool) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-def _rights(sandbox: Sandbox, handler: str, search: list[str]) -> dict[str, int]:
+def _rights(sandbox: Sandbox, handler: str, app: App) -> dict[str, int]:
     """What may be done below which path."""
     execute = EXECUTE if sandbox.processes else 0
     rights = {"/dev/null": WRITE}
     packages = [*site.getsitepackages(), os.path.dirname(os.path.dirname(os.__file__))]
     readable = [*_PUBLIC, sys.prefix, sys.base_prefix, *packages, os.path.dirname(os.path.dirname(__file__))]
-    readable += [*_app(handler, search), *sandbox.path]
+    readable += [*app.packages, *app.folders]
+    if not handler:  # one by value: what it imports is not known
+        readable += sandbox.path
     if sandbox.connect:
         readable += _RESOLVER
     for path in readable:
@@ -283,18 +289,29 @@ def _rights(sandbox: Sandbox, handler: str, search: list[str]) -> dict[str, int]
     return {path: right for path, right in rights.items() if os.path.exists(path)}
 
 
-def _app(handler: str, path: list[str]) -> list[str]:
-    """The directory that the handler's module is found in. CageError where that would grant far more than an app."""
+class App(msgspec.Struct, frozen=True):
+    """Where the handler's code is: its package, or the folder of its single module; and what the package lies in.
+
+    `packages` and `folders` are granted whole, of `beside` nothing is.
+    """
+
+    packages: list[str] = []
+    folders: list[str] = []
+    beside: list[str] = []
+
+
+def _app(handler: str, path: list[str]) -> App:
+    """Where the handler's module is found. CageError where that would grant far more than an app."""
     if not handler:
-        return []
+        return App()
     name = handler.partition(":")[0].partition(".")[0]
     spec = importlib.machinery.PathFinder.find_spec(name, path)  # no finder that the app's code could have a say in
     if spec is None or (not spec.origin and not spec.submodule_search_locations):
-        return []  # importing it will tell
+        return App()  # importing it will tell
     home = os.path.expanduser("~")
-    found = []
-    for place in spec.submodule_search_locations or [spec.origin or ""]:
-        directory = os.path.dirname(os.path.abspath(place))
+    packages = [os.path.abspath(place) for place in spec.submodule_search_locations or []]
+    folders = [] if packages else [os.path.dirname(os.path.abspath(spec.origin or ""))]
+    for directory in (*packages, *folders):
         if directory == SCRATCH_PARENT:
             raise CageError(f"the handler's module {name!r} lies in {directory!r} itself, which workers have anew")
         if directory in ("/", home) or home.startswith(directory + "/"):
@@ -302,5 +319,23 @@ def _app(handler: str, path: list[str]) -> list[str]:
                 f"the handler's module {name!r} lies in {directory!r}, all of which it could read then: "
                 f"put it in a directory of its own"
             )
-        found.append(directory)
-    return found
+    return App(packages, folders, [os.path.dirname(package) for package in packages])
+
+
+def _others(handler: str, directory: str) -> list[str]:
+    """What lies in a single module's folder beside it, hidden files first."""
+    name = handler.partition(":")[0].partition(".")[0]
+    try:
+        found = os.listdir(directory)
+    except OSError:
+        return []
+    return sorted(entry for entry in found if entry.partition(".")[0] != name and entry != "__pycache__")
+
+
+def _note_of(handler: str, directory: str) -> str:
+    others = _others(handler, directory)
+    more = ", ..." if len(others) > 5 else ""
+    return (
+        f"the sandbox lets handler {handler!r} read all of {directory!r}, in which its module lies: also "
+        f"{', '.join(others[:5])}{more}. Put it into a package, of which only that package is granted"
+    )

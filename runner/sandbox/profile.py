@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from runner.durations import check_seconds
 from runner.errors import ConfigurationError
 from runner.limits import Limits, parse_size
 
@@ -23,12 +24,13 @@ class Sandbox:
     also HOME and TMPDIR, written; nothing of the host's environment is there but what the pool's `env` names.
 
     `path` are directories that the handler's modules are looked for in, before the host's `sys.path`: for code that the
-    host itself must never import. `readable` and `writable` are further paths, each with all below it. `connect` are
+    host itself must never import. Of a handler's package only that is granted, of what lies beside it nothing; a single
+    module's folder is granted whole. `readable` and `writable` are further paths, each with all below it. `connect` are
     the TCP ports that may be connected to, on any host; with none of them there is no network at all. `processes` says
     whether the handler may start processes, and execute what it can read. `scratch` is the size of the scratch
     directory, None for none.
     `memory`, `cpu_seconds` and `open_files` hold where the pool's `limits` say nothing, `threads` bounds how many
-    threads and processes a worker has.
+    threads and processes a worker has. `background_seconds` is how long a job may go on after its response.
 
     `require="all"` refuses to start where the machine can't give a layer of the profile; "available" goes without it,
     and says so in the log. `protect_host` makes the host process undumpable (prctl(2)), which keeps others of its user
@@ -48,6 +50,7 @@ class Sandbox:
     cpu_seconds: float | None = 60.0
     open_files: int = 256
     threads: int = 64
+    background_seconds: float | None = 60.0
     require: Require = "all"
     protect_host: bool = True
 
@@ -76,6 +79,7 @@ class Sandbox:
             object.__setattr__(self, "scratch", parse_size(self.scratch))
             if parse_size(self.scratch) < 1 << 16:
                 raise ConfigurationError("scratch is the size of a directory, 64 KiB or more, or None")
+        check_seconds("background_seconds", self.background_seconds, optional=True)
         for name in ("open_files", "threads"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 16:

@@ -10,6 +10,7 @@ from runner.errors import InvalidRequest
 from runner.limits import Limits
 from runner.messages import Header, JobContext
 from runner.pool import Pool
+from runner.printable import one_line
 from runner.request import Body, Request
 from transport.errors import MissingIdentity
 from transport.route import Route
@@ -39,7 +40,7 @@ def call_once(
     with _pool(handler, settings) as pool, pool.open(request, context=context, read_timeout=timeout) as job:
         print(f"HTTP/1.1 {job.head.status} {job.head.reason}", file=sys.stderr)
         for name, value in job.head.headers:
-            print(f"{name}: {value}", file=sys.stderr)
+            print(f"{name}: {one_line(value)}", file=sys.stderr)  # the handler's words
         print(file=sys.stderr, flush=True)
         for piece in job:
             sys.stdout.buffer.write(piece)

@@ -12,6 +12,7 @@ import typer
 
 from runner.errors import BlastdoorError, ConfigurationError, InvalidRequest
 from runner.messages import Kind
+from runner.printable import printable
 from transport.errors import MissingIdentity, TargetEscapes
 from transport.route import DEFAULT_ROOT
 
@@ -205,8 +206,8 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (ConfigurationError, InvalidRequest, MissingIdentity, TargetEscapes) as error:
-        print(f"blastdoor: {error}", file=sys.stderr)
+        print(f"blastdoor: {printable(str(error))}", file=sys.stderr)
         raise typer.Exit(USAGE) from error
     except BlastdoorError as error:
-        print(f"blastdoor: {error}", file=sys.stderr)
+        print(f"blastdoor: {printable(str(error))}", file=sys.stderr)
         raise typer.Exit(FAULT) from error

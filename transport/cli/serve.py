@@ -31,26 +31,30 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
     logging.getLogger("watchfiles").setLevel(max(level, logging.WARNING))
-    _make_room(settings.connections)
+    settings.connections = _make_room(settings.connections)
     try:
         asyncio.run(Service(settings).run())
     except KeyboardInterrupt:
         pass  # before it had started: what it had begun is ended by now
 
 
-def _make_room(connections: int) -> None:
-    """Have as many descriptors as the connections and the workers need, where the hard limit lets us."""
+def _make_room(connections: int) -> int:
+    """Have the descriptors that connections and workers need; gives how many connections the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * connections + 1024
     if soft < needed:
         given = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (given, hard))
         if given < needed:
+            fewer = max((given - min(1024, given // 2)) // 2, 1)
             logging.getLogger("blastdoor").warning(
-                "%d descriptors may be too few for %d connections: raise the limit, or lower --connections",
+                "%d descriptors are too few for %d connections: %d are taken at once; raise the limit (ulimit -n)",
                 given,
                 connections,
+                fewer,
             )
+            return fewer
+    return connections
 
 
 def _environment(given: list[str]) -> dict[str, str]:

@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from runner.printable import one_line
+
 _INTERVAL = 1.0
 
 
@@ -42,7 +44,7 @@ def watch(url: str, *, once: bool) -> int:
 def render(status: dict[str, Any]) -> Group:
     """The status as it is shown. What handlers have said is text, never markup."""
     last = [second["answers"] for second in status["history"] if status["now"] - 10 <= second["at"] < status["now"]]
-    failed = f"  {status['reload_error']}" if status["reload_error"] else ""
+    failed = f"  {one_line(status['reload_error'])}" if status["reload_error"] else ""
     errors = sum(second["errors"] for second in status["history"])
     state = "draining" if status["draining"] else "ready" if status["ready"] else "no worker is ready"
     head = Text.assemble(
@@ -65,7 +67,7 @@ def _pool(path: str, pool: dict[str, Any]) -> Table:
         table.add_row(
             str(worker["pid"]),
             Text(worker["state"], "green" if worker["state"] == "idle" else "yellow"),
-            worker["job_id"],
+            Text(one_line(worker["job_id"])),
             str(worker["jobs"]),
             _time(worker["age"]),
             f"{worker['rss'] / (1 << 20):.1f} MiB",
@@ -80,7 +82,8 @@ def _faults(faults: list[dict[str, Any]]) -> Table:
         table.add_column(name)
     for fault in faults[:10]:
         at = time.strftime("%H:%M:%S", time.localtime(fault["at"]))
-        table.add_row(at, Text(fault["mount"]), Text(fault["outcome"], "red"), fault["job_id"], Text(fault["detail"]))
+        outcome, detail = Text(one_line(fault["outcome"]), "red"), Text(one_line(fault["detail"]))
+        table.add_row(at, Text(one_line(fault["mount"])), outcome, Text(one_line(fault["job_id"])), detail)
     return table
 
 

@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import select
 import socket
 import struct
@@ -61,6 +62,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._on_lost: Callable[[], object] | None = None
         self._vigil: _Vigil | None = None
         self._next_probe: asyncio.TimerHandle | None = None
+        self._unknown_coding = False
 
     # -- asyncio.Protocol ----------------------------------------------------------------------------
 
@@ -143,9 +145,11 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A head is there."""
+        self._check_coding()
         self._in_head = False
         self._progress = True
         self._end_timer()
+        self._take_authority()
         if self.parser.get_http_version() == "1.0":
             self.expect_100_continue = False
         extensions: dict[str, Any] = {EXTENSION: self}
@@ -190,6 +194,8 @@ class BoundedConnection(HttpToolsProtocol):
         """What has come is no request, or one with too long a head."""
         if self._in_head and self._head_size > MOST_HEAD:
             self._refuse(431, f"the request's head is over {MOST_HEAD} bytes")
+        elif self._unknown_coding:
+            self._refuse(501, "of transfer codings only chunked is known (RFC 9112, 6.1)")
         else:
             self._refuse(400, msg)
 
@@ -218,6 +224,21 @@ class BoundedConnection(HttpToolsProtocol):
         self._head_size += size
         if self._head_size > MOST_HEAD:
             raise ValueError("the head is too long")
+
+    def _check_coding(self) -> None:
+        codings = b",".join(value for name, value in self.headers if name == b"transfer-encoding")
+        if codings and codings.strip(b" \t").lower() != b"chunked":
+            self._unknown_coding = True
+            raise ValueError("an unknown transfer coding")  # ends the parsing: see `send_400_response`
+
+    def _take_authority(self) -> None:
+        """The host of a target in absolute form counts, whatever the Host header says (RFC 9112, 3.2.2)."""
+        if self.url.startswith((b"/", b"*")):
+            return
+        _, mark, rest = self.url.partition(b"://")
+        if mark:
+            authority = re.split(b"[/?#]", rest, maxsplit=1)[0].rpartition(b"@")[2]
+            self.headers[:] = [(b"host", authority), *(pair for pair in self.headers if pair[0] != b"host")]
 
     def _is_idle(self) -> bool:
         return self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)

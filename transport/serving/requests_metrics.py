@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
 
 METHODS: Final = frozenset(("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"))
 """Others are counted as `_OTHER`: a client must not make up labels."""
+
+
+_STATUSES: Final = frozenset(HTTPStatus)
+"""Others are counted by their class: a handler must not make up labels either."""
+
+
+def _class_of(status: int | None) -> str | None:
+    return None if status is None else f"{status // 100}xx"
 
 
 class RequestMetrics:
@@ -36,17 +45,17 @@ class RequestMetrics:
             "blastdoor_answer_body_bytes_total", "Bytes of answers' bodies.", ("http_route",), registry=registry
         )
         # Looking a child up by its labels costs as much as counting does.
-        self._children: dict[tuple[str, int | None, str], tuple[Histogram, Counter]] = {}
+        self._children: dict[tuple[str, int | str | None, str], tuple[Histogram, Counter]] = {}
         active = Gauge("http_server_active_requests", "Requests under way.", registry=registry)
         active.set_function(lambda: gateway.active)
         gateway.subscribe(self._count)
 
     def _count(self, answered: Answered) -> None:
         method = answered.method if answered.method in METHODS else "_OTHER"
-        key = method, answered.status, answered.mount
+        key = method, answered.status if answered.status in _STATUSES else _class_of(answered.status), answered.mount
         children = self._children.get(key)
         if children is None:
-            status = "" if answered.status is None else str(answered.status)
+            status = "" if key[1] is None else str(key[1])
             duration = self._durations.labels(method, status, answered.mount)
             children = self._children[key] = duration, self._sent.labels(answered.mount)
         children[0].observe(answered.seconds)

@@ -25,11 +25,13 @@ from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, Proce
 
 from runner.errors import BlastdoorError, StartError
 from runner.metrics import PoolMetrics
+from runner.printable import one_line
 from transport.gateway import Answered, Gateway
 from transport.gateway.app import BrokenOff
 from transport.serving.addresses import bind_path, bind_port, name_of
 from transport.serving.admin import make_admin
 from transport.serving.connection import BoundedConnection
+from transport.serving.forwarded import Forwarded
 from transport.serving.requests_metrics import RequestMetrics
 from transport.serving.status import Status
 
@@ -42,6 +44,10 @@ access_logger = logging.getLogger("blastdoor.access")
 
 _PATIENCE: Final = 86400.0
 """Seconds that the jobs of a pool that was replaced may take, unless the service ends."""
+
+_ADMIN_CONNECTIONS: Final = 32
+_ADMIN_PATIENCE: Final = 10.0
+"""Connections to the admin address at once, and the seconds that one of them may take nothing of its answer."""
 
 _SETTLE: Final = 5.0
 """Seconds for what is left to be sent once the jobs under way were ended."""
@@ -59,6 +65,7 @@ class Service:
             max_body=settings.max_body_bytes,
             body_timeout=settings.body_timeout,
         )
+        self._front = Forwarded(self.gateway, settings.trusted_proxies, unix=bool(settings.uds))
         self.status = Status(self.gateway)
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -178,11 +185,9 @@ class Service:
         settings = self._settings
         main = _Server(
             self._config(
-                self.gateway,
+                self._front,
                 http=functools.partial(BoundedConnection, settings.send_timeout, settings.connections),
                 limit_concurrency=settings.connections + 1,  # uvicorn counts the connection that asks
-                # Who reaches a unix socket is on this host, and let in by its directory.
-                forwarded_allow_ips="*" if settings.uds else list(settings.trusted_proxies),
                 timeout_graceful_shutdown=settings.drain + _SETTLE,
             )
         )
@@ -191,7 +196,10 @@ class Service:
         if self.admin_socket is not None:
             host = self.admin_socket.getsockname()[0]
             app = make_admin(self.status, self.registry, host)
-            admin = _Server(self._config(app, timeout_graceful_shutdown=1))
+            bounded = functools.partial(BoundedConnection, _ADMIN_PATIENCE, _ADMIN_CONNECTIONS)
+            admin = _Server(
+                self._config(app, http=bounded, limit_concurrency=_ADMIN_CONNECTIONS + 1, timeout_graceful_shutdown=1)
+            )
             self._servers.append(admin)
             running.append(asyncio.create_task(admin.serve(sockets=[self.admin_socket])))
         while not all(server.started for server in self._servers) and not any(task.done() for task in running):
@@ -215,6 +223,7 @@ class Service:
                 "log_config": None,
                 "access_log": False,
                 "server_header": False,
+                "proxy_headers": False,
                 **settings,
             },
         )
@@ -222,6 +231,7 @@ class Service:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_LoopErrors())
         handlers = {
             signal.SIGTERM: self.stop,
             signal.SIGINT: self.stop,
@@ -307,6 +317,24 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _LoopErrors:
+    """Tells of errors in the event loop, no more than one of a kind each second: a loop that is out of descriptors has
+    thousands (accept(2), EMFILE)."""
+
+    def __init__(self) -> None:
+        self._next: dict[str, float] = {}
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        message, error = context.get("message", "an error"), context.get("exception")
+        now = loop.time()
+        kind = f"{message} {type(error).__name__}"
+        if now < self._next.get(kind, 0.0) or len(self._next) > 100:
+            return
+        self._next[kind] = now + 1.0
+        short = isinstance(error, OSError)
+        logger.error("%s: %s", message, error, exc_info=None if short or error is None else error)
+
+
 class _QuietBreaks(logging.Filter):
     """Drops uvicorn's traceback of an answer that was broken off on purpose: its reason is in the log already."""
 
@@ -315,12 +343,17 @@ class _QuietBreaks(logging.Filter):
         return not isinstance(error, (BrokenOff, asyncio.CancelledError))
 
 
+def _shown(text: str) -> str:
+    """A client's word in the access log: it can neither end its field nor drive a terminal."""
+    return one_line(text).replace("\\", "\\\\").replace('"', '\\"') if not text.isalnum() else text
+
+
 def _log_access(answered: Answered) -> None:
-    target = answered.target if answered.target.isprintable() else repr(answered.target)
+    target = _shown(answered.target)
     access_logger.info(
         '%s "%s %s" %s %d %.1f ms%s%s',
-        answered.client or "-",
-        answered.method,
+        _shown(answered.client) or "-",
+        _shown(answered.method),
         target,
         answered.status or "-",
         answered.sent,

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from runner.protocols import AnyPool
     from transport.gateway.app import Answered, Gateway
 
+_EPOCH: Final = time.time() - time.monotonic()
+
+
+def steady_time() -> float:
+    """Unix time as it was known at the start, going on evenly: the wall clock may be set back (clock_gettime(2))."""
+    return _EPOCH + time.monotonic()
+
+
 SPAN: Final = 300
 """How many seconds the page looks back."""
 
@@ -106,7 +114,7 @@ def _entry(jobs: OrderedDict[str, deque[str]], job_id: str, lines: deque[str], m
 class Status:
     """Collects it, from any thread, and tells it as plain data."""
 
-    def __init__(self, gateway: Gateway, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, gateway: Gateway, clock: Callable[[], float] = steady_time) -> None:
         self._gateway = gateway
         self._clock = clock
         self._began = clock()

@@ -1,0 +1,96 @@
+"""Who a request comes from, where a proxy stands in front: `X-Forwarded-For` and `-Proto`, believed for one hop only.
+
+A proxy appends the address that it was asked from. So the last entry that no trusted proxy has is what the nearest
+trusted proxy has seen; all before it is the client's word. Only IP addresses are taken: it goes into logs and to the
+app as the client's address. On a unix socket the peer, who was let in by its directory, is the one trusted hop.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from runner.errors import ConfigurationError
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def parse_ip(text: str) -> Address | None:
+    """An IP address, with a port or in brackets perhaps; None for anything else. One that is v4-mapped is v4."""
+    text = text.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+class Forwarded:
+    """An ASGI app in front of another, which it tells who its clients are. ConfigurationError for no address."""
+
+    def __init__(self, app: Any, trusted: Iterable[str], *, unix: bool) -> None:
+        self._app = app
+        self._unix = unix
+        self._all = False
+        self._networks: list[Network] = []
+        for entry in trusted:
+            try:
+                if entry == "*":
+                    self._all = True
+                else:
+                    self._networks.append(ipaddress.ip_network(entry, strict=False))
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"trusted_proxies are IP addresses, networks, or '*', not {entry!r}: {error}"
+                ) from None
+
+    def trusts(self, address: Address | None) -> bool:
+        """Whether the proxy at this address is believed."""
+        if self._all:
+            return True
+        return address is not None and any(address in network for network in self._networks)
+
+    async def __call__(
+        self,
+        scope: dict[str, Any],
+        receive: Callable[[], Awaitable[Any]],
+        send: Callable[[Any], Awaitable[None]],
+    ) -> None:
+        """Serve one connection of ASGI's."""
+        if scope["type"] == "http":
+            self._tell(scope)
+        await self._app(scope, receive, send)
+
+    def _tell(self, scope: dict[str, Any]) -> None:
+        client: tuple[str, int] | None = scope.get("client")
+        peer = None
+        if client and (peer := parse_ip(client[0])) is not None:
+            scope["client"] = str(peer), client[1]
+        if not self._unix and not self.trusts(peer):
+            return
+        hops: list[str] = []
+        scheme = ""
+        for name, value in scope["headers"]:
+            if name == b"x-forwarded-for":
+                hops += value.decode("latin-1").split(",")
+            elif name == b"x-forwarded-proto":
+                scheme = value.decode("latin-1").rpartition(",")[2].strip().lower()
+        if scheme in ("http", "https"):
+            scope["scheme"] = scheme
+        if hops and (found := self._client(hops)) is not None:
+            scope["client"] = str(found), 0
+
+    def _client(self, hops: list[str]) -> Address | None:
+        """The nearest address that is no trusted proxy's; where all are, the farthest. None where it is no address."""
+        address = None
+        for hop in reversed(hops):
+            address = parse_ip(hop)
+            if address is None or self._unix or self._all or not self.trusts(address):
+                break
+        return address
