@@ -94,7 +94,7 @@ class Call:
 
     async def run_async(self, supervisor: Supervisor) -> AsyncJob:
         """As `run`, for a task of an event loop."""
-        AsyncJob = load_async()[0]
+        job_type = load_async()[0]
         self._supervisor = supervisor
         tries = _MAX_TRIES
         while True:
@@ -103,7 +103,7 @@ class Call:
                 worker = await supervisor.leases.lease_async(
                     self.lease_timeout, self.scope, self.context.provider, self
                 )
-                return await AsyncJob.open(worker, supervisor, self)
+                return await job_type.open(worker, supervisor, self)
             except NeverTaken as never:
                 tries = _next_try(never, tries)
             except (LeaseTimeout, WorkersUnavailable) as error:
@@ -156,7 +156,7 @@ class Call:
 
 
 def load_async() -> tuple[type[AsyncJob], Callable[[Body], Upload]]:
-    """What only tasks need: anyio is loaded where it is used. WorkersUnavailable where no descriptor is left for that."""
+    """What only tasks need: anyio is loaded where it is used. WorkersUnavailable where no descriptor is left."""
     try:
         from runner.async_job import AsyncJob
         from runner.async_upload import upload_of

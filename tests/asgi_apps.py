@@ -478,3 +478,10 @@ async def do_greedy(scope: Scope, receive: Receive, send: Send) -> None:
     while True:
         kept_memory.append(subprocess.Popen([sys.executable, "-c", "import time; x = b'x' * 60000000; time.sleep(99)"]))
         await asyncio.sleep(0.2)
+
+
+async def endless_background(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers, and goes on for good."""
+    assert scope["type"] == "http"
+    await answer(send, b"done")
+    await asyncio.sleep(3600)

@@ -67,6 +67,10 @@ def do_raise(request: HandlerRequest, response: HandlerResponse) -> NoReturn:
     raise ValueError("boom from the handler")
 
 
+def do_raise_much(request: HandlerRequest, response: HandlerResponse) -> NoReturn:
+    raise ValueError("x" * 16_000)
+
+
 def do_raise_late(request: HandlerRequest, response: HandlerResponse) -> NoReturn:
     response.write(b"first piece")
     raise ValueError("boom after the head")
