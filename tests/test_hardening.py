@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import resource
@@ -23,6 +24,7 @@ from transport import Route
 from transport.cli.serve import _make_room
 from transport.cli.top import render
 from transport.requests import Transport
+from transport.serving.server import _LoopErrors
 from transport.serving.status import Status, steady_time
 
 ESCAPE = "\x1b]0;owned\x07"
@@ -317,3 +319,42 @@ def test_background_work_in_a_sandbox_ends(start: Callable[..., Pool], log: pyte
         with pool.open(Request("GET", "/"), lease_timeout=20) as job:
             assert b"".join(job) == b"done"
     wait_until(lambda: "in its background work the job went on for 0.3 s" in log.text)
+
+
+def test_out_of_descriptors(tmp_path: Path) -> None:
+    """X, F7: a task's first call, when no descriptor is left to import what it needs, is told so in the pool's words."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import asyncio, os\n"
+        "from runner import Pool, Request, WorkersUnavailable\n"
+        "async def main(pool):\n"
+        "    held = []\n"
+        "    try:\n"
+        "        while True: held.append(os.open('/dev/null', os.O_RDONLY))\n"
+        "    except OSError: pass\n"
+        "    try:\n"
+        "        await pool.aopen(Request('GET', '/hello'))\n"
+        "    except WorkersUnavailable as error: print('told', 'descriptor' in str(error))\n"
+        "    for fd in held: os.close(fd)\n"
+        "    async with await pool.aopen(Request('GET', '/hello')) as job:\n"
+        "        print(await job.read())\n"
+        "with Pool('tests.handlers:app', workers=1) as pool: asyncio.run(main(pool))\n"
+    )
+    env = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"}
+    limit = f"ulimit -n 64; exec {sys.executable} {program}"
+    done = subprocess.run(["bash", "-c", limit], capture_output=True, text=True, timeout=60, env=env, check=False)
+    assert done.stdout.split("\n")[:2] == ["told True", "b'hello'"], done.stderr
+
+
+def test_errors_of_the_loop_are_told_at_a_rate(caplog: pytest.LogCaptureFixture) -> None:
+    """G7: a listener that is out of descriptors has one line a second, not thousands."""
+    tell = _LoopErrors()
+    loop = asyncio.new_event_loop()
+    try:
+        with caplog.at_level(logging.ERROR):
+            for _ in range(5000):
+                tell(loop, {"message": "socket.accept() out of system resource", "exception": OSError(24, "too many")})
+    finally:
+        loop.close()
+    assert len(caplog.records) == 1
+    assert caplog.records[0].exc_info is None

@@ -277,6 +277,7 @@ ATTACKS = [
     Attack("raise_limits"),
     Attack("spin", ends=("timeout",), words="processor time"),
     Attack("spinning_children", ends=("timeout",), pool="processes", words="processor time"),
+    Attack("hold_up", ends=("DeadlineExceeded", "JobClosed"), timeout=0.2),
     Attack("stubborn", ends=("DeadlineExceeded", "JobClosed"), timeout=0.2),
     Attack("held"),
     Attack("every_descriptor", ends=("protocol",)),
