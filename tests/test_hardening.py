@@ -322,7 +322,7 @@ def test_background_work_in_a_sandbox_ends(start: Callable[..., Pool], log: pyte
 
 
 def test_out_of_descriptors(tmp_path: Path) -> None:
-    """X, F7: a task's first call, when no descriptor is left to import what it needs, is told so in the pool's words."""
+    """X, F7: a task's first call, when no descriptor is left to import what it needs, hears so in the pool's words."""
     program = tmp_path / "program.py"
     program.write_text(
         "import asyncio, os\n"
