@@ -95,6 +95,7 @@ def serve(
     host: Annotated[str | None, _option("Address to listen at. [default: 127.0.0.1]", "HOST")] = None,
     port: Annotated[int | None, _option("Port to listen at, 0 for any. [default: 8000]", "PORT", least=0)] = None,
     uds: Annotated[str | None, _option("Unix socket to listen at instead.", "PATH")] = None,
+    uds_mode: Annotated[str | None, _option("Its permissions, such as 660. [default: by the umask]", "MODE")] = None,
     admin: Annotated[
         str | None, _option("Where status and metrics are, or none. [default: 127.0.0.1:9180]", "HOST:PORT")
     ] = None,

@@ -32,8 +32,11 @@ def bind_port(host: str, port: int, option: str) -> socket.socket:
     return listener
 
 
-def bind_path(path: str) -> socket.socket:
-    """A socket at a path, in the place of one that nobody listens at any more. ConfigurationError for another."""
+def bind_path(path: str, mode: int | None = None) -> socket.socket:
+    """A socket at a path, in the place of one that nobody listens at any more. ConfigurationError for another.
+
+    Who may connect is `mode`'s to say, and else the umask's (unix(7)).
+    """
     if _is_served(path):
         raise ConfigurationError(f"somebody listens at {path!r} already: stop it first, or choose another with --uds")
     listener = socket.socket(socket.AF_UNIX)
@@ -41,7 +44,8 @@ def bind_path(path: str) -> socket.socket:
         if Path(path).is_socket():
             Path(path).unlink()
         listener.bind(path)
-        os.chmod(path, 0o666)
+        if mode is not None:
+            os.chmod(path, mode)
     except OSError as error:
         listener.close()
         raise ConfigurationError(f"{path!r} can't be listened at: {error}; choose another with --uds") from error

@@ -22,9 +22,11 @@ import re
 import select
 import socket
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
+import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -62,7 +64,10 @@ class BoundedConnection(HttpToolsProtocol):
         self._on_lost: Callable[[], object] | None = None
         self._vigil: _Vigil | None = None
         self._next_probe: asyncio.TimerHandle | None = None
-        self._unknown_coding = False
+        self._complaint: tuple[int, str] | None = None
+        self._upgrading = False
+        self._replaying = False
+        self._data = b""
 
     # -- asyncio.Protocol ----------------------------------------------------------------------------
 
@@ -81,6 +86,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self._timer is None and self._is_idle():
             self._await_head()
         self._progress = False
+        self._data = data
         super().data_received(data)
         self._fruitless = 0 if self._progress else self._fruitless + len(data)
         if self._fruitless > MOST_HEAD:
@@ -126,6 +132,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A head begins."""
+        if self._replaying:
+            return
         if len(self.pipeline) >= PIPELINED:
             raise ValueError("too many requests wait for their turn")  # ends the parsing: see `send_400_response`
         super().on_message_begin()
@@ -134,6 +142,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """A piece of the target."""
+        if self._replaying:
+            return
         self._add_to_head(len(url))
         super().on_url(url)
 
@@ -145,7 +155,10 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A head is there."""
-        self._check_coding()
+        if self._replaying:
+            return
+        self._check_head()
+        self._upgrading = self.parser.should_upgrade()
         self._in_head = False
         self._progress = True
         self._end_timer()
@@ -165,6 +178,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The end of a request is there."""
+        if self._upgrading:
+            return  # it is the end of its head, see `_unsupported_upgrade_warning`
         self._progress = True
         if self.cycle.response_complete:  # the rest of a body, after its answer
             self.cycle.more_body = False
@@ -194,13 +209,32 @@ class BoundedConnection(HttpToolsProtocol):
         """What has come is no request, or one with too long a head."""
         if self._in_head and self._head_size > MOST_HEAD:
             self._refuse(431, f"the request's head is over {MOST_HEAD} bytes")
-        elif self._unknown_coding:
-            self._refuse(501, "of transfer codings only chunked is known (RFC 9112, 6.1)")
+        elif self._complaint is not None:
+            self._refuse(*self._complaint)
         else:
             self._refuse(400, msg)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """An upgrade that is asked for is not made: the answer is an ordinary one (RFC 9110, 7.8)."""
+        """An upgrade that is asked for is not made: the message goes on as any other (RFC 9110, 7.8).
+
+        The parser takes what follows such a head for another protocol's: a new one reads on, after a head that frames
+        the same body, and asks for nothing.
+        """
+        error = sys.exc_info()[1]
+        assert isinstance(error, httptools.HttpParserUpgrade)
+        rest = self._data[error.args[0] :]
+        framing = [pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
+        version = self.parser.get_http_version().encode()
+        head = b"POST / HTTP/%b\r\n%b\r\n" % (version, b"".join(b"%b: %b\r\n" % pair for pair in framing))
+        self._upgrading = False
+        self.parser = httptools.HttpRequestParser(self)
+        self._replaying = True
+        try:
+            self.parser.feed_data(head)
+        finally:
+            self._replaying = False
+        if rest:
+            self.data_received(rest)
 
     # -- transport.gateway.app.Connection ------------------------------------------------------------
 
@@ -225,11 +259,16 @@ class BoundedConnection(HttpToolsProtocol):
         if self._head_size > MOST_HEAD:
             raise ValueError("the head is too long")
 
-    def _check_coding(self) -> None:
+    def _check_head(self) -> None:
+        """Refuse what the parser lets pass. ValueError ends the parsing: see `send_400_response`."""
         codings = b",".join(value for name, value in self.headers if name == b"transfer-encoding")
         if codings and codings.strip(b" \t").lower() != b"chunked":
-            self._unknown_coding = True
-            raise ValueError("an unknown transfer coding")  # ends the parsing: see `send_400_response`
+            self._complaint = 501, "of transfer codings only chunked is known (RFC 9112, 6.1)"
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            self._complaint = 400, f"a request has one Host header, not {hosts} (RFC 9112, 3.2)"
+        if self._complaint is not None:
+            raise ValueError(self._complaint[1])
 
     def _take_authority(self) -> None:
         """The host of a target in absolute form counts, whatever the Host header says (RFC 9112, 3.2.2)."""

@@ -86,7 +86,11 @@ class Service:
         self._path = settings.uds
         admin = settings.admin_address
         with contextlib.ExitStack() as stack:
-            made = bind_path(settings.uds) if settings.uds else bind_port(settings.host, settings.port, "port")
+            made = (
+                bind_path(settings.uds, settings.uds_permissions)
+                if settings.uds
+                else bind_port(settings.host, settings.port, "port")
+            )
             self.socket = stack.enter_context(made)
             self.admin_socket = None if admin is None else stack.enter_context(bind_port(*admin, "admin"))
             stack.pop_all()

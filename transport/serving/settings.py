@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -155,6 +156,7 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     host: str = "127.0.0.1"
     port: int = 8000
     uds: str = ""
+    uds_mode: str = ""
     admin: str = "127.0.0.1:9180"
     drain: float = 30.0
     reload: bool = False
@@ -173,6 +175,8 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
                 raise ConfigurationError(f"{name} is a time in seconds, from 0 to {_LONGEST:g}, not {seconds!r}")
         if not 0 <= self.port <= 65535:
             raise ConfigurationError(f"port is a number from 0 to 65535, not {self.port!r}")
+        if self.uds_mode and re.fullmatch("0?[0-7]{3}", self.uds_mode) is None:
+            raise ConfigurationError(f"uds_mode are permissions in octal digits, as in '660', not {self.uds_mode!r}")
         if self.connections < 1:
             raise ConfigurationError(f"connections is a number, 1 or more, not {self.connections!r}")
 
@@ -201,6 +205,11 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     def admin_address(self) -> tuple[str, int] | None:
         """Where the page of status is served; None for nowhere."""
         return None if self.admin in ("", "none") else parse_address(self.admin)
+
+    @property
+    def uds_permissions(self) -> int | None:
+        """Who may connect to the unix socket; None for the umask's word."""
+        return int(self.uds_mode, 8) if self.uds_mode else None
 
     @property
     def max_body_bytes(self) -> int | None:
