@@ -80,8 +80,9 @@ class Call:
         tries = _MAX_TRIES
         while True:
             try:
-                supervisor.oversight.look_after_jobs()
+                supervisor.oversight.look_for_lost()
                 worker = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
+                supervisor.oversight.look_after_jobs()
                 return Job(worker, supervisor, self)
             except NeverTaken as never:
                 tries = _next_try(never, tries)
@@ -99,10 +100,11 @@ class Call:
         tries = _MAX_TRIES
         while True:
             try:
-                supervisor.oversight.look_after_jobs()
+                supervisor.oversight.look_for_lost()
                 worker = await supervisor.leases.lease_async(
                     self.lease_timeout, self.scope, self.context.provider, self
                 )
+                supervisor.oversight.look_after_jobs()
                 return await job_type.open(worker, supervisor, self)
             except NeverTaken as never:
                 tries = _next_try(never, tries)

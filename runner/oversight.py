@@ -54,10 +54,10 @@ class Oversight:
         self._inspection_is_due = False
         self._ended = False
 
-    def look_after_jobs(self) -> None:
-        """Begin to watch the jobs under way; it ends by itself when there are none.
+    def look_for_lost(self) -> None:
+        """Begin to look for workers that nobody holds; it ends by itself when none is leased.
 
-        May be called from any thread, before a worker is leased for a job.
+        May be called from any thread, before a worker is leased.
         """
         if not self._looking_for_lost:
             try:
@@ -66,6 +66,12 @@ class Oversight:
             except BaseException:  # a signal's handler raised: the next job begins it
                 self._looking_for_lost = False
                 raise
+
+    def look_after_jobs(self) -> None:
+        """Begin to watch the jobs under way, where the limits ask for it; it ends by itself when there are none.
+
+        May be called from any thread, once a worker is leased for a job.
+        """
         if self._limits.watched and not self._inspecting:
             try:
                 self._inspecting = True

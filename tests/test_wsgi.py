@@ -38,7 +38,7 @@ def test_a_simple_app(connect: Connect) -> None:
     """H2, H4: found to be WSGI by its arguments; the list's pieces come in order."""
     response = connect("simple").get(URL + "/")
     assert response.text == "simple answer"
-    assert response.headers == {"Content-Type": "text/plain"}
+    assert response.headers == {"Content-Type": "text/plain", "content-length": "13"}
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "OPTIONS"])
@@ -140,11 +140,12 @@ def test_the_corners_of_pep_3333(connect: Connect, path: str, status: int, app: 
         ("/text", "TypeError"),
     ],
 )
-def test_what_pep_3333_forbids(connect: Connect, path: str, fault: str) -> None:
+def test_what_pep_3333_forbids(connect: Connect, log: pytest.LogCaptureFixture, path: str, fault: str) -> None:
     """H2, F1: an app that breaks the rules is told in the log, its caller gets a 500."""
     response = connect("corners").get(URL + path)
     assert response.status_code == 500
-    assert response.json()["detail"] == f"the handler raised {fault}"
+    assert response.json()["detail"] == "the handler raised an exception"
+    assert f"    {fault}: " in log.text
 
 
 def test_exc_info_after_the_head(connect: Connect, log: pytest.LogCaptureFixture) -> None:
