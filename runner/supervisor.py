@@ -568,7 +568,7 @@ class Supervisor:
         elif self._closing:
             pass
         elif self._zygote is not None:
-            if worker.jobs:
+            if worker.turn:  # it was leased; its caller may not even have woken up
                 self._brake.succeeded()  # it did start, whatever its job did to it
             else:
                 why = worker.failure or worker.log.tail("") or "it printed nothing"

@@ -80,7 +80,7 @@ def test_sigterm_drains(tmp_path: Path) -> None:
             go.touch()
             received = receive_all(client)
             assert b"went" in received
-            assert received.endswith(b"0\r\n\r\n")
+            assert received.endswith(b"went")
         assert served.process.wait(30) == 0
 
 
@@ -607,7 +607,7 @@ def test_a_reload_does_not_end_long_jobs(tmp_path: Path) -> None:
         assert served.reload()
         assert get(f"{served.url}/hello").text == "hello"
         go.touch()
-        assert b"went" in receive_until(client, b"0\r\n\r\n")
+        assert b"went" in receive_until(client, b"went")
         wait_until(lambda: not served.service._retired)
 
 
