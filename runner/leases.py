@@ -99,7 +99,13 @@ class Leases(Lender[Worker]):
         while self._idle and (waiter := self._next_waiter()) is not None:
             self._find(waiter, self._hand_out(self._idle.pop(), waiter.provider, waiter.caller))
 
-    def _take_back(self, worker: Worker) -> None:
+    def _disown(self, loan: Worker) -> None:
+        loan.caller = None
+
+    def _take_back(self, worker: Worker) -> bool:
+        """Lease it no more; False where it was not leased any more, and others have seen to it."""
+        if not worker.leased:
+            return False
         worker.leased = False
         worker.job = worker.caller = None
         self._leased.discard(worker)
@@ -107,6 +113,7 @@ class Leases(Lender[Worker]):
             self._running[worker.provider] -= 1
         if self._closed and not self._leased:
             self._quiet.notify_all()
+        return True
 
     def add(self, worker: Worker) -> None:
         """A worker is ready for its first job."""
@@ -125,7 +132,8 @@ class Leases(Lender[Worker]):
         """The holder is done with a worker that stands between two jobs."""
         due = self._recycle is not None and not worker.dead and not self._closed and self._is_due(worker)
         with self._lock:
-            self._take_back(worker)
+            if not self._take_back(worker):
+                return
             dead = worker.dead
             if not dead and not worker.doomed and not due:
                 worker.idle_since = time.monotonic()
@@ -185,7 +193,8 @@ class Leases(Lender[Worker]):
     def discard(self, worker: Worker) -> None:
         """The holder is done with a worker that must not go on: it is killed, dead or not yet."""
         with self._lock:
-            self._take_back(worker)
+            if not self._take_back(worker):
+                return
             dead = worker.dead
             self._signal(worker)
             if self._waiters:
@@ -246,7 +255,7 @@ class Leases(Lender[Worker]):
     @property
     def busy(self) -> bool:
         """Whether a worker is held, or somebody waits for one."""
-        return bool(self._leased or self._waiters or self._at_hand)
+        return bool(self._leased or self._waiters or self._at_hand or self._handing_over)
 
     def cancel(self, worker: Worker, job: int) -> bool:
         """Tell the worker, which the caller holds, that its job's caller has left; whether it can be told."""

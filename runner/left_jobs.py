@@ -231,8 +231,9 @@ class LeftJob:
 
 def log_background_failure(worker: Worker, job_id: str, report: FaultReport) -> None:
     """Tell of what a handler raised after the end of its response: nobody else hears of it."""
-    if worker.log.charge(len(report.traceback)):
-        logger.error("job %s: its background work raised\n%s", job_id, quoted(report.traceback))
+    text = quoted(report.traceback)
+    if worker.log.charge(len(text.encode())):
+        logger.error("job %s: its background work raised\n%s", job_id, text)
 
 
 def _last_words(worker: Worker) -> str:

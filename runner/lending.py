@@ -16,7 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from runner.durations import sooner
 from runner.errors import LeaseTimeout, QueueFull, closed_by
@@ -24,6 +24,9 @@ from runner.scope import CancelScope
 from runner.waiters import Caller, TaskWaiter, ThreadWaiter, Waiter
 
 Loan = TypeVar("Loan")
+
+_PRESENTED: Final = 5.0
+"""Seconds after which whoever presents what was found, in one write, was interrupted in it for sure."""
 
 
 class Lender(ABC, Generic[Loan]):
@@ -40,6 +43,7 @@ class Lender(ABC, Generic[Loan]):
         self._quiet_by = math.inf
         self._waiters: deque[Waiter[Loan]] = deque()
         self._at_hand: dict[Waiter[Loan], float] = {}
+        self._handing_over: dict[Waiter[Loan], float] = {}
         self._refusal: Callable[[], Exception] | None = None
         self._closed = False
 
@@ -56,6 +60,9 @@ class Lender(ABC, Generic[Loan]):
     @abstractmethod
     def _give_up(self, loan: Loan) -> None:
         """Take back what was found for a caller that waits no more, and has not used it."""
+
+    def _disown(self, loan: Loan) -> None:
+        """The caller that it was found for has no say in it any more. Under the lock."""
 
     @property
     @abstractmethod
@@ -196,7 +203,8 @@ class Lender(ABC, Generic[Loan]):
             if waiter in self._at_hand:
                 del self._at_hand[waiter]
             elif waiter.found is not None and not waiter.told:
-                waiter.left = True  # whoever is handing it over takes it back
+                waiter.left = True  # whoever is handing it over takes it back, and nobody else
+                self._disown(waiter.found)
                 return
         if waiter.found is not None:
             self._take_from(waiter, waiter.found)
@@ -232,14 +240,18 @@ class Lender(ABC, Generic[Loan]):
         now = time.monotonic()
         with self._lock:
             late = [waiter for waiter, since in self._at_hand.items() if now - since >= older_than]
+            stuck = [waiter for waiter, since in self._handing_over.items() if now - since >= _PRESENTED]
         for waiter in late:
             self._hand_over_to(waiter)
+        for waiter in stuck:
+            self._end_hand_over(waiter)
 
     def _hand_over_to(self, waiter: Waiter[Loan]) -> None:
         ours = False
         try:
             with self._lock:
                 if waiter in self._at_hand:
+                    self._handing_over[waiter] = time.monotonic()
                     ours = True
                     del self._at_hand[waiter]
             if ours and waiter.caller is not None:
@@ -250,9 +262,11 @@ class Lender(ABC, Generic[Loan]):
                 self._end_hand_over(waiter)
 
     def _end_hand_over(self, waiter: Waiter[Loan]) -> None:
-        loan = waiter.found
-        assert loan is not None
         with self._lock:
+            loan = waiter.found
+            if waiter not in self._handing_over or loan is None:
+                return
+            del self._handing_over[waiter]
             left = waiter.left
             if not left and not self._tell(waiter):
                 left = True

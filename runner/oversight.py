@@ -72,6 +72,8 @@ class Oversight:
 
         May be called from any thread, once a worker is leased for a job.
         """
+        if not self._looking_for_lost:
+            self.look_for_lost()
         if self._limits.watched and not self._inspecting:
             try:
                 self._inspecting = True

@@ -13,7 +13,9 @@ import msgspec
 
 from runner.messages import FaultReport
 
-_CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROLS: Final = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]"
+)
 _NOT_IN_NAMES: Final = re.compile(r"[^\w.<>]")
 _INDENT: Final = "    "
 

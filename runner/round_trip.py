@@ -91,6 +91,7 @@ class RoundTrip:
         "_channel",
         "_closed_by",
         "_context",
+        "_ending",
         "_exchange",
         "_expires",
         "_lock",
@@ -137,6 +138,7 @@ class RoundTrip:
         # Reentrant: a signal's handler may close the job in the midst of anything that its thread does.
         self._lock = threading.RLock()
         self._user: object = None
+        self._ending = False
         self._closed_by: BaseException | None = None
         worker.jobs += 1
         worker.log.job_id = job_id
@@ -179,6 +181,8 @@ class RoundTrip:
     @property
     def over(self) -> bool:
         """Whether nothing is done for the job any more: its worker is let go, or was forgotten, by an interrupt."""
+        if self._ending:
+            return False
         return self._settled or (self._closed_by is not None and self._user in (None, _CLOSER))
 
     @property
@@ -480,45 +484,59 @@ class RoundTrip:
             self._outcome = report.kind
         if exchange.printed:
             self._worker.log.read()  # so that the next job's lines are not taken for this one's
-        raised = report is not None and report.kind in ("raised", "memory")
-        if report is not None and raised and self._worker.log.charge(len(report.traceback)):
-            logger.error("job %s: the handler raised\n%s", self.job_id, quoted(report.traceback), extra=self._extra())
+        if report is not None and report.kind in ("raised", "memory"):
+            text = quoted(report.traceback)
+            if self._worker.log.charge(len(text.encode())):
+                logger.error("job %s: the handler raised\n%s", self.job_id, text, extra=self._extra())
         try:
             self._stop_upload()
         except BaseException:
             self._discard()  # its upload has no end: the next request would be taken for the rest of it
             raise
-        try:
-            self._mark_settled()
-        finally:
-            if self._channel.torn:
-                self._supervisor.leases.discard(self._worker)
-            elif self._channel.flushed and not exchange.background:
-                self._supervisor.leases.give_back(self._worker)
-            else:
-                self._hand_over()
+        channel = self._channel
+        if channel.torn:
+            self._end(self._supervisor.leases.discard)
+        elif channel.flushed and not exchange.background:
+            self._end(self._supervisor.leases.give_back)
+        else:
+            self._end(self._hand_over)
 
     def _leave(self) -> None:
         """Hand the worker, with a response that nobody waits for any more, to the supervisor."""
-        if isinstance(self._closed_by, JobFailed):
-            self._outcome = self._closed_by.fault.kind
         try:
-            self._stop_upload()
-        except BaseException:
-            self._discard()
-            raise
-        channel = self._channel
-        try:
-            self._mark_settled()
-        finally:
+            self._ending = True
+            if isinstance(self._closed_by, JobFailed):
+                self._outcome = self._closed_by.fault.kind
+            try:
+                self._stop_upload()
+            except BaseException:
+                self._discard()
+                raise
+            channel = self._channel
             if channel.torn:
-                self._supervisor.leases.discard(self._worker)  # nobody knows what it has heard
+                self._end(self._supervisor.leases.discard)  # nobody knows what it has heard
             elif channel.written or not channel.flushed:
-                self._hand_over()
+                self._end(self._hand_over)
             else:
-                self._supervisor.leases.give_back(self._worker)  # it has not heard of this job
+                self._end(self._supervisor.leases.give_back)  # it has not heard of this job
+        finally:
+            self._ending = False
 
-    def _hand_over(self) -> None:
+    def _end(self, let_go: Callable[[Worker], object]) -> None:
+        """The job is over: tell of it, and let the worker go, whatever whoever is told raises."""
+        # Under the lock, before the worker is let go: `close` wakes a channel only while it is held.
+        with self._lock:
+            self._settled = True
+        try:
+            self._ending = True
+            try:
+                self._tell_of_end()
+            finally:
+                let_go(self._worker)
+        finally:
+            self._ending = False
+
+    def _hand_over(self, worker: Worker) -> None:
         """Let the supervisor see to the rest of the job."""
         exchange = self._exchange
         error = self._closed_by
@@ -527,18 +545,12 @@ class RoundTrip:
             timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
             expires=self._expires,
         )
-        self._supervisor.adopt(self._worker, rest)
+        self._supervisor.adopt(worker, rest)
 
     def _discard(self) -> None:
-        try:
-            self._mark_settled()
-        finally:
-            self._supervisor.leases.discard(self._worker)
+        self._end(self._supervisor.leases.discard)
 
-    def _mark_settled(self) -> None:
-        # Under the lock, before the worker is let go: `close` wakes a channel only while it is held.
-        with self._lock:
-            self._settled = True
+    def _tell_of_end(self) -> None:
         if self._scope is not None:
             self._scope.unwatch(id(self))
         events = self._supervisor.events

@@ -29,7 +29,7 @@ from runner.left_jobs import LeftJobs, Rest
 from runner.logs import LogPipe
 from runner.messages import Born, Died, FaultReport, Lacking, Noted, Ready, Stopped, ZygoteConfig, describe_exit
 from runner.oversight import Oversight
-from runner.printable import one_line, printable, quoted
+from runner.printable import one_line, quoted
 from runner.reactor import Reactor
 from runner.worker_record import Worker
 from runner.zygote_process import ZygoteProcess
@@ -262,7 +262,7 @@ class Supervisor:
             for line in news.lines:
                 logger.warning("%s", one_line(line))
         else:
-            self._zygote_error = printable(news.why)
+            self._zygote_error = quoted(news.why).lstrip()
         return True
 
     def _zygote_ended(self) -> None:
@@ -301,26 +301,32 @@ class Supervisor:
         if worker.pidfd is not None:
             self._reactor.unwatch(worker.pidfd)
         self._reactor.after(_STATUS_LIMIT, lambda: self._bury_untold(worker))
-        self._unreported.add(worker.number)
         self._watch_zygote()
+        self._unreported.add(worker.number)
 
     def _bury_untold(self, worker: Worker) -> None:
         if not worker.dead:
             self._bury(worker, None)
 
     def _watch_zygote(self) -> None:
-        """Have the zygote looked at as long as it owes us news."""
+        """Have the zygote looked at as long as it owes us news: it is about to owe some."""
+        if not self._zygote_owes:
+            self._zygote_owes_since = time.monotonic()
         if not self._zygote_is_watched:
             self._zygote_is_watched = True
-            self._zygote_owes_since = time.monotonic()
             self._reactor.after(_SILENCE_LIMIT, self._look_at_zygote)
+
+    @property
+    def _zygote_owes(self) -> bool:
+        """Whether a birth or a death is still to be told of."""
+        return bool(self._unreported) or any(worker.pid is None for worker in self._workers.values())
 
     def _look_at_zygote(self) -> None:
         """Begin anew where the zygote owes us a birth or a death and says nothing: it was stopped, or hangs."""
         self._zygote_is_watched = False
         if self._zygote is None or self._stopping:
             return
-        if not self._unreported and all(worker.pid is not None for worker in self._workers.values()):
+        if not self._zygote_owes:
             return
         silent = max(time.monotonic() - max(self._zygote_heard_at, self._zygote_owes_since), 0)
         if silent >= _SILENCE_LIMIT:
@@ -449,8 +455,8 @@ class Supervisor:
             os.close(fd)
         log = LogPipe(log_read, f"worker {number} (starting)")
         worker = Worker(number, channel, log)
-        self._workers[number] = worker
         self._watch_zygote()
+        self._workers[number] = worker
         self._reactor.watch(log.fd, lambda: self._read_log(log))
         self._reactor.watch(response_read, lambda: self._hear_starting(worker))
         self._reactor.after(self._start_timeout, lambda: self._check_started(number))
@@ -571,7 +577,8 @@ class Supervisor:
             if worker.turn:  # it was leased; its caller may not even have woken up
                 self._brake.succeeded()  # it did start, whatever its job did to it
             else:
-                why = worker.failure or worker.log.tail("") or "it printed nothing"
+                tail = worker.log.tail("")
+                why = worker.failure or (quoted(tail) if tail else "it printed nothing")
                 self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
             self._respawn()
 

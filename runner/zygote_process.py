@@ -46,7 +46,7 @@ class ZygoteProcess:
         """Start it. Raises OSError where the machine has no process or descriptor to spare."""
         path = [entry for entry in sys.path if isinstance(entry, str)]  # as the import system does
         if config.sandbox is not None:
-            config = msgspec.structs.replace(config, path=[*config.sandbox.path, *path])
+            config = msgspec.structs.replace(config, path=[*config.sandbox.path, *map(os.path.abspath, path)])
             path = _trusted(path)
         preamble = _preamble(path, config)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -311,6 +311,8 @@ def _app(handler: str, path: list[str]) -> App:
     home = os.path.expanduser("~")
     packages = [os.path.abspath(place) for place in spec.submodule_search_locations or []]
     folders = [] if packages else [os.path.dirname(os.path.abspath(spec.origin or ""))]
+    if archives := [archive for place in (*packages, *folders) if (archive := _archive_of(place))]:
+        return App(archives)  # a file (zipimport): all of it is the app's
     for directory in (*packages, *folders):
         if directory == SCRATCH_PARENT:
             raise CageError(f"the handler's module {name!r} lies in {directory!r} itself, which workers have anew")
@@ -320,6 +322,13 @@ def _app(handler: str, path: list[str]) -> App:
                 f"put it in a directory of its own"
             )
     return App(packages, folders, [os.path.dirname(package) for package in packages])
+
+
+def _archive_of(place: str) -> str:
+    """The file that a place lies in, where it is in an archive; empty for one in the file system."""
+    while place and not os.path.exists(place):
+        place = os.path.dirname(place)
+    return place if os.path.isfile(place) else ""
 
 
 def _others(handler: str, directory: str) -> list[str]:

@@ -67,7 +67,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._complaint: tuple[int, str] | None = None
         self._upgrading = False
         self._replaying = False
-        self._data = b""
+        self._data = self._rest = b""
 
     # -- asyncio.Protocol ----------------------------------------------------------------------------
 
@@ -85,12 +85,15 @@ class BoundedConnection(HttpToolsProtocol):
         """Take what has come, of what completes nothing no more than there may be."""
         if self._timer is None and self._is_idle():
             self._await_head()
-        self._progress = False
-        self._data = data
-        super().data_received(data)
-        self._fruitless = 0 if self._progress else self._fruitless + len(data)
-        if self._fruitless > MOST_HEAD:
-            self._refuse(431, f"over {MOST_HEAD} bytes of head, or of trailers")
+        while data:
+            self._progress = False
+            self._data, self._rest = data, b""
+            super().data_received(data)
+            self._fruitless = 0 if self._progress else self._fruitless + len(data)
+            if self._fruitless > MOST_HEAD:
+                self._refuse(431, f"over {MOST_HEAD} bytes of head, or of trailers")
+            data = b"" if self.transport.is_closing() else self._rest  # what follows an upgrade that is not made
+        self._data = self._rest = b""
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """The client sends no more. Whether the connection stays open for what it is still to be sent."""
@@ -222,7 +225,7 @@ class BoundedConnection(HttpToolsProtocol):
         """
         error = sys.exc_info()[1]
         assert isinstance(error, httptools.HttpParserUpgrade)
-        rest = self._data[error.args[0] :]
+        self._rest = self._data[error.args[0] :]
         framing = [pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
         version = self.parser.get_http_version().encode()
         head = b"POST / HTTP/%b\r\n%b\r\n" % (version, b"".join(b"%b: %b\r\n" % pair for pair in framing))
@@ -233,8 +236,6 @@ class BoundedConnection(HttpToolsProtocol):
             self.parser.feed_data(head)
         finally:
             self._replaying = False
-        if rest:
-            self.data_received(rest)
 
     # -- transport.gateway.app.Connection ------------------------------------------------------------
 

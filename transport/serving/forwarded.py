@@ -24,6 +24,8 @@ def parse_ip(text: str) -> Address | None:
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:
         text = text.partition(":")[0]
+    if "%" in text:
+        return None  # a scope (RFC 4007) may be any text, and says nothing beyond its own host
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
