@@ -69,13 +69,17 @@ class AsyncJob(RoundTrip, AsyncReadable):
     async def _use(self, step: Callable[[], Awaitable[None]]) -> None:
         """Take a step on the channel, as the one task that uses it; a close that comes meanwhile follows it."""
         try:
-            self._take_channel(step)
-            await step()
-        except BaseException as error:
-            self._break_off(step, error)
+            try:
+                self._take_channel(step)
+                await step()
+            except BaseException as error:
+                self._break_off(step, error)
+                raise
+            finally:
+                left = self._release_channel(step)
+        except BaseException:
+            self._forget_user(step)
             raise
-        finally:
-            left = self._release_channel(step)
         if left:
             raise self._closed()
 

@@ -81,13 +81,17 @@ class Job(RoundTrip, Readable):
     def _use(self, step: Callable[[], None]) -> None:
         """Take a step on the channel, as the one thread that uses it; a close that comes meanwhile follows it."""
         try:
-            self._take_channel(step)
-            step()
-        except BaseException as error:
-            self._break_off(step, error)
+            try:
+                self._take_channel(step)
+                step()
+            except BaseException as error:
+                self._break_off(step, error)
+                raise
+            finally:
+                left = self._release_channel(step)
+        except BaseException:
+            self._forget_user(step)
             raise
-        finally:
-            left = self._release_channel(step)
         if left:
             raise self._closed()
 

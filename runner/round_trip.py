@@ -345,6 +345,11 @@ class RoundTrip:
             self._leave()
         return leave
 
+    def _forget_user(self, step: object) -> None:
+        """The step has raised and is over, whatever has become of letting the channel go."""
+        if self._user is step:
+            self._user = _CLOSER
+
     @property
     def _wants_write(self) -> bool:
         """Whether there is something to send, once the worker takes more."""
