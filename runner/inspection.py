@@ -104,6 +104,11 @@ class Inspector:
 
     def _look_at(self, worker: Worker, job: Subject, process: psutil.Process) -> Excess | None:
         limits = self._limits
+        # First what is ended at once: of two limits that were passed between two looks this one hurts others.
+        limit = limits.memory_bytes
+        if limit is not None and (taken := _memory(process, limit)) > limit:
+            detail = f"the job took {taken >> 20} MiB of memory, over its limit of {limit >> 20} MiB"
+            return Excess(worker, job, "memory", detail)
         if limits.wall_seconds is not None and time.monotonic() > job.began + limits.wall_seconds:
             return Excess(worker, job, "timeout", over_wall_time(limits.wall_seconds))
         if limits.cpu_seconds is not None:
@@ -114,10 +119,6 @@ class Inspector:
             elif used - before > limits.cpu_seconds:
                 detail = f"the job used more than {limits.cpu_seconds} s of processor time"
                 return Excess(worker, job, "timeout", detail)
-        limit = limits.memory_bytes
-        if limit is not None and (taken := _memory(process, limit)) > limit:
-            detail = f"the job took {taken >> 20} MiB of memory, over its limit of {limit >> 20} MiB"
-            return Excess(worker, job, "memory", detail)
         return None
 
 
