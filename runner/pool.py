@@ -321,6 +321,8 @@ class Pool(Startable):
             supervisor = self._begin()
         try:
             call = self._call(request, upload, context, job_id, lease_timeout, read_timeout, write_timeout)
+            if supervisor.kind == "wsgi":
+                tell_of_dropped(request, job_id)
             return call.run(supervisor)
         except StartError:
             upload.close()
@@ -351,6 +353,8 @@ class Pool(Startable):
 
         try:
             call = self._call(request, upload, context, self._next_job_id(), lease_timeout, read_timeout, write_timeout)
+            if supervisor.kind == "wsgi":
+                tell_of_dropped(request, call.context.job_id)
             return await call.run_async(supervisor)
         except StartError:
             upload.close()
@@ -393,6 +397,17 @@ def check_timeouts(lease: float | None, read: float | None, write: float | None)
         check_seconds("read_timeout", read, endless=True)
     if write is not None:
         check_seconds("write_timeout", write, endless=True)
+
+
+def tell_of_dropped(request: Request, job_id: str) -> None:
+    """Say which headers a WSGI app is not given. One short line: it is the client's doing, not the worker's."""
+    names = [name for name, _ in request.headers if "_" in name]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        which = ", ".join(repr(name[:40]) for name in names[:3])
+        logger.info(
+            "job %s: headers that hold an underscore are dropped: %s%s", job_id, which, more, extra={"job_id": job_id}
+        )
 
 
 def endless(timeout: float | None) -> float | None:

@@ -120,6 +120,7 @@ class Supervisor:
         self._stopping = False
         self._respawn_is_due = False
         self.forgotten = False
+        self.kind = ""
         self._reactor = Reactor()
         background = None if config.sandbox is None else config.sandbox.background_seconds
         self._left = LeftJobs(self._reactor, leases, grace, config.limits.wall_seconds, background)
@@ -491,7 +492,7 @@ class Supervisor:
         kind, _, payload = frames[0] if frames else (None, 0, b"")
         try:
             if kind == READY and frames is not None and len(frames) == 1 and channel.clean:
-                _decode_ready(payload)
+                self.kind = _decode_ready(payload).kind
                 self._ready(worker)
                 return
             if kind == FAULT:

@@ -128,11 +128,9 @@ def build_environ(request: IncomingRequest, root_path: str) -> dict[str, Any]:
         "wsgi.run_once": False,
         "blastdoor.context": head.context,
     }
-    dropped: list[str] = []
     for name, value in head.headers:
         if "_" in name:
-            dropped.append(name)  # X_Key would pass for X-Key in the environ: dropped, as gunicorn and nginx do
-            continue
+            continue  # X_Key would pass for X-Key in the environ: dropped, as gunicorn and nginx do; the host says so
         key = name.upper().replace("-", "_")
         if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
             key = "HTTP_" + key
@@ -141,13 +139,4 @@ def build_environ(request: IncomingRequest, root_path: str) -> dict[str, Any]:
             environ[key] = cast("str", environ[key]) + separator + value
         else:
             environ[key] = value
-    if dropped:
-        _tell_of_dropped(dropped)
     return environ
-
-
-def _tell_of_dropped(names: list[str]) -> None:
-    """One short line a request, however many there are: the client must not use up the worker's share of the log."""
-    which = ", ".join(repr(name[:40]) for name in names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    print(f"blastdoor: headers that hold an underscore are dropped: {which}{more}", file=sys.stderr)
