@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio.lowlevel import checkpoint
 
-from runner.errors import WorkersUnavailable
-from runner.frames import Frame
-from runner.opened import AsyncReadable
-from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip
+from .errors import WorkersUnavailable
+from .frames import Frame
+from .opened import AsyncReadable
+from .round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
-    from runner.call import Call
-    from runner.supervisor import Supervisor
-    from runner.worker_record import Worker
+    from .call import Call
+    from .supervisor import Supervisor
+    from .worker_record import Worker
 
 
 class AsyncJob(RoundTrip, AsyncReadable):

@@ -12,12 +12,12 @@ import os
 from collections import deque
 from typing import Final
 
-from runner.frames import BODY, END, INVALID, REQUEST, STOP, TO_WORKER, Frame, FrameDecoder, pack_header
-from runner.messages import FaultReport, Header, RequestHead
-from runner.outgoing import Outgoing
-from runner.output import Prints
-from runner.pipes import READ_SIZE, HostGone, UploadStopped, decode_request
-from runner.response_frames import (
+from .frames import BODY, END, INVALID, REQUEST, STOP, TO_WORKER, Frame, FrameDecoder, pack_header
+from .messages import FaultReport, Header, RequestHead
+from .outgoing import Outgoing
+from .output import Prints
+from .pipes import READ_SIZE, HostGone, UploadStopped, decode_request
+from .response_frames import (
     SMALL,
     Data,
     body_pieces,

@@ -16,8 +16,8 @@ from typing import Any
 import anyio
 from anyio.lowlevel import current_token
 
-from runner.errors import JobClosed
-from runner.request import PIECE, Body, Upload, as_bytes
+from .errors import JobClosed
+from .request import PIECE, Body, Upload, as_bytes
 
 logger = logging.getLogger("blastdoor")
 

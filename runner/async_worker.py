@@ -16,15 +16,15 @@ import traceback
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from runner.async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
-from runner.cancellation import SIGNAL, STACKS_SIGNAL, read_cancel
-from runner.errors import AbortHandler
-from runner.handlers.bridge import AsyncBridge
-from runner.messages import FaultReport, Header
-from runner.output import Prints
-from runner.pipes import HostGone
-from runner.reports import describe, report_on
-from runner.task_stacks import print_stacks
+from .async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
+from .cancellation import SIGNAL, STACKS_SIGNAL, read_cancel
+from .errors import AbortHandler
+from .handlers.bridge import AsyncBridge
+from .messages import FaultReport, Header
+from .output import Prints
+from .pipes import HostGone
+from .reports import describe, report_on
+from .task_stacks import print_stacks
 
 _ASKING_SHARE: Final = 0.2
 """The share of the grace time that an app has to end by itself, before its task is cancelled."""

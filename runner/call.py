@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from runner.errors import BlastdoorError, InvalidRequest, LeaseTimeout, WorkersUnavailable, closed_by
-from runner.events import JobRefused
-from runner.frames import BODY, END, MAX_HEAD, REQUEST, pack_header
-from runner.job import Job
-from runner.messages import JobContext, RequestHead
-from runner.request import Body, Request, Upload
-from runner.round_trip import NeverTaken, RoundTrip, Timeouts, job_number
-from runner.scope import CancelScope, current_scope
+from .errors import BlastdoorError, InvalidRequest, LeaseTimeout, WorkersUnavailable, closed_by
+from .events import JobRefused
+from .frames import BODY, END, MAX_HEAD, REQUEST, pack_header
+from .job import Job
+from .messages import JobContext, RequestHead
+from .request import Body, Request, Upload
+from .round_trip import NeverTaken, RoundTrip, Timeouts, job_number
+from .scope import CancelScope, current_scope
 
 if TYPE_CHECKING:
-    from runner.async_job import AsyncJob
-    from runner.channel import Channel
-    from runner.supervisor import Supervisor
-    from runner.worker_record import Worker
+    from .async_job import AsyncJob
+    from .channel import Channel
+    from .supervisor import Supervisor
+    from .worker_record import Worker
 
 _MAX_TRIES: Final = 3
 _encode = msgspec.msgpack.Encoder().encode
@@ -160,8 +160,8 @@ class Call:
 def load_async() -> tuple[type[AsyncJob], Callable[[Body], Upload]]:
     """What only tasks need: anyio is loaded where it is used. WorkersUnavailable where no descriptor is left."""
     try:
-        from runner.async_job import AsyncJob
-        from runner.async_upload import upload_of
+        from .async_job import AsyncJob
+        from .async_upload import upload_of
     except OSError as error:
         raise WorkersUnavailable(f"no descriptor is left to import a module with: {error}", 1.0) from error
     return AsyncJob, upload_of

@@ -15,7 +15,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Final
 
-from runner.errors import JobCancelled
+from .errors import JobCancelled
 
 SIGNAL: Final = signal.SIGRTMIN + 12
 """Tells a worker to look at its cancel pipe. A real-time signal: applications have uses for the others."""

@@ -16,10 +16,10 @@ import termios
 import time
 from typing import Final
 
-from runner.cancellation import pack_cancel
-from runner.durations import LONGEST_WAIT
-from runner.frames import TO_HOST, Frame, FrameDecoder
-from runner.outgoing import Outgoing
+from .cancellation import pack_cancel
+from .durations import LONGEST_WAIT
+from .frames import TO_HOST, Frame, FrameDecoder
+from .outgoing import Outgoing
 
 PIPE_SIZE: Final = 256 * 1024
 _READ_SIZE: Final = 64 * 1024

@@ -6,7 +6,7 @@ import math
 import time
 from typing import Final
 
-from runner.errors import ConfigurationError
+from .errors import ConfigurationError
 
 LONGEST: Final = 1e9
 """The longest time that a setting may be, in seconds: some 31 years."""

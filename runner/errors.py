@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runner.messages import Fault
+    from .messages import Fault
 
 
 class AbortHandler(BaseException):

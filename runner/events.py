@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from runner.messages import FaultKind
+from .messages import FaultKind
 
 logger = logging.getLogger("blastdoor")
 

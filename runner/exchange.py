@@ -18,10 +18,10 @@ from enum import IntEnum, auto
 
 import msgspec
 
-from runner.frames import BODY, BUSY, END, FAULT, HEAD, IDLE, INVALID, PRINTED, Frame
-from runner.headers import check_headers, content_length
-from runner.messages import FaultReport, ResponseHead
-from runner.printable import clean_report
+from .frames import BODY, BUSY, END, FAULT, HEAD, IDLE, INVALID, PRINTED, Frame
+from .headers import check_headers, content_length
+from .messages import FaultReport, ResponseHead
+from .printable import clean_report
 
 logger = logging.getLogger("blastdoor")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from runner.errors import (
+from .errors import (
     BodyIncomplete,
     HandlerAborted,
     HandlerRaised,
@@ -15,8 +15,8 @@ from runner.errors import (
     WorkerDied,
     WorkerMisbehaved,
 )
-from runner.exchange import ResponseExchange, State
-from runner.messages import Fault, FaultReport, describe_exit
+from .exchange import ResponseExchange, State
+from .messages import Fault, FaultReport, describe_exit
 
 _ERRORS: Final[dict[str, type[JobFailed]]] = {
     "raised": HandlerRaised,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, MutableMapping
 
-from runner.messages import Header
+from .messages import Header
 
 # RFC 9110, 5.6.2: a name is a token. 5.5: a value holds no CR, LF or NUL; other controls but tab are refused too.
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")

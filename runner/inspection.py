@@ -13,9 +13,9 @@ from typing import Final, Literal, Protocol
 
 import psutil
 
-from runner import linux
-from runner.limits import Limits, over_wall_time
-from runner.worker_record import Worker
+from . import linux
+from .limits import Limits, over_wall_time
+from .worker_record import Worker
 
 IDLE_SECONDS: Final = 0.5
 """Processor time in seconds that a sandboxed worker may use between two jobs, where it should do nothing."""

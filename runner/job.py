@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from runner.durations import sooner
-from runner.frames import Frame
-from runner.opened import Readable
-from runner.round_trip import EXIT_LIMIT, NOTHING, RoundTrip
+from .durations import sooner
+from .frames import Frame
+from .opened import Readable
+from .round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
-    from runner.call import Call
-    from runner.supervisor import Supervisor
-    from runner.worker_record import Worker
+    from .call import Call
+    from .supervisor import Supervisor
+    from .worker_record import Worker
 
 
 class Job(RoundTrip, Readable):

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from runner.cancellation import SIGNAL as CANCEL_SIGNAL
-from runner.cancellation import STACKS_SIGNAL
-from runner.lending import Lender
-from runner.recycle import Recycle
-from runner.waiters import Caller
-from runner.worker_record import Worker
+from .cancellation import SIGNAL as CANCEL_SIGNAL
+from .cancellation import STACKS_SIGNAL
+from .lending import Lender
+from .recycle import Recycle
+from .waiters import Caller
+from .worker_record import Worker
 
 if TYPE_CHECKING:
-    from runner.round_trip import RoundTrip
+    from .round_trip import RoundTrip
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):

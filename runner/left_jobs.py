@@ -16,13 +16,13 @@ from typing import Final
 
 import msgspec
 
-from runner.exchange import ResponseExchange
-from runner.leases import Leases
-from runner.limits import over_wall_time
-from runner.messages import FaultReport, describe_exit
-from runner.printable import quoted
-from runner.reactor import Reactor
-from runner.worker_record import Worker
+from .exchange import ResponseExchange
+from .leases import Leases
+from .limits import over_wall_time
+from .messages import FaultReport, describe_exit
+from .printable import quoted
+from .reactor import Reactor
+from .worker_record import Worker
 
 logger = logging.getLogger("blastdoor")
 

@@ -18,10 +18,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
-from runner.durations import sooner
-from runner.errors import LeaseTimeout, QueueFull, closed_by
-from runner.scope import CancelScope
-from runner.waiters import Caller, TaskWaiter, ThreadWaiter, Waiter
+from .durations import sooner
+from .errors import LeaseTimeout, QueueFull, closed_by
+from .scope import CancelScope
+from .waiters import Caller, TaskWaiter, ThreadWaiter, Waiter
 
 Loan = TypeVar("Loan")
 

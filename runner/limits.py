@@ -14,8 +14,8 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, fields
 from typing import Final
 
-from runner.durations import check_seconds
-from runner.errors import ConfigurationError
+from .durations import check_seconds
+from .errors import ConfigurationError
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B?|B)?\s*", re.IGNORECASE)
 _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

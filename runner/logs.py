@@ -16,7 +16,7 @@ import time
 from collections import deque
 from typing import Final
 
-from runner.printable import printable
+from .printable import printable
 
 logger = logging.getLogger("blastdoor.worker")
 

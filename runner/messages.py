@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from runner.limits import Limits
-from runner.sandbox.profile import Sandbox
+from .limits import Limits
+from .sandbox.profile import Sandbox
 
 Header = tuple[str, str]
 """A header's name and value, both latin-1 text as on the wire of HTTP/1.1 (RFC 9110, section 5)."""

@@ -15,10 +15,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from runner.events import Event, JobAnswered, JobEnded, JobRefused, JobStarted, WorkerEnded, WorkerReady
+from .events import Event, JobAnswered, JobEnded, JobRefused, JobStarted, WorkerEnded, WorkerReady
 
 if TYPE_CHECKING:
-    from runner.protocols import AnyPool
+    from .protocols import AnyPool
 
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 """Buckets of times: from a small round trip to a long stream."""

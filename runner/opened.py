@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from runner.events import Events, Subscriber
+from .events import Events, Subscriber
 
 
 class Readable:
@@ -92,7 +92,7 @@ class Startable:
         self.close()
 
     async def __aenter__(self) -> Self:
-        from runner.waiters import in_thread
+        from .waiters import in_thread
 
         try:
             await in_thread(self.start)
@@ -108,7 +108,7 @@ class Startable:
 
     async def aclose(self, drain: float | None = None) -> None:
         """As `close`, without blocking the event loop, and not to be interrupted."""
-        from runner.waiters import in_thread
+        from .waiters import in_thread
 
         await in_thread(lambda: self.close(drain))
 

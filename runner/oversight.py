@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from runner.inspection import Inspector, Subject
-    from runner.leases import Leases
-    from runner.left_jobs import LeftJobs
-    from runner.limits import Limits
-    from runner.reactor import Reactor
-    from runner.worker_record import Worker
+    from .inspection import Inspector, Subject
+    from .leases import Leases
+    from .left_jobs import LeftJobs
+    from .limits import Limits
+    from .reactor import Reactor
+    from .worker_record import Worker
 
 logger = logging.getLogger("blastdoor")
 
@@ -150,7 +150,7 @@ class Oversight:
 
     def _make_inspector(self) -> Inspector:
         if self._inspector is None:
-            from runner.inspection import Inspector  # psutil is loaded where limits are set
+            from .inspection import Inspector  # psutil is loaded where limits are set
 
             self._inspector = Inspector(self._limits)
         return self._inspector

@@ -14,11 +14,11 @@ from typing import Final
 
 import msgspec
 
-from runner.cancellation import Cancellation
-from runner.frames import BODY, END, HEADER_SIZE, INVALID, REQUEST, STOP, TO_WORKER, FrameDecoder, pack_header
-from runner.messages import FaultReport, Header, RequestHead
-from runner.output import Prints
-from runner.response_frames import SMALL, Data, body_pieces, end_frame, fault_frame, flat, head_frame, small_body
+from .cancellation import Cancellation
+from .frames import BODY, END, HEADER_SIZE, INVALID, REQUEST, STOP, TO_WORKER, FrameDecoder, pack_header
+from .messages import FaultReport, Header, RequestHead
+from .output import Prints
+from .response_frames import SMALL, Data, body_pieces, end_frame, fault_frame, flat, head_frame, small_body
 
 READ_SIZE: Final = 64 * 1024
 """How much of the request pipe is read at once, in bytes."""

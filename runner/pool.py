@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 
-from runner.call import Call, load_async
-from runner.durations import check_seconds
-from runner.errors import PoolClosed, PoolForked, StartError
-from runner.events import Events, PoolStats, WorkerInfo
-from runner.job import Job
-from runner.leases import Admission, Leases
-from runner.limits import Limits, share_cores
-from runner.messages import JobContext, Kind, ZygoteConfig
-from runner.opened import Startable
-from runner.recycle import Recycle
-from runner.request import Request, Upload
-from runner.sandbox.profile import Sandbox
-from runner.settings import PLAIN_ENVIRONMENT, check_admission, check_preload, check_settings, portable
-from runner.supervisor import Size, Supervisor
+from .call import Call, load_async
+from .durations import check_seconds
+from .errors import PoolClosed, PoolForked, StartError
+from .events import Events, PoolStats, WorkerInfo
+from .job import Job
+from .leases import Admission, Leases
+from .limits import Limits, share_cores
+from .messages import JobContext, Kind, ZygoteConfig
+from .opened import Startable
+from .recycle import Recycle
+from .request import Request, Upload
+from .sandbox.profile import Sandbox
+from .settings import PLAIN_ENVIRONMENT, check_admission, check_preload, check_settings, portable
+from .supervisor import Size, Supervisor
 
 if TYPE_CHECKING:
-    from runner.async_job import AsyncJob
+    from .async_job import AsyncJob
 
 logger = logging.getLogger("blastdoor")
 
@@ -195,7 +195,7 @@ class Pool(Startable):
                     env = dict(os.environ) if sandbox is None else {**PLAIN_ENVIRONMENT, **(env or {})}
                     share_cores(env, self._size.most, self._config.limits)
                 if sandbox is not None and sandbox.protect_host:
-                    from runner import linux  # ctypes is loaded where it is used
+                    from . import linux  # ctypes is loaded where it is used
 
                     linux.set_dumpable(dumpable=False)
                 try:
@@ -349,7 +349,7 @@ class Pool(Startable):
         if supervisor is None or self._forked:
             supervisor = self._begin()
         upload = load_async()[1](request.body)
-        from runner.waiters import in_thread
+        from .waiters import in_thread
 
         try:
             call = self._call(request, upload, context, self._next_job_id(), lease_timeout, read_timeout, write_timeout)

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from runner.messages import FaultReport
+from .messages import FaultReport
 
 _CONTROLS: Final = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]"

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
-from runner.events import PoolStats, Subscriber, WorkerInfo
-from runner.messages import JobContext, ResponseHead
-from runner.request import Request
+from .events import PoolStats, Subscriber, WorkerInfo
+from .messages import JobContext, ResponseHead
+from .request import Request
 
 
 class OpenJob(Protocol):

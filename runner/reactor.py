@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from runner.durations import LONGEST_WAIT
+from .durations import LONGEST_WAIT
 
 logger = logging.getLogger("blastdoor")
 

@@ -6,9 +6,9 @@ import random
 import time
 from dataclasses import dataclass
 
-from runner.durations import check_seconds
-from runner.errors import ConfigurationError
-from runner.limits import parse_size
+from .durations import check_seconds
+from .errors import ConfigurationError
+from .limits import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ import os
 import traceback
 from typing import Final
 
-from runner.errors import AbortHandler, JobCancelled
-from runner.messages import FaultReport
+from .errors import AbortHandler, JobCancelled
+from .messages import FaultReport
 
 _MAX_TEXT: Final = 16 * 1024
 _OWN_DIRECTORY: Final = os.path.dirname(__file__) + os.sep

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from runner.errors import InvalidRequest
-from runner.headers import check_headers, is_token
-from runner.messages import Header
+from .errors import InvalidRequest
+from .headers import check_headers, is_token
+from .messages import Header
 
 
 class SupportsRead(Protocol):

@@ -7,9 +7,9 @@ from typing import Final
 
 import msgspec
 
-from runner.frames import BODY, BUSY, END, FAULT, HEAD, IDLE, MAX_BODY, MAX_HEAD, PRINTED, encode, pack_header
-from runner.headers import check_headers, content_length
-from runner.messages import FaultReport, Header, ResponseHead
+from .frames import BODY, BUSY, END, FAULT, HEAD, IDLE, MAX_BODY, MAX_HEAD, PRINTED, encode, pack_header
+from .headers import check_headers, content_length
+from .messages import FaultReport, Header, ResponseHead
 
 Data = bytes | bytearray | memoryview
 """What a handler may give as a piece of a body."""

@@ -24,8 +24,8 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from runner.durations import sooner
-from runner.errors import (
+from .durations import sooner
+from .errors import (
     JobClosed,
     JobFailed,
     JobTimedOut,
@@ -34,20 +34,20 @@ from runner.errors import (
     WriteTimeout,
     closed_by,
 )
-from runner.events import JobAnswered, JobEnded, JobStarted, Outcome
-from runner.exchange import ResponseExchange
-from runner.failures import over_limit, response_failure, worker_death
-from runner.frames import BODY, END, STOP, Frame, encode, pack_header
-from runner.left_jobs import Rest, log_background_failure
-from runner.limits import over_wall_time
-from runner.messages import ResponseHead
-from runner.printable import quoted
-from runner.scope import CancelScope, Watcher
+from .events import JobAnswered, JobEnded, JobStarted, Outcome
+from .exchange import ResponseExchange
+from .failures import over_limit, response_failure, worker_death
+from .frames import BODY, END, STOP, Frame, encode, pack_header
+from .left_jobs import Rest, log_background_failure
+from .limits import over_wall_time
+from .messages import ResponseHead
+from .printable import quoted
+from .scope import CancelScope, Watcher
 
 if TYPE_CHECKING:
-    from runner.call import Call
-    from runner.supervisor import Supervisor
-    from runner.worker_record import Worker
+    from .call import Call
+    from .supervisor import Supervisor
+    from .worker_record import Worker
 
 logger = logging.getLogger("blastdoor")
 

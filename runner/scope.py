@@ -19,8 +19,8 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Self
 
-from runner.durations import check_seconds
-from runner.errors import DeadlineExceeded, JobClosed
+from .durations import check_seconds
+from .errors import DeadlineExceeded, JobClosed
 
 _current: ContextVar[CancelScope | None] = ContextVar("cancel_scope", default=None)
 

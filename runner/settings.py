@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, TypedDict
 
-from runner.errors import ConfigurationError
-from runner.limits import Limits
-from runner.messages import KINDS, Kind
-from runner.recycle import Recycle
-from runner.sandbox.profile import Sandbox
+from .errors import ConfigurationError
+from .limits import Limits
+from .messages import KINDS, Kind
+from .recycle import Recycle
+from .sandbox.profile import Sandbox
 
 PLAIN_ENVIRONMENT: Final = {"LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"}
 """The environment of sandboxed workers, but for what `env` names, and the thread counts of numeric libraries."""

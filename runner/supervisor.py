@@ -19,20 +19,20 @@ from typing import Final
 
 import msgspec
 
-from runner.brake import RestartBrake
-from runner.channel import Channel, make_pipe
-from runner.errors import StartError, WorkersUnavailable
-from runner.events import Events, WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
-from runner.frames import FAULT, READY
-from runner.leases import Leases
-from runner.left_jobs import LeftJobs, Rest
-from runner.logs import LogPipe
-from runner.messages import Born, Died, FaultReport, Lacking, Noted, Ready, Stopped, ZygoteConfig, describe_exit
-from runner.oversight import Oversight
-from runner.printable import one_line, quoted
-from runner.reactor import Reactor
-from runner.worker_record import Worker
-from runner.zygote_process import ZygoteProcess
+from .brake import RestartBrake
+from .channel import Channel, make_pipe
+from .errors import StartError, WorkersUnavailable
+from .events import Events, WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
+from .frames import FAULT, READY
+from .leases import Leases
+from .left_jobs import LeftJobs, Rest
+from .logs import LogPipe
+from .messages import Born, Died, FaultReport, Lacking, Noted, Ready, Stopped, ZygoteConfig, describe_exit
+from .oversight import Oversight
+from .printable import one_line, quoted
+from .reactor import Reactor
+from .worker_record import Worker
+from .zygote_process import ZygoteProcess
 
 logger = logging.getLogger("blastdoor")
 
@@ -386,7 +386,7 @@ class Supervisor:
 
     def _sweep(self, inodes: set[int]) -> None:
         """What the workers of a dead zygote have started is nobody's child now: find it by the pipes that it holds."""
-        from runner import linux  # ctypes is loaded where it is used
+        from . import linux  # ctypes is loaded where it is used
 
         if linux.kill_holders(inodes):
             self._reactor.after(0.05, lambda: self._sweep(inodes))

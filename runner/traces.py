@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from opentelemetry import trace
 
-from runner.events import Event, JobAnswered, JobEnded, JobRefused, JobStarted
+from .events import Event, JobAnswered, JobEnded, JobRefused, JobStarted
 
 if TYPE_CHECKING:
-    from runner.protocols import AnyPool
+    from .protocols import AnyPool
 
 
 def trace_jobs(pool: AnyPool) -> Callable[[], None]:

@@ -16,15 +16,15 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from runner import linux
-from runner.cancellation import STACKS_SIGNAL, Cancellation
-from runner.frames import FAULT, READY, encode
-from runner.handlers.bridge import AsyncBridge, Bridge
-from runner.handlers.load import load
-from runner.messages import FaultReport, Ready, ZygoteConfig
-from runner.output import LogStream, Prints
-from runner.pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
-from runner.reports import explain, report_on
+from . import linux
+from .cancellation import STACKS_SIGNAL, Cancellation
+from .frames import FAULT, READY, encode
+from .handlers.bridge import AsyncBridge, Bridge
+from .handlers.load import load
+from .messages import FaultReport, Ready, ZygoteConfig
+from .output import LogStream, Prints
+from .pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
+from .reports import explain, report_on
 
 REQUEST_FD: Final = 3
 RESPONSE_FD: Final = 4
@@ -83,7 +83,7 @@ def _begin(
     if isinstance(handler, Bridge):
         cancellation.install()
         return lambda: serve(pipes, handler, cancellation)
-    from runner.async_worker import AsyncWorker  # asyncio is loaded where it is used
+    from .async_worker import AsyncWorker  # asyncio is loaded where it is used
 
     worker = AsyncWorker(handler, (REQUEST_FD, RESPONSE_FD, CANCEL_FD), pipes.prints, config.grace)
     worker.start()

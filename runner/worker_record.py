@@ -8,11 +8,11 @@ import time
 import weakref
 from typing import TYPE_CHECKING
 
-from runner.channel import Channel
-from runner.logs import LogPipe
+from .channel import Channel
+from .logs import LogPipe
 
 if TYPE_CHECKING:
-    from runner.round_trip import RoundTrip
+    from .round_trip import RoundTrip
 
 
 class Worker:

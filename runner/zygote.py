@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import multiprocess
 
-from runner import linux, worker
-from runner.handlers.bridge import AsyncBridge, Bridge
-from runner.handlers.load import HandlerError, load
-from runner.messages import Born, Died, Failed, Lacking, News, Noted, Spawn, Stopped, ZygoteConfig
-from runner.reports import explain
-from runner.zygote_process import MAX_MESSAGE
+from . import linux, worker
+from .handlers.bridge import AsyncBridge, Bridge
+from .handlers.load import HandlerError, load
+from .messages import Born, Died, Failed, Lacking, News, Noted, Spawn, Stopped, ZygoteConfig
+from .reports import explain
+from .zygote_process import MAX_MESSAGE
 
 if TYPE_CHECKING:
-    from runner.sandbox.cage import Cage
+    from .sandbox.cage import Cage
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_order = msgspec.msgpack.Decoder(Spawn).decode
@@ -93,7 +93,7 @@ class Zygote:
                 self._send(Failed(f"the handler can't be preloaded:\n{explain(error)}"))
                 return False
         if config.sandbox is not None:
-            from runner.sandbox.cage import Cage, CageError  # loaded where it is used
+            from .sandbox.cage import Cage, CageError  # loaded where it is used
 
             try:
                 self._cage = Cage(
@@ -185,7 +185,7 @@ class Zygote:
         try:
             seat = cage.seat(number)
             if cage.nested:
-                from runner.sandbox.nest import Nested, nest  # loaded where it is used
+                from .sandbox.nest import Nested, nest  # loaded where it is used
 
                 def begin(control: socket.socket) -> Any:
                     enter = functools.partial(cage.enter, seat, 1)

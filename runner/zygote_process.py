@@ -16,9 +16,9 @@ from typing import Final
 
 import msgspec
 
-from runner.channel import make_pipe
-from runner.logs import LogPipe
-from runner.messages import News, Spawn, ZygoteConfig
+from .channel import make_pipe
+from .logs import LogPipe
+from .messages import News, Spawn, ZygoteConfig
 
 MAX_MESSAGE: Final = 128 * 1024
 """The cap on a control message, in bytes; the socket keeps message boundaries (SOCK_SEQPACKET, unix(7))."""
@@ -28,7 +28,7 @@ import sys
 paths = sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))
 sys.path[:] = paths.decode('utf-8', 'surrogateescape').split('\\0')
 del paths
-from runner.zygote import main
+from .zygote import main
 main()
 """
 

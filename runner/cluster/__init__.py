@@ -10,6 +10,6 @@ try:
 except ImportError as error:
     raise ImportError(f"runner.cluster needs Ray ({error}): install blastdoor[cluster]") from error
 
-from runner.cluster.pool import ClusterPool
+from .pool import ClusterPool
 
 __all__ = ["ClusterPool"]

@@ -24,7 +24,13 @@ from typing import Any, Final, ParamSpec
 import msgspec
 import ray
 
-from runner.cluster.messages import (
+from ..errors import BlastdoorError, JobClosed
+from ..job import Job
+from ..messages import JobContext, RequestHead
+from ..pool import Pool
+from ..request import Request, Upload
+from ..scope import CancelScope
+from .messages import (
     Delivery,
     Ending,
     Joined,
@@ -35,13 +41,7 @@ from runner.cluster.messages import (
     encode_event,
     ending_of,
 )
-from runner.cluster.upload import FedUpload
-from runner.errors import BlastdoorError, JobClosed
-from runner.job import Job
-from runner.messages import JobContext, RequestHead
-from runner.pool import Pool
-from runner.request import Request, Upload
-from runner.scope import CancelScope
+from .upload import FedUpload
 
 logger = logging.getLogger("blastdoor")
 

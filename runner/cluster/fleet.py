@@ -20,14 +20,14 @@ import ray
 import ray._private.state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from runner.cluster import session
-from runner.cluster.agent import Agent
-from runner.cluster.link import Link
-from runner.cluster.messages import Joined, decode
-from runner.cluster.placement import Node
-from runner.cluster.round_trip import Host
-from runner.errors import PoolClosed, StartError, WorkersUnavailable
-from runner.events import WorkerInfo
+from ..errors import PoolClosed, StartError, WorkersUnavailable
+from ..events import WorkerInfo
+from . import session
+from .agent import Agent
+from .link import Link
+from .messages import Joined, decode
+from .placement import Node
+from .round_trip import Host
 
 logger = logging.getLogger("blastdoor")
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from anyio.lowlevel import checkpoint
 
-from runner.cluster.round_trip import ClusterRoundTrip, Host, PlaceAnew, left
-from runner.errors import LeaseTimeout, WorkersUnavailable
-from runner.opened import AsyncReadable, Readable
-from runner.waiters import TaskWaiter
+from ..errors import LeaseTimeout, WorkersUnavailable
+from ..opened import AsyncReadable, Readable
+from ..waiters import TaskWaiter
+from .round_trip import ClusterRoundTrip, Host, PlaceAnew, left
 
 if TYPE_CHECKING:
-    from runner.call import Call
+    from ..call import Call
 
 
 class ClusterJob(ClusterRoundTrip, Readable):

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import ray.exceptions
 
-from runner.cluster import session
-from runner.cluster.messages import Pulse, decode, decode_event
-from runner.cluster.placement import Node
+from . import session
+from .messages import Pulse, decode, decode_event
+from .placement import Node
 
 if TYPE_CHECKING:
-    from runner.cluster.round_trip import ClusterRoundTrip, Host
+    from .round_trip import ClusterRoundTrip, Host
 
 logger = logging.getLogger("blastdoor")
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from runner.errors import (
+from ..errors import (
     BlastdoorError,
     InvalidRequest,
     JobFailed,
@@ -19,9 +19,9 @@ from runner.errors import (
     WorkersUnavailable,
     WriteTimeout,
 )
-from runner.events import WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
-from runner.failures import failure
-from runner.messages import Fault, ResponseHead
+from ..events import WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
+from ..failures import failure
+from ..messages import Fault, ResponseHead
 
 
 class Order(msgspec.Struct, array_like=True, frozen=True):

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from runner.errors import LeaseTimeout
-from runner.lending import Lender
-from runner.waiters import Caller
+from ..errors import LeaseTimeout
+from ..lending import Lender
+from ..waiters import Caller
 
 PATIENCE: Final = 0.03
 """Seconds that a job waits for a worker at its node, before it is placed anew."""

@@ -16,19 +16,19 @@ from typing import Any, Final, Self, Unpack
 
 import msgspec
 
-from runner.call import Call
-from runner.cluster import session
-from runner.cluster.fleet import Agents, Fleet
-from runner.cluster.job import ClusterAsyncJob, ClusterJob
-from runner.cluster.placement import Placement
-from runner.cluster.round_trip import Host
-from runner.errors import ConfigurationError, PoolClosed, PoolForked, StartError
-from runner.events import Events, PoolStats, WorkerInfo
-from runner.messages import JobContext
-from runner.opened import Startable
-from runner.pool import Pool, check_timeouts, endless, restore_pool
-from runner.request import Request, Upload
-from runner.settings import PoolOptions
+from ..call import Call
+from ..errors import ConfigurationError, PoolClosed, PoolForked, StartError
+from ..events import Events, PoolStats, WorkerInfo
+from ..messages import JobContext
+from ..opened import Startable
+from ..pool import Pool, check_timeouts, endless, restore_pool
+from ..request import Request, Upload
+from ..settings import PoolOptions
+from . import session
+from .fleet import Agents, Fleet
+from .job import ClusterAsyncJob, ClusterJob
+from .placement import Placement
+from .round_trip import Host
 
 _NO_CONTEXT: Final = JobContext()
 
@@ -243,8 +243,8 @@ class ClusterPool(Startable):
         write_timeout: float | None = None,
     ) -> ClusterAsyncJob:
         """The async twin of `open`, for tasks of asyncio and trio: the event loop is never blocked."""
-        from runner.async_upload import upload_of  # anyio is loaded where it is used
-        from runner.waiters import in_thread
+        from ..async_upload import upload_of  # anyio is loaded where it is used
+        from ..waiters import in_thread
 
         upload = upload_of(request.body)
         try:

@@ -19,17 +19,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from runner.cluster.messages import Delivery, Ending, Order, decode, encode, error_of, lost
-from runner.cluster.placement import PATIENCE
-from runner.errors import JobClosed, JobFailed, LeaseTimeout, PoolClosed, WorkersUnavailable, closed_by
-from runner.events import Events, JobAnswered, JobEnded, JobRefused, JobStarted, Outcome
-from runner.failures import failure
-from runner.messages import Fault, ResponseHead
+from ..errors import JobClosed, JobFailed, LeaseTimeout, PoolClosed, WorkersUnavailable, closed_by
+from ..events import Events, JobAnswered, JobEnded, JobRefused, JobStarted, Outcome
+from ..failures import failure
+from ..messages import Fault, ResponseHead
+from .messages import Delivery, Ending, Order, decode, encode, error_of, lost
+from .placement import PATIENCE
 
 if TYPE_CHECKING:
-    from runner.call import Call
-    from runner.cluster.link import Link
-    from runner.cluster.placement import Placement, Seat
+    from ..call import Call
+    from .link import Link
+    from .placement import Placement, Seat
 
 logger = logging.getLogger("blastdoor")
 

@@ -12,7 +12,7 @@ from typing import Final
 import ray
 from ray.job_config import JobConfig
 
-from runner.errors import ConfigurationError, PoolForked, StartError
+from ..errors import ConfigurationError, PoolForked, StartError
 
 _lock = threading.RLock()  # reentrant: a finaliser may close a pool in the middle of anything
 _inherited = False

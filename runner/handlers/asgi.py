@@ -16,10 +16,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 from urllib.parse import unquote
 
-from runner.async_pipes import AsyncRequest, AsyncResponse
-from runner.handlers.bridge import AsyncBridge
-from runner.messages import Header
-from runner.pipes import UploadStopped
+from ..async_pipes import AsyncRequest, AsyncResponse
+from ..messages import Header
+from ..pipes import UploadStopped
+from .bridge import AsyncBridge
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from runner.async_pipes import AsyncRequest, AsyncResponse
-from runner.handlers.bridge import AsyncBridge
-from runner.handlers.native import FreezingHeaders, RequestView, log_line
-from runner.messages import Header
-from runner.response_frames import Data, with_length
+from ..async_pipes import AsyncRequest, AsyncResponse
+from ..messages import Header
+from ..response_frames import Data, with_length
+from .bridge import AsyncBridge
+from .native import FreezingHeaders, RequestView, log_line
 
 AsyncHandler = Callable[["AsyncHandlerRequest", "AsyncHandlerResponse"], Awaitable[bytes | None]]
 """A native handler that is a coroutine function."""

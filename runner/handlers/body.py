@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, cast
 
-from runner.pipes import IncomingRequest
+from ..pipes import IncomingRequest
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from runner.async_pipes import AsyncRequest, AsyncResponse
-    from runner.messages import HandlerKind
-    from runner.pipes import IncomingRequest, OutgoingResponse
+    from ..async_pipes import AsyncRequest, AsyncResponse
+    from ..messages import HandlerKind
+    from ..pipes import IncomingRequest, OutgoingResponse
 
 
 class Bridge(ABC):

@@ -14,8 +14,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from runner.handlers.bridge import AsyncBridge, Bridge
-from runner.messages import HandlerKind, ZygoteConfig
+from ..messages import HandlerKind, ZygoteConfig
+from .bridge import AsyncBridge, Bridge
 
 _REQUEST_NAMES = frozenset({"request", "req", "r", "rq"})
 _ENVIRON_NAMES = frozenset({"environ", "env", "environment", "wsgi_environ"})
@@ -49,18 +49,18 @@ def load(config: ZygoteConfig) -> Bridge | AsyncBridge:
     elif found is not None and found != kind:
         raise HandlerError(f"handler {name} looks like a {found} handler, not the {kind} one that kind= says")
     if kind == "wsgi":
-        from runner.handlers.wsgi import WSGIBridge
+        from .wsgi import WSGIBridge
 
         return WSGIBridge(target, config.root_path)
     if kind == "asgi":
-        from runner.handlers.asgi import ASGIBridge
+        from .asgi import ASGIBridge
 
         return ASGIBridge(target, config.root_path)
     if is_coroutine_function(target):
-        from runner.handlers.async_native import AsyncNativeBridge
+        from .async_native import AsyncNativeBridge
 
         return AsyncNativeBridge(target)
-    from runner.handlers.native import NativeBridge
+    from .native import NativeBridge
 
     return NativeBridge(target)
 

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from typing import Protocol
 
-from runner.handlers.body import body_reader
-from runner.handlers.bridge import Bridge
-from runner.headers import Headers
-from runner.messages import Header, JobContext, RequestHead
-from runner.pipes import IncomingRequest, OutgoingResponse
-from runner.response_frames import with_length
+from ..headers import Headers
+from ..messages import Header, JobContext, RequestHead
+from ..pipes import IncomingRequest, OutgoingResponse
+from ..response_frames import with_length
+from .body import body_reader
+from .bridge import Bridge
 
 Handler = Callable[["HandlerRequest", "HandlerResponse"], bytes | None]
 """A native handler."""

@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
-from runner.handlers.body import body_reader
-from runner.handlers.bridge import Bridge
-from runner.messages import Header
-from runner.pipes import IncomingRequest, OutgoingResponse
-from runner.response_frames import with_length
+from ..messages import Header
+from ..pipes import IncomingRequest, OutgoingResponse
+from ..response_frames import with_length
+from .body import body_reader
+from .bridge import Bridge
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 Application = Callable[[dict[str, Any], Callable[..., Callable[[bytes], None]]], Iterable[bytes]]

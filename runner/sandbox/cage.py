@@ -15,12 +15,12 @@ from typing import Final
 
 import msgspec
 
-from runner import linux
-from runner.sandbox import cgroup, landlock, machine, seccomp, unlisted
-from runner.sandbox.cgroup import Group
-from runner.sandbox.landlock import EXECUTE, READ, WRITE
-from runner.sandbox.profile import Sandbox
-from runner.sandbox.stage import SCRATCH_PARENT, Stage, first_closed
+from .. import linux
+from . import cgroup, landlock, machine, seccomp, unlisted
+from .cgroup import Group
+from .landlock import EXECUTE, READ, WRITE
+from .profile import Sandbox
+from .stage import SCRATCH_PARENT, Stage, first_closed
 
 _UIDS_OF_A_POOL: Final = 512
 _SIGNALS: Final = 256

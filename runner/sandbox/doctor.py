@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 
-from runner.sandbox import cgroup, machine
-from runner.sandbox.cage import wanted_layers
-from runner.sandbox.profile import Sandbox
+from . import cgroup, machine
+from .cage import wanted_layers
+from .profile import Sandbox
 
 
 def examine() -> int:

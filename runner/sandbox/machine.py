@@ -11,8 +11,8 @@ from typing import Final
 
 import msgspec
 
-from runner import linux
-from runner.sandbox import landlock, seccomp, stage
+from .. import linux
+from . import landlock, seccomp, stage
 
 OWN_USER: Final = "own user"
 FILES: Final = "files"

@@ -13,7 +13,7 @@ import socket
 import struct
 from typing import Any, Final, NoReturn
 
-from runner import linux
+from .. import linux
 
 _STATUS: Final = struct.Struct("=i")
 _DESCRIPTOR_CEILING: Final = 1 << 20

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runner.durations import check_seconds
-from runner.errors import ConfigurationError
-from runner.limits import Limits, parse_size
+from ..durations import check_seconds
+from ..errors import ConfigurationError
+from ..limits import Limits, parse_size
 
 Profile = Literal["default", "strict"]
 Require = Literal["all", "available"]

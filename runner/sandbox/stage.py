@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable
 from typing import Final
 
-from runner import linux
+from .. import linux
 
 SCRATCH_PARENT: Final = "/tmp"
 _FILES: Final = 8192
