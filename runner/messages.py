@@ -111,8 +111,9 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a zygote is told once, on its standard input. The handler is an import string, or a dill pickle.
 
     `grace` is the pool's grace time in seconds, which the workers have a share of for asking before they insist.
-    `modules` are imported in the zygote, once for all workers. `path` is the `sys.path` of sandboxed workers, of
-    which the zygote takes only what is trusted; empty where there is no sandbox.
+    `modules` are imported in the zygote, once for all workers. `path` are the directories that the pool's owner wants
+    the app looked for in; and once a zygote is told, the whole `sys.path` of its workers, of which one with a sandbox
+    takes only what is trusted. `taken` are names of this project's that the app has modules of its own for.
     """
 
     handler: str
@@ -125,6 +126,12 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits
     grace: float
     sandbox: Sandbox | None
+    taken: list[str] = []
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the handler is imported, not sent by value."""
+        return self.pickle is None
 
 
 class Spawn(msgspec.Struct, array_like=True, frozen=True, tag=True):

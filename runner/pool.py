@@ -25,6 +25,7 @@ from .leases import Admission, Leases
 from .limits import Limits, share_cores
 from .messages import JobContext, Kind, ZygoteConfig
 from .opened import Startable
+from .paths import check_paths
 from .recycle import Recycle
 from .request import Request, Upload
 from .sandbox.profile import Sandbox
@@ -47,7 +48,8 @@ class Pool(Startable):
     how many processes there are (default: one per core). With `preload` the handler is imported once, in
     the process that forks the workers; with a list of names just these modules are. `env` is the workers' environment:
     None passes the host's on, with the thread counts of numeric libraries set where they are not; a mapping passes just
-    that. `root_path` is the path that a WSGI or ASGI app lies under (SCRIPT_NAME, `root_path`).
+    that. `path` are directories that the handler's modules are looked for in, before the host's `sys.path`; after it
+    the working directory is. `root_path` is the path that a WSGI or ASGI app lies under (SCRIPT_NAME, `root_path`).
     `limits` are those of the workers and their jobs. `sandbox` says what the handler's code may reach; with one, `env`
     None passes nothing of the host's environment on, and the handler is never imported outside it.
 
@@ -80,6 +82,7 @@ class Pool(Startable):
         recycle: Recycle | None = None,
         preload: bool | Sequence[str] = False,
         env: Mapping[str, str] | None = None,
+        path: Sequence[str] = (),
         root_path: str = "",
         limits: Limits | None = None,
         sandbox: Sandbox | None = None,
@@ -117,7 +120,7 @@ class Pool(Startable):
             pickle=pickle,
             kind=kind,
             preload=preload is True,
-            path=[],
+            path=list(check_paths("path", path)),
             modules=() if isinstance(preload, bool) else tuple(preload),
             root_path=root_path,
             limits=limits,

@@ -30,6 +30,7 @@ class PoolOptions(TypedDict, total=False):
     recycle: Recycle | None
     preload: bool | Sequence[str]
     env: Mapping[str, str] | None
+    path: Sequence[str]
     root_path: str
     limits: Limits | None
     sandbox: Sandbox | None

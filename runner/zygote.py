@@ -30,6 +30,7 @@ from . import linux, worker
 from .handlers.bridge import AsyncBridge, Bridge
 from .handlers.load import HandlerError, load
 from .messages import Born, Died, Failed, Lacking, News, Noted, Spawn, Stopped, ZygoteConfig
+from .names import AppsFirst
 from .reports import explain
 from .zygote_process import MAX_MESSAGE
 
@@ -52,6 +53,8 @@ def main() -> None:
         os.dup2(null, 0)
         os.close(null)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open
+    if config.taken:
+        sys.meta_path.insert(0, AppsFirst(config.taken))
     linux.become_subreaper()
     zygote = Zygote(control, config)
     if not zygote.prepare():

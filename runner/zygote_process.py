@@ -1,7 +1,8 @@
 """A pool's zygote as the host sees it: how it is started, told to fork, and heard.
 
 The interpreter is started with `subprocess` and inherits the control socket and nothing else. Its program
-reads the host's `sys.path` and the configuration from standard input, and then runs `runner.zygote`.
+reads the modules' path and the configuration from standard input, loads this package from where it lies, and then runs
+its `zygote`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ import msgspec
 from .channel import make_pipe
 from .logs import LogPipe
 from .messages import News, Spawn, ZygoteConfig
+from .names import HOME, NAMES, OTHER_NAME, taken_names
 
 MAX_MESSAGE: Final = 128 * 1024
 """The cap on a control message, in bytes; the socket keeps message boundaries (SOCK_SEQPACKET, unix(7))."""
 
 _BOOTSTRAP: Final = """
 import sys
-paths = sys.stdin.buffer.read(int(sys.stdin.buffer.readline()))
-sys.path[:] = paths.decode('utf-8', 'surrogateescape').split('\\0')
-del paths
-from .zygote import main
-main()
+name, home, *sys.path[:] = (
+    sys.stdin.buffer.read(int(sys.stdin.buffer.readline())).decode('utf-8', 'surrogateescape').split('\\0')
+)
+from importlib import import_module, util
+spec = util.spec_from_file_location(name, home + '/__init__.py', submodule_search_locations=[home])
+sys.modules[name] = util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[name])
+del spec, home
+import_module(name + '.zygote').main()
 """
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -44,11 +50,16 @@ class ZygoteProcess:
 
     def __init__(self, config: ZygoteConfig, env: Mapping[str, str] | None) -> None:
         """Start it. Raises OSError where the machine has no process or descriptor to spare."""
-        path = [entry for entry in sys.path if isinstance(entry, str)]  # as the import system does
-        if config.sandbox is not None:
-            config = msgspec.structs.replace(config, path=[*config.sandbox.path, *map(os.path.abspath, path)])
-            path = _trusted(path)
-        preamble = _preamble(path, config)
+        apps = [*(config.sandbox.path if config.sandbox is not None else ()), *config.path]
+        host = [entry for entry in sys.path if isinstance(entry, str)]  # as the import system does
+        if config.by_name and os.getcwd() not in map(os.path.abspath, [*apps, *host]):
+            host.append(os.getcwd())
+            taken = taken_names([*apps, os.getcwd(), *host], len(apps) + 1)
+        else:
+            taken = taken_names([*apps, *host], len(apps)) if config.by_name else []
+        path = [*apps, *(host if config.sandbox is None else map(os.path.abspath, host))]
+        config = msgspec.structs.replace(config, path=path, taken=taken)
+        preamble = _preamble(path if config.sandbox is None else _trusted(host), config)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             log_read, log_write = make_pipe()
@@ -142,9 +153,7 @@ def _program(control_fd: int) -> list[str]:
 
 def _trusted(path: list[str]) -> list[str]:
     """The entries of a `sys.path` that are not the app's: interpreter, packages, and what this package lies in."""
-    import runner
-
-    ours = os.path.dirname(os.path.dirname(os.path.abspath(runner.__file__)))
+    ours = os.path.dirname(HOME)
     homes = [os.path.realpath(home) + os.sep for home in (sys.prefix, sys.base_prefix)]
     return [
         entry
@@ -154,6 +163,7 @@ def _trusted(path: list[str]) -> list[str]:
 
 
 def _preamble(sys_path: list[str], config: ZygoteConfig) -> bytes:
-    """What the bootstrap reads: the length of `sys.path`, `sys.path`, and the configuration."""
-    paths = "\0".join(sys_path).encode("utf-8", "surrogateescape")
-    return b"%d\n%b%b" % (len(paths), paths, _encode(config))
+    """What the bootstrap reads: how long the next is; our package's name and place, `sys.path`; the configuration."""
+    name = OTHER_NAME if NAMES[0] in config.taken else NAMES[0]
+    places = "\0".join([name, HOME, *sys_path]).encode("utf-8", "surrogateescape")
+    return b"%d\n%b%b" % (len(places), places, _encode(config))

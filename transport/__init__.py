@@ -4,6 +4,7 @@
 clients, in threads and in tasks.
 """
 
+import transport._beside  # noqa: F401 - first: it finds the `runner` that belongs here
 from runner.errors import BlastdoorError
 from runner.scope import CancelScope
 from transport.errors import MissingIdentity, TargetEscapes, UnknownProvider

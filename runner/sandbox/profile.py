@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..durations import check_seconds
 from ..errors import ConfigurationError
 from ..limits import Limits, parse_size
+from ..paths import check_paths
 
 Profile = Literal["default", "strict"]
 Require = Literal["all", "available"]
@@ -70,7 +69,13 @@ class Sandbox:
         if self.require not in ("all", "available"):
             raise ConfigurationError(f"require is 'all' or 'available', not {self.require!r}")
         for name in ("path", "readable", "writable"):
-            object.__setattr__(self, name, _paths(name, getattr(self, name)))
+            paths = check_paths(name, getattr(self, name))
+            for path in paths:
+                if path in ("/", "/tmp"):
+                    raise ConfigurationError(
+                        f"{name}: {path!r} would grant what is others': name what the handler needs"
+                    )
+            object.__setattr__(self, name, paths)
         object.__setattr__(self, "connect", tuple(self.connect))
         for port in self.connect:
             if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
@@ -103,17 +108,3 @@ class Sandbox:
             cpu_seconds=self.cpu_seconds if limits.cpu_seconds is None else limits.cpu_seconds,
             open_files=self.open_files if limits.open_files is None else limits.open_files,
         )
-
-
-def _paths(name: str, paths: object) -> tuple[str, ...]:
-    if isinstance(paths, (str, bytes, os.PathLike)) or not isinstance(paths, Iterable):
-        raise ConfigurationError(f"{name} is a list of paths, not {paths!r}")
-    found = []
-    for path in paths:
-        absolute = os.path.abspath(os.fspath(path))
-        if not os.path.exists(absolute):
-            raise ConfigurationError(f"{name}: {absolute!r} is not there: make it first")
-        if absolute in ("/", "/tmp"):
-            raise ConfigurationError(f"{name}: {absolute!r} would grant what is others': name what the handler needs")
-        found.append(absolute)
-    return tuple(found)

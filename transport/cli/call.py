@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ from runner.printable import one_line
 from runner.request import Body, Request
 from transport.errors import MissingIdentity
 from transport.route import Route
-from transport.serving.settings import import_from_here, parse_sandbox
+from transport.serving.settings import parse_sandbox
 
 
 def call_once(
@@ -56,10 +57,9 @@ def check_handler(handler: str, kind: str) -> None:
 def _pool(handler: str, settings: dict[str, Any]) -> Pool:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     sandbox = parse_sandbox(settings.get("sandbox", "none"))
-    if sandbox is None:
-        import_from_here()
     return Pool(
         handler,
+        path=[os.getcwd()],
         kind=settings["kind"],
         workers=1,
         root_path=settings.get("root_path", ""),

@@ -18,15 +18,13 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
         from transport.serving.server import Service
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"serving needs {error.name}: pip install 'blastdoor[serve]'") from error
-    from transport.serving.settings import import_from_here, load_settings, parse_mounts
+    from transport.serving.settings import load_settings, parse_mounts
 
     if apps:
         given["mounts"] = parse_mounts(apps)
     if "env" in given:
         given["env"] = _environment(given["env"])
     settings = load_settings(config, given)
-    if not all(mount.sandboxed(settings.defaults) for mount in settings.all_mounts.values()):
-        import_from_here()
     level = getattr(logging, settings.log_level.upper())
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))

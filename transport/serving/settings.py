@@ -6,11 +6,9 @@ for all mounts, unless a mount's own table says otherwise.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import re
-import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,6 +91,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
         )
         return _kind_of_pool(self.cluster)(
             app,
+            path=[os.getcwd()],  # first, as `python -m` does; this process imports nothing from there
             root_path=root_path,
             workers=None if self.workers is UNSET else parse_workers(self.workers),
             queue=QUEUE if self.queue is UNSET else self.queue,
@@ -134,10 +133,6 @@ class MountSettings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit
             attribution=self.attribution,
             trusted_headers=None if self.trusted_headers is None else self.trusted_headers.made(),
         )
-
-    def sandboxed(self, defaults: Mapping[str, Any]) -> bool:
-        """Whether its pool has a sandbox."""
-        return (defaults.get("sandbox", "none") if self.sandbox is UNSET else self.sandbox) != "none"
 
     def pool_with(self, path: str, defaults: Mapping[str, Any]) -> AnyPool:
         """A new pool for this mount, with what it does not say from `defaults`."""
@@ -261,23 +256,14 @@ def parse_workers(workers: int | str) -> int | tuple[int, int]:
 
 
 def parse_sandbox(sandbox: str | Sandbox) -> Sandbox | None:
-    """A sandbox by the name of its profile, or itself. ConfigurationError for another.
-
-    Its handler is looked for in the working directory too, from which this process then imports nothing.
-    """
+    """A sandbox by the name of its profile, or itself. ConfigurationError for another."""
     if sandbox == "none":
         return None
     if sandbox in ("default", "strict"):
-        return Sandbox(profile="strict" if sandbox == "strict" else "default", path=(os.getcwd(),))
+        return Sandbox(profile="strict" if sandbox == "strict" else "default")
     if not isinstance(sandbox, Sandbox):
         raise ConfigurationError(f"sandbox is 'none', 'default' or 'strict', not {sandbox!r}")
-    return sandbox if sandbox.path else dataclasses.replace(sandbox, path=(os.getcwd(),))
-
-
-def import_from_here() -> None:
-    """Have handlers without a sandbox looked for in the working directory, as `python -m` does."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    return sandbox
 
 
 def parse_address(address: str) -> tuple[str, int]:
