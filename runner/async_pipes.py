@@ -12,6 +12,7 @@ import os
 from collections import deque
 from typing import Final
 
+from .forked import leave
 from .frames import BODY, END, INVALID, REQUEST, STOP, TO_WORKER, Frame, FrameDecoder, pack_header
 from .messages import FaultReport, Header, RequestHead
 from .outgoing import Outgoing
@@ -56,6 +57,11 @@ class AsyncPipes:
         self._outgoing = Outgoing()
         self._drained: asyncio.Future[None] | None = None
         self._puts_without_wait = 0
+
+    def sever(self) -> None:
+        """This process is a fork of the worker's: whoever reads or writes here is to leave it."""
+        for name in ("_fill", "put", "_readable"):
+            setattr(self, name, lambda *_: leave())
 
     # -- in ------------------------------------------------------------------------------------------
 

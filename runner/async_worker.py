@@ -8,17 +8,21 @@ heard by the loop: the job's number comes over the cancel pipe. The handler is a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import os
 import signal
 import sys
 import traceback
+from collections import deque
 from collections.abc import Coroutine
 from typing import Any, Final
 
+from . import orphans
 from .async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
 from .cancellation import SIGNAL, STACKS_SIGNAL, read_cancel
 from .errors import AbortHandler
+from .forked import is_fork, leave, leave_with_result
 from .handlers.bridge import AsyncBridge
 from .messages import FaultReport, Header
 from .output import Prints
@@ -42,12 +46,15 @@ class AsyncWorker:
         self._asking = grace * _ASKING_SHARE
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
+        self._pipes: AsyncPipes | None = None
+        self._reaping = False
         self._cancelled_early: int | None = None
         self._job: tuple[AsyncRequest, AsyncResponse] | None = None
         self._task: asyncio.Task[FaultReport | None] | None = None
 
     def start(self) -> None:
         """Get the handler ready; raises what it raises."""
+        os.register_at_fork(after_in_child=self._sever)
         signal.signal(SIGNAL, signal.SIG_IGN)  # the cancel pipe says it all
         faulthandler.unregister(STACKS_SIGNAL)  # or it would take the next line's handler for its own work
         signal.signal(STACKS_SIGNAL, lambda number, frame: print_stacks(self._loop, sys.stderr))
@@ -65,14 +72,34 @@ class AsyncWorker:
         while True:
             try:
                 return self._loop.run_until_complete(task)
-            except (SystemExit, KeyboardInterrupt):
+            except (SystemExit, KeyboardInterrupt) as error:
+                if is_fork():
+                    leave(error)
                 if task.done():
                     raise
                 # Some other task's, which has come through the loop: it ends that task, not the worker.
                 traceback.print_exc()
 
+    def _sever(self) -> None:
+        """This process is a handler's fork: the loop is the parent's, so that what comes back to it leaves."""
+        if self._pipes is not None:
+            self._pipes.sever()
+        loop: Any = self._loop
+        ready = getattr(loop, "_ready", None)
+        if isinstance(ready, deque):
+            ready.clear()  # what asyncio would go on with comes after what is to leave; uvloop has none such
+        loop.call_soon(leave)
+        with contextlib.suppress(AttributeError):
+            loop.call_soon_threadsafe = leave_with_result
+
+    def _look_for_orphans(self) -> None:
+        orphans.reap()
+        self._reaping = orphans.possible
+        if orphans.possible:
+            self._loop.call_later(orphans.LOOK_SECONDS, self._look_for_orphans)
+
     async def _serve(self) -> None:
-        pipes = AsyncPipes(self._request_fd, self._response_fd, self._prints)
+        pipes = self._pipes = AsyncPipes(self._request_fd, self._response_fd, self._prints)
         os.set_blocking(self._cancel_fd, False)
         self._loop.add_reader(self._cancel_fd, self._hear)
         try:
@@ -80,6 +107,8 @@ class AsyncWorker:
                 request = await pipes.next_request()
                 await self._run_job(request, AsyncResponse(pipes, request))
                 await request.skip()
+                if orphans.possible and not self._reaping:
+                    self._look_for_orphans()
         except HostGone:
             pass
 
@@ -101,9 +130,13 @@ class AsyncWorker:
         try:
             await self._handler(request, response)
         except BaseException as error:  # noqa: BLE001 - it ends the job, not the worker
+            if is_fork():
+                leave(error)
             if request.cancelled:
                 return FaultReport("cancelled", *describe(error))
             return report_on(_unwrapped(error))
+        if is_fork():
+            leave()
         if request.cancelled and not response.ended:
             return FaultReport("cancelled")
         return None

@@ -22,6 +22,20 @@ OTHER_NAME: Final = "blastdoor_runner"
 HOME: Final = os.path.dirname(os.path.abspath(__file__))
 """The directory of the package `runner`."""
 
+BOOTSTRAP: Final = """
+import sys
+name, home, *sys.path[:] = (
+    sys.stdin.buffer.read(int(sys.stdin.buffer.readline())).decode('utf-8', 'surrogateescape').split('\\0')
+)
+from importlib import import_module, util
+spec = util.spec_from_file_location(name, home + '/__init__.py', submodule_search_locations=[home])
+sys.modules[name] = util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[name])
+del spec, home
+import_module(name + '.zygote').main()
+"""
+"""The zygote's program: our package by the name and from the place that come on standard input, whatever the path."""
+
 _SOURCES: Final = (".py", ".so", ".pyc")
 
 

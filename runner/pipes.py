@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from .cancellation import Cancellation
+from .forked import leave
 from .frames import BODY, END, HEADER_SIZE, INVALID, REQUEST, STOP, TO_WORKER, FrameDecoder, pack_header
 from .messages import FaultReport, Header, RequestHead
 from .output import Prints
@@ -220,6 +221,15 @@ class Pipes:
         if kind != REQUEST:
             raise HostGone
         return IncomingRequest(self, number, decode_request(payload))
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the next request for so many seconds; whether it has come."""
+        return bool(self._frames) or bool(self._wait(seconds * 1000))
+
+    def sever(self) -> None:
+        """This process is a fork of the worker's: whoever reads or writes here is to leave it."""
+        for name in ("next_frame", "write", "write_atomic", "write_vectors"):
+            setattr(self, name, lambda *_: leave())
 
     def write(self, data: bytes) -> None:
         """Write all of it. HostGone where nobody reads any more."""

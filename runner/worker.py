@@ -7,17 +7,20 @@ zygote, loads the handler, says READY, and then serves jobs until the request pi
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Final, NoReturn
 
 import msgspec
 
-from . import linux
+from . import linux, orphans
 from .cancellation import STACKS_SIGNAL, Cancellation
+from .forked import disown_forks, is_fork, leave
 from .frames import FAULT, READY, encode
 from .handlers.bridge import AsyncBridge, Bridge
 from .handlers.load import load
@@ -60,6 +63,8 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
     prints = Prints()
     pipes = Pipes(REQUEST_FD, RESPONSE_FD, cancellation, prints)
     _shed(birth.parent, prints)
+    disown_forks((REQUEST_FD, RESPONSE_FD, CANCEL_FD), pipes.sever)
+    orphans.begin()
     try:
         config.limits.apply()
         if birth.enter is not None:
@@ -69,11 +74,23 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
         life = _begin(handler, config, pipes, cancellation)
         pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
     except BaseException as error:  # noqa: BLE001 - a start that failed, whatever it raised, is reported
+        if is_fork():
+            leave(error)
         pipes.write(encode(FAULT, 0, _encode(FaultReport("raised", traceback=explain(error)))))
         sys.stdout.flush()
         os._exit(1)
     life()
+    _wind_up()
     sys.exit(0)
+
+
+def _wind_up() -> None:
+    """What an interpreter does at its end, and a process of multiprocessing's leaves out: threads, then `atexit`.
+
+    It has as long as the pool gives a worker to stop.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
 
 
 def _begin(
@@ -94,11 +111,20 @@ def serve(pipes: Pipes, handler: Bridge, cancellation: Cancellation) -> None:
     """Run one job after another, until the host is gone."""
     try:
         while True:
+            if orphans.possible:
+                wait_and_reap(pipes)
             request = pipes.next_request()
             run_job(handler, request, OutgoingResponse(pipes, request.number), cancellation)
             request.skip()
     except HostGone:
         pass
+
+
+def wait_and_reap(pipes: Pipes) -> None:
+    """Wait for the next request, and reap what the handler's programs have left behind meanwhile."""
+    orphans.reap()
+    while orphans.possible and not pipes.wait(orphans.LOOK_SECONDS):
+        orphans.reap()
 
 
 def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingResponse, cancellation: Cancellation) -> None:
@@ -107,6 +133,8 @@ def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingRespons
         try:
             cancellation.begin(request.number)
             handler(request, response)
+            if is_fork():
+                leave()
             if not response.ended:
                 response.finish(200, [], [])
         finally:
@@ -114,6 +142,8 @@ def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingRespons
     except HostGone:
         raise
     except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt end the job, not the worker
+        if is_fork():
+            leave(error)
         report = report_on(error)
         response.fail(report, implied=(200, []) if report.kind == "aborted" else None)
 

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import multiprocess
 
-from . import linux, worker
+from . import linux, orphans, worker
+from .forked import leave
 from .handlers.bridge import AsyncBridge, Bridge
 from .handlers.load import HandlerError, load
 from .messages import Born, Died, Failed, Lacking, News, Noted, Spawn, Stopped, ZygoteConfig
@@ -89,10 +90,16 @@ class Zygote:
     def prepare(self) -> bool:
         """Do once what is for all workers; False after telling the host why that failed."""
         config = self._config
+        orphans.note_starts()  # before anything of the app's is imported
         if config.modules or config.preload:
+            pid = os.getpid()
             try:
                 self._preload()
+                if os.getpid() != pid:
+                    leave()  # the import has forked: this is no zygote
             except BaseException as error:  # noqa: BLE001 - whatever the import raised is the host's to know
+                if os.getpid() != pid:
+                    leave(error)
                 self._send(Failed(f"the handler can't be preloaded:\n{explain(error)}"))
                 return False
         if config.sandbox is not None:

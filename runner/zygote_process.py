@@ -20,23 +20,10 @@ import msgspec
 from .channel import make_pipe
 from .logs import LogPipe
 from .messages import News, Spawn, ZygoteConfig
-from .names import HOME, NAMES, OTHER_NAME, taken_names
+from .names import BOOTSTRAP, HOME, NAMES, OTHER_NAME, taken_names
 
 MAX_MESSAGE: Final = 128 * 1024
 """The cap on a control message, in bytes; the socket keeps message boundaries (SOCK_SEQPACKET, unix(7))."""
-
-_BOOTSTRAP: Final = """
-import sys
-name, home, *sys.path[:] = (
-    sys.stdin.buffer.read(int(sys.stdin.buffer.readline())).decode('utf-8', 'surrogateescape').split('\\0')
-)
-from importlib import import_module, util
-spec = util.spec_from_file_location(name, home + '/__init__.py', submodule_search_locations=[home])
-sys.modules[name] = util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules[name])
-del spec, home
-import_module(name + '.zygote').main()
-"""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_news = msgspec.msgpack.Decoder(News).decode
@@ -148,7 +135,7 @@ class ZygoteProcess:
 def _program(control_fd: int) -> list[str]:
     """The command: this interpreter with this one's flags, told its control socket's descriptor."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return [sys.executable, *flags, "-c", _BOOTSTRAP, str(control_fd)]
+    return [sys.executable, *flags, "-c", BOOTSTRAP, str(control_fd)]
 
 
 def _trusted(path: list[str]) -> list[str]:
