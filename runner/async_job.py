@@ -116,7 +116,7 @@ class AsyncJob(RoundTrip, AsyncReadable):
                 await _readable(channel.event_fd(write=write), patience)
                 ready = channel.wait(0, write=write)
             frames = self._look(ready, dead)
-            if frames is not NOTHING or self._closed_by is not None:
+            if frames is not NOTHING or self._closed_by is not None or self._settled:
                 return frames
 
     async def _wait_for_death(self) -> None:

@@ -8,7 +8,9 @@ that is cancelled in the middle of a write cuts no frame. Whoever writes waits u
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import sys
 from collections import deque
 from typing import Final
 
@@ -167,6 +169,20 @@ class AsyncPipes:
         return not self._outgoing
 
 
+async def let_cancelled_go() -> None:
+    """Raise, in a task that is being cancelled. What it would take by waiting for nothing would be lost.
+
+    Cancelled scopes of anyio reach a task in its next wait only; Starlette's `Request.is_disconnected` is in one.
+    """
+    anyio = sys.modules.get("anyio")
+    task = asyncio.current_task()
+    if (task is not None and task.cancelling()) or (
+        anyio is not None and anyio.current_effective_deadline() == -math.inf
+    ):
+        await asyncio.sleep(0)  # in which it hears of it
+        await asyncio.sleep(0)
+
+
 class AsyncRequest:
     """One job's request as it comes off the pipe: its head, and its body read on demand."""
 
@@ -206,6 +222,7 @@ class AsyncRequest:
 
         UploadStopped where it was cut off, or there is nobody to read it for.
         """
+        await let_cancelled_go()
         async with self._lock:
             if self._ended:
                 return b""

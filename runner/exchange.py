@@ -19,7 +19,7 @@ from enum import IntEnum, auto
 import msgspec
 
 from .frames import BODY, BUSY, END, FAULT, HEAD, IDLE, INVALID, PRINTED, Frame
-from .headers import check_headers, content_length
+from .headers import check_headers, check_phrase, content_length
 from .messages import FaultReport, ResponseHead
 from .printable import clean_report
 
@@ -32,6 +32,7 @@ class State(IntEnum):
     HEAD_EXPECTED = auto()
     BODY_EXPECTED = auto()
     IDLE_EXPECTED = auto()
+    TAIL_EXPECTED = auto()
     ENDED = auto()
     FAULTED = auto()
     BROKEN = auto()
@@ -41,6 +42,7 @@ NEXT: dict[State, dict[int, State]] = {
     State.HEAD_EXPECTED: {HEAD: State.BODY_EXPECTED, FAULT: State.FAULTED},
     State.BODY_EXPECTED: {BODY: State.BODY_EXPECTED, END: State.ENDED, FAULT: State.FAULTED},
     State.IDLE_EXPECTED: {IDLE: State.ENDED, FAULT: State.FAULTED},
+    State.TAIL_EXPECTED: {BODY: State.TAIL_EXPECTED, END: State.ENDED, FAULT: State.FAULTED},
     State.ENDED: {},
     State.FAULTED: {},
     State.BROKEN: {},
@@ -58,7 +60,7 @@ def _with_one_length(head: ResponseHead, length: str) -> ResponseHead:
     if values == [length]:
         return head
     headers = [pair for pair in head.headers if pair[0].lower() != "content-length"]
-    return ResponseHead(head.status, [*headers, ("content-length", length)])
+    return msgspec.structs.replace(head, headers=[*headers, ("content-length", length)])
 
 
 class ResponseExchange:
@@ -104,6 +106,24 @@ class ResponseExchange:
         exchange.whole = True
         return exchange
 
+    @classmethod
+    def of_tail(cls, job: int) -> ResponseExchange:
+        """What is still to come of a job whose body is complete: whatever there is, its end."""
+        exchange = cls(job, "HEAD")  # further bytes are nobody's
+        exchange.state = State.TAIL_EXPECTED
+        exchange.whole = True
+        return exchange
+
+    def conclude(self) -> None:
+        """The body is complete: what is still to come is no part of the response."""
+        self.state = State.ENDED
+        self.whole = True
+
+    @property
+    def complete(self) -> bool:
+        """Whether the body has all the bytes that its head tells of, and the worker has not ended it yet."""
+        return self.state is State.BODY_EXPECTED and (self._left == 0 or self._bodyless)
+
     @property
     def open(self) -> bool:
         """Whether more of the response may come."""
@@ -122,7 +142,7 @@ class ResponseExchange:
     @property
     def background(self) -> bool:
         """Whether the response is whole, and the worker is not done with the job."""
-        return self.state is State.IDLE_EXPECTED
+        return self.state is State.IDLE_EXPECTED or self.state is State.TAIL_EXPECTED
 
     @property
     def missing(self) -> int:
@@ -161,13 +181,16 @@ class ResponseExchange:
             elif kind == HEAD:
                 if not self._receive_head(payload):
                     return
-            elif kind == FAULT and not self._receive_report(payload):
-                return
+            elif kind == FAULT:
+                self.whole |= self.complete  # what failed is no part of the response
+                if not self._receive_report(payload):
+                    return
             self.state = state
 
     def _receive_head(self, payload: bytes) -> bool:
         try:
             head = _decode_head(payload)
+            check_phrase(head.phrase)
             if head.headers:
                 check_headers(head.headers)
                 self._left = content_length(head.headers)
@@ -178,7 +201,9 @@ class ResponseExchange:
         # a 204 no Content-Length.
         dropped = _NOT_AT_204 if head.status == 204 else _HOP_HEADERS
         if head.headers and any(name.lower() in dropped for name, _ in head.headers):
-            head = ResponseHead(head.status, [pair for pair in head.headers if pair[0].lower() not in dropped])
+            head = msgspec.structs.replace(
+                head, headers=[pair for pair in head.headers if pair[0].lower() not in dropped]
+            )
         if self._left is not None and dropped is _HOP_HEADERS:
             head = _with_one_length(head, str(self._left))
         self.head = head

@@ -7,22 +7,30 @@ and in the host, which takes no worker's word for it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 
 from .messages import Header
 
 # RFC 9110, 5.6.2: a name is a token. 5.5: a value holds no CR, LF or NUL; other controls but tab are refused too.
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_TRIMMED_VALUE = re.compile(r"(?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 
 _name_matches = _NAME.fullmatch
 _value_matches = _VALUE.fullmatch
+_trimmed_value_matches = _TRIMMED_VALUE.fullmatch
 
 
 def is_token(text: str) -> bool:
     """Whether `text` is a token as RFC 9110, 5.6.2 has it (a method, a header's name)."""
     return _name_matches(text) is not None
+
+
+def check_phrase(phrase: str | None) -> None:
+    """Raise ValueError for a reason phrase that could not stand in an HTTP/1.1 message (RFC 9112, 4)."""
+    if phrase and _value_matches(phrase) is None:
+        raise ValueError(f"the reason phrase {phrase[:80]!r} holds a control character, or one beyond latin-1")
 
 
 def check_headers(headers: Iterable[Header]) -> None:
@@ -35,6 +43,34 @@ def check_headers(headers: Iterable[Header]) -> None:
                 f"the value of header {name!r} holds a line break, another control character, or a "
                 f"character beyond latin-1: {value[:80]!r}"
             )
+
+
+def plain_headers(headers: Sequence[Header]) -> list[Header]:
+    """The headers as they can stand in a message: checked, plain str, values without the blanks around them.
+
+    RFC 9110, 5.5: blanks and tabs around a value are no part of it. TypeError for what is no pair of str, ValueError
+    for what could not stand in an HTTP/1.1 message.
+    """
+    for name, value in headers:
+        if (
+            type(name) is not str
+            or type(value) is not str
+            or _name_matches(name) is None
+            or _trimmed_value_matches(value) is None
+        ):
+            return _made_plain(headers)
+    return headers if type(headers) is list else list(headers)
+
+
+def _made_plain(headers: Iterable[Header]) -> list[Header]:
+    made = []
+    for name, value in headers:
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"header names and values must be str, not {name!r}: {value!r}")
+        # Of a subclass what it is as text, whatever its methods say.
+        made.append((str.__str__(name), str.__str__(value).strip(" \t")))
+    check_headers(made)
+    return made
 
 
 def content_length(headers: Iterable[Header]) -> int | None:

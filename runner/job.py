@@ -119,5 +119,5 @@ class Job(RoundTrip, Readable):
             if until is not None and not dead and not any(ready) and time.monotonic() >= until:
                 return NOTHING
             frames = self._look(ready, dead)
-            if frames is not NOTHING or self._closed_by is not None:
+            if frames is not NOTHING or self._closed_by is not None or self._settled:
                 return frames

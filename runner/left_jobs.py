@@ -231,6 +231,8 @@ class LeftJob:
 
 def log_background_failure(worker: Worker, job_id: str, report: FaultReport) -> None:
     """Tell of what a handler raised after the end of its response: nobody else hears of it."""
+    if report.kind not in ("raised", "memory"):
+        return  # it has cut its own end off
     text = quoted(report.traceback)
     if worker.log.charge(len(text.encode())):
         logger.error("job %s: its background work raised\n%s", job_id, text)

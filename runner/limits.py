@@ -134,10 +134,13 @@ def over_wall_time(seconds: float) -> str:
     return f"the job took longer than {seconds} s"
 
 
-def share_cores(env: MutableMapping[str, str], workers: int, limits: Limits) -> None:
-    """Set what keeps as many workers from using more threads than there are cores, where it is not set."""
+def share_cores(env: MutableMapping[str, str], workers: int, limits: Limits, *, preload: bool) -> None:
+    """Set what keeps as many workers from using more threads than there are cores, where it is not set.
+
+    With a `preload` numeric libraries start none at all: threads do not survive the fork that makes a worker.
+    """
     cores = len(limits.cpus or os.sched_getaffinity(0))
-    threads = 1 if limits.cpus else max(cores // workers, 1)
+    threads = 1 if limits.cpus or preload else max(cores // workers, 1)
     for name in _THREAD_VARIABLES:
         env.setdefault(name, str(threads))
     if limits.memory is not None:

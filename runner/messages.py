@@ -26,6 +26,9 @@ Kind = Literal["auto", HandlerKind]
 
 KINDS: tuple[Kind, ...] = ("auto", "native", "wsgi", "asgi")
 
+MOST_PHRASE = 512
+"""The most characters of a reason phrase."""
+
 PHRASES: dict[int, str] = {status.value: status.phrase for status in HTTPStatus}
 PHRASES[418] = "I'm a Teapot"
 
@@ -58,15 +61,19 @@ class RequestHead(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class ResponseHead(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Status and headers of a response. Repeated headers stand as often as the handler sent them."""
+    """Status and headers of a response. Repeated headers stand as often as the handler sent them.
+
+    `phrase` is a reason of the app's own, None for the status's.
+    """
 
     status: Annotated[int, msgspec.Meta(ge=200, le=999)]
     headers: list[Header]
+    phrase: Annotated[str, msgspec.Meta(max_length=MOST_PHRASE)] | None = None
 
     @property
     def reason(self) -> str:
-        """The standard phrase of the status (RFC 9110, section 15), empty where there is none."""
-        return PHRASES.get(self.status, "")
+        """The reason phrase: the app's own, or the status's (RFC 9110, section 15), empty where there is none."""
+        return PHRASES.get(self.status, "") if self.phrase is None else self.phrase
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True):
@@ -114,6 +121,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     `modules` are imported in the zygote, once for all workers. `path` are the directories that the pool's owner wants
     the app looked for in; and once a zygote is told, the whole `sys.path` of its workers, of which one with a sandbox
     takes only what is trusted. `taken` are names of this project's that the app has modules of its own for.
+    `spool_uploads` is the most bytes of a body without a length that a WSGI app's worker takes before it calls it.
     """
 
     handler: str
@@ -127,6 +135,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     grace: float
     sandbox: Sandbox | None
     taken: list[str] = []
+    spool_uploads: int | None = None
 
     @property
     def by_name(self) -> bool:

@@ -19,7 +19,17 @@ from .forked import leave
 from .frames import BODY, END, HEADER_SIZE, INVALID, REQUEST, STOP, TO_WORKER, FrameDecoder, pack_header
 from .messages import FaultReport, Header, RequestHead
 from .output import Prints
-from .response_frames import SMALL, Data, body_pieces, end_frame, fault_frame, flat, head_frame, small_body
+from .response_frames import (
+    SMALL,
+    Data,
+    body_pieces,
+    end_frame,
+    fault_frame,
+    flat,
+    head_frame,
+    idle_frame,
+    small_body,
+)
 
 READ_SIZE: Final = 64 * 1024
 """How much of the request pipe is read at once, in bytes."""
@@ -85,7 +95,7 @@ class IncomingRequest:
 class OutgoingResponse:
     """One job's response on its way to the pipe. The first head wins; nothing goes out after the end."""
 
-    __slots__ = ("_lock", "_number", "_pipes", "_shield", "ended", "started")
+    __slots__ = ("_lock", "_number", "_pipes", "_shield", "busy", "ended", "reason", "started")
 
     def __init__(self, pipes: Pipes, number: int) -> None:
         self._pipes = pipes
@@ -94,10 +104,12 @@ class OutgoingResponse:
         self._shield = pipes.shield
         self.started = False
         self.ended = False
+        self.busy = False
+        self.reason: str | None = None
 
     def start(self, status: int, headers: list[Header]) -> None:
         """Send the head. Raises ValueError or TypeError for one that HTTP does not allow."""
-        frame = head_frame(self._number, status, headers)
+        frame = head_frame(self._number, status, headers, self.reason)
         with self._shield, self._lock:
             if self.ended or self.started:
                 return
@@ -106,7 +118,7 @@ class OutgoingResponse:
 
     def start_with(self, status: int, headers: list[Header], data: Data) -> None:
         """Send the head and the first bytes of the body in one write."""
-        frame = head_frame(self._number, status, headers)
+        frame = head_frame(self._number, status, headers, self.reason)
         data = flat(data)
         with self._shield, self._lock:
             self._check_open()
@@ -129,12 +141,16 @@ class OutgoingResponse:
             if data:
                 self._write_body(data)
 
-    def finish(self, status: int, headers: list[Header], chunks: list[bytes]) -> None:
-        """Send the rest, the head included if it is still to come, and END; one write where it is small."""
-        frame = b"" if self.started else head_frame(self._number, status, headers)
+    def finish(self, status: int, headers: list[Header], chunks: list[bytes], *, busy: bool = False) -> None:
+        """Send the rest, the head included if it is still to come, and END; one write where it is small.
+
+        `busy` where the worker goes on with the job: `settle` ends it then.
+        """
+        frame = b"" if self.started else head_frame(self._number, status, headers, self.reason)
         with self._shield, self._lock:
             self._check_open()
             self.started = self.ended = True
+            self.busy = busy
             if sum(map(len, chunks)) > SMALL:
                 for chunk in chunks:
                     if chunk:
@@ -142,17 +158,25 @@ class OutgoingResponse:
                         frame = b""
                 chunks = []
             body = small_body(self._number, chunks)
-            end = end_frame(self._number, printed=self._pipes.prints.take())
+            end = end_frame(self._number, printed=self._pipes.prints.take(), busy=busy)
             self._pipes.write(b"".join((frame, *body, end)))
 
     def fail(self, report: FaultReport, implied: tuple[int, list[Header]] | None = None) -> None:
-        """End the response with a fault, after a head where one is implied."""
+        """End the response, or what goes on after it, with a fault; after a head where one is implied."""
         with self._shield, self._lock:
-            if self.ended:
+            if self.ended and not self.busy:
                 return
+            self.busy = False
             frame = b"" if self.started or implied is None else head_frame(self._number, *implied)
             self.started = self.ended = True
             self._pipes.write(frame + fault_frame(self._number, report, printed=self._pipes.prints.take()))
+
+    def settle(self) -> None:
+        """The worker is done with a job that was left busy."""
+        with self._shield, self._lock:
+            if self.busy:
+                self.busy = False
+                self._pipes.write(idle_frame(self._number, printed=self._pipes.prints.take()))
 
     def _check_open(self) -> None:
         if self.ended:
@@ -197,13 +221,16 @@ class Pipes:
         return frame
 
     def take_whole_body(self) -> bytes | None:
-        """Take a body of one frame and its END, if that is what has come next."""
+        """Take a body and its END, if all of it has come."""
         frames = self._frames
-        if len(frames) == 2 and frames[0][0] == BODY and frames[1][0] == END:
+        if not frames or frames[-1][0] != END:
+            return None
+        if len(frames) == 2 and frames[0][0] == BODY:
             body = frames[0][2]
-            frames.clear()
-            return body
-        return None
+        else:
+            body = b"".join([payload for _, _, payload in frames])
+        frames.clear()
+        return body
 
     def take_end(self) -> bool:
         """Take the END of a request's body, if that is what has come next."""

@@ -22,7 +22,7 @@ from .errors import PoolClosed, PoolForked, StartError
 from .events import Events, PoolStats, WorkerInfo
 from .job import Job
 from .leases import Admission, Leases
-from .limits import Limits, share_cores
+from .limits import Limits, parse_size, share_cores
 from .messages import JobContext, Kind, ZygoteConfig
 from .opened import Startable
 from .paths import check_paths
@@ -50,6 +50,8 @@ class Pool(Startable):
     None passes the host's on, with the thread counts of numeric libraries set where they are not; a mapping passes just
     that. `path` are directories that the handler's modules are looked for in, before the host's `sys.path`; after it
     the working directory is. `root_path` is the path that a WSGI or ASGI app lies under (SCRIPT_NAME, `root_path`).
+    `spool_uploads` (bytes, or text such as "64MiB") has a WSGI app get each body of unknown length as a file with a
+    CONTENT_LENGTH, which Django needs; a longer one is refused with a 413.
     `limits` are those of the workers and their jobs. `sandbox` says what the handler's code may reach; with one, `env`
     None passes nothing of the host's environment on, and the handler is never imported outside it.
 
@@ -84,6 +86,7 @@ class Pool(Startable):
         env: Mapping[str, str] | None = None,
         path: Sequence[str] = (),
         root_path: str = "",
+        spool_uploads: int | str | None = None,
         limits: Limits | None = None,
         sandbox: Sandbox | None = None,
         grace: float = 0.25,
@@ -126,6 +129,7 @@ class Pool(Startable):
             limits=limits,
             grace=grace,
             sandbox=sandbox,
+            spool_uploads=None if spool_uploads is None else parse_size(spool_uploads),
         )
         self._settings: dict[str, Any] = {
             "size": Size(least=least, most=most, spares=spares, shrink_after=shrink_after),
@@ -196,7 +200,8 @@ class Pool(Startable):
                 sandbox = self._config.sandbox
                 if env is None or sandbox is not None:
                     env = dict(os.environ) if sandbox is None else {**PLAIN_ENVIRONMENT, **(env or {})}
-                    share_cores(env, self._size.most, self._config.limits)
+                    preload = self._config.preload or bool(self._config.modules)
+                    share_cores(env, self._size.most, self._config.limits, preload=preload)
                 if sandbox is not None and sandbox.protect_host:
                     from . import linux  # ctypes is loaded where it is used
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .errors import InvalidRequest
-from .headers import check_headers, is_token
+from .headers import is_token, plain_headers
 from .messages import Header
 
 
@@ -64,9 +64,14 @@ class Request:
         if type(self.headers) is not list and isinstance(self.headers, Mapping):
             raise InvalidRequest("headers are a list of (name, value) pairs: give list(headers.items())")
         try:
-            check_headers(self.headers)
+            headers = plain_headers(self.headers)
         except (TypeError, ValueError) as error:
             raise InvalidRequest(str(error)) from None
+        if headers is not self.headers:
+            object.__setattr__(self, "headers", headers)
+        if type(self.method) is not str or type(self.target) is not str:  # a subclass: what it is as text
+            object.__setattr__(self, "method", str.__str__(self.method))
+            object.__setattr__(self, "target", str.__str__(self.target))
 
 
 class Upload:

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from .frames import BODY, BUSY, END, FAULT, HEAD, IDLE, MAX_BODY, MAX_HEAD, PRINTED, encode, pack_header
-from .headers import check_headers, content_length
+from .headers import content_length, plain_headers
 from .messages import FaultReport, Header, ResponseHead
 
 Data = bytes | bytearray | memoryview
@@ -17,36 +17,24 @@ Data = bytes | bytearray | memoryview
 SMALL: Final = 32 * 1024
 """Body bytes up to this size are joined with what goes out beside them, so that it is one write."""
 
-_BLANKS: Final = (" ", "\t")
 _LENGTHS: Final = frozenset({"content-length", "transfer-encoding"})
 
 _encode = msgspec.msgpack.Encoder().encode
 
 
-def head_frame(job: int, status: int, headers: list[Header]) -> bytes:
-    """The head. Raises ValueError or TypeError for one that HTTP does not allow."""
+def head_frame(job: int, status: int, headers: list[Header], reason: str | None = None) -> bytes:
+    """The head, with a reason phrase where it is not the status's own. ValueError or TypeError for a bad one."""
     if not isinstance(status, int) or isinstance(status, bool):
         raise TypeError(f"the status must be an int such as 200, not {status!r}")
     if not 200 <= status <= 999:
         raise ValueError(f"the status must lie between 200 and 999, not {status}")
     if headers:
-        headers = _checked(headers)
-    payload = _encode(ResponseHead(int(status), headers))
+        headers = plain_headers(headers)
+        content_length(headers)
+    payload = _encode(ResponseHead(int(status), headers, reason))
     if len(payload) > MAX_HEAD:
         raise ValueError(f"the response head has {len(payload)} bytes, over the cap of {MAX_HEAD}")
     return encode(HEAD, job, payload)
-
-
-def _checked(headers: list[Header]) -> list[Header]:
-    for name, value in headers:
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise TypeError(f"header names and values must be str, not {name!r}: {value!r}")
-    # RFC 9110, 5.5: blanks around a value are no part of it; Django's cookies have them.
-    if any(value[:1] in _BLANKS or value[-1:] in _BLANKS for _, value in headers):
-        headers = [(name, value.strip(" \t")) for name, value in headers]
-    check_headers(headers)
-    content_length(headers)
-    return headers
 
 
 def with_length(status: int, headers: list[Header], size: int) -> list[Header]:

@@ -54,6 +54,9 @@ logger = logging.getLogger("blastdoor")
 EXIT_LIMIT: Final = 5.0
 """Seconds to wait for the death of a worker whose stream has ended, and that was killed."""
 
+TAIL_PATIENCE: Final = 0.005
+"""Seconds that the end of a complete body is waited for: the worker is mostly about to be free."""
+
 LAST_WORDS: Final = "; its last output:\n"
 """In the log, between how a worker has died in its job and what it had printed."""
 
@@ -359,6 +362,8 @@ class RoundTrip:
         """How long to wait for the channel now, in seconds."""
         if self._worker.dead:
             return 0
+        if self._exchange.complete and not self._uploading:
+            return TAIL_PATIENCE
         timeout = self._write_timeout if self._wants_write else None if self._uploading else self._read_timeout
         if self._scope is not None:
             timeout = sooner(timeout, self._scope.deadline)
@@ -385,6 +390,9 @@ class RoundTrip:
         return NOTHING
 
     def _time_is_up(self) -> None:
+        if self._exchange.complete and not self._uploading:
+            self._let_tail_go()
+            return
         if self._expires is not None and time.monotonic() >= self._expires:
             raise over_limit("timeout", over_wall_time(self._wall_seconds), self.job_id)
         if self._scope is not None and self._scope.cancelled:
@@ -404,12 +412,26 @@ class RoundTrip:
     def _receive(self, frames: list[Frame]) -> None:
         """Take the next frames of the response."""
         self._exchange.receive(frames)
-        if not self._exchange.open:
+        if not self._exchange.open and not self._settled:
             self._settle()
+
+    def _let_tail_go(self) -> None:
+        """The body is complete, and the worker is not done: nobody waits for that here."""
+        if not self._worker.dead:
+            self._stop_upload()
+        self._exchange.conclude()
+        self._outcome = "ok"
+        if self._channel.torn:
+            self._discard()
+        else:
+            self._end(self._hand_tail_over)
 
     def _mourn(self) -> None:
         """The worker's stream ended inside the job, and it is dead, or will not die: raise why."""
         worker = self._worker
+        if self._exchange.complete:
+            self._let_tail_go()
+            return
         never_taken = (
             self._exchange.head is None
             and not self._upload.pulled
@@ -551,6 +573,10 @@ class RoundTrip:
             expires=self._expires,
         )
         self._supervisor.adopt(worker, rest)
+
+    def _hand_tail_over(self, worker: Worker) -> None:
+        tail = ResponseExchange.of_tail(self._exchange.job)
+        self._supervisor.adopt(worker, Rest(tail, timed_out="", expires=self._expires))
 
     def _discard(self) -> None:
         self._end(self._supervisor.leases.discard)

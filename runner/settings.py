@@ -32,6 +32,7 @@ class PoolOptions(TypedDict, total=False):
     env: Mapping[str, str] | None
     path: Sequence[str]
     root_path: str
+    spool_uploads: int | str | None
     limits: Limits | None
     sandbox: Sandbox | None
     grace: float

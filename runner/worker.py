@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import msgspec
 
@@ -65,6 +65,7 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
     _shed(birth.parent, prints)
     disown_forks((REQUEST_FD, RESPONSE_FD, CANCEL_FD), pipes.sever)
     orphans.begin()
+    _reseed()
     try:
         config.limits.apply()
         if birth.enter is not None:
@@ -189,6 +190,16 @@ def _shed(parent: int, prints: Prints) -> None:
     faulthandler.enable(2)
     faulthandler.register(STACKS_SIGNAL, 2, all_threads=True, chain=False)
     _replace_authkeys()
+
+
+def _reseed() -> None:
+    """Give numpy's global generator a state of its own, where a preload has brought it: the template's is everybody's.
+
+    Python reseeds its `random` by itself.
+    """
+    random: Any = sys.modules.get("numpy.random")
+    if random is not None:
+        random.seed()
 
 
 def _replace_authkeys() -> None:

@@ -128,8 +128,9 @@ class Zygote:
         threads = len(os.listdir("/proc/self/task"))
         if threads > 1:
             raise HandlerError(
-                f"importing the handler started {threads - 1} thread(s), which a fork would lose: "
-                f"start the pool with preload=False"
+                f"importing the handler started {threads - 1} thread(s), which a fork would lose: start the pool with "
+                f"preload=False; or, where they are a numeric library's, with OMP_NUM_THREADS=1 and "
+                f"OPENBLAS_NUM_THREADS=1 in its environment"
             )
         self._inherited = frozenset(linux.open_descriptors() - before)
         self._kept = frozenset(linux.children())

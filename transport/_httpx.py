@@ -27,7 +27,7 @@ from runner.messages import JobContext, ResponseHead
 from runner.request import Body, Request
 from transport.errors import TargetEscapes
 from transport.faults import problem
-from transport.route import Route
+from transport.route import Route, scheme_for_handlers, under_scheme
 
 if TYPE_CHECKING:
     from runner.protocols import AnyAsyncJob, AnyJob, AnyPool
@@ -47,7 +47,6 @@ class Errors:
     read: type[Exception]
     read_timeout: type[Exception]
     remote_protocol: type[Exception]
-    unsupported_protocol: type[Exception]
     write_timeout: type[Exception]
 
 
@@ -135,21 +134,21 @@ class Core:
         """The response that tells of a fault, or the client's own error, raised."""
         errors = self._errors
         if isinstance(error, LeaseTimeout) and self._pool.overload == "raise":
-            raise call.lease_error(str(error)) from error
+            raise call.lease_error(f"timed out: {error}") from error
         if isinstance(error, (JobFailed, WorkersUnavailable, LeaseTimeout)):
             head, content = problem(error, debug=self._pool.debug)
             return head, b"" if call.outgoing.method == "HEAD" else content
         if isinstance(error, InvalidRequest):
             raise errors.local_protocol(str(error)) from error
         if isinstance(error, (PoolClosed, PoolForked, StartError)):
-            raise errors.connect(str(error)) from error
+            raise errors.connect(f"All connection attempts failed: {error}") from error
         raise _translated(error, errors) from error
 
 
 class _Call:
     """One request on its way."""
 
-    __slots__ = ("_authority", "_route", "context", "lease_error", "outgoing", "timeouts")
+    __slots__ = ("_authority", "_route", "_scheme", "context", "lease_error", "outgoing", "timeouts")
 
     def __init__(self, core: Core, request: ClientRequest, body: object) -> None:
         errors = core._errors
@@ -167,9 +166,8 @@ class _Call:
             "write_timeout": math.inf if write is None else write,
         }
         url = request.url
-        scheme = url.scheme
-        if scheme not in _PORTS:
-            raise errors.unsupported_protocol(f"the URL's scheme must be http or https, not {scheme!r}")
+        scheme = scheme_for_handlers(url.scheme)
+        self._scheme = url.scheme
         target = request.extensions.get("target", url.raw_path)
         target = target if isinstance(target, str) else bytes(target).decode("latin-1")
         self._authority = url.netloc.decode("ascii")
@@ -189,12 +187,13 @@ class _Call:
         headers = head.headers
         if self._route is not None:
             headers = self._route.restore_locations(headers, self.outgoing.scheme, self._authority)
+        headers = under_scheme(headers, self._scheme, self._authority)
         return Answer(
             head.status,
             [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers],
             {
                 "http_version": b"HTTP/1.1",
-                "reason_phrase": head.reason.encode("ascii"),
+                "reason_phrase": head.reason.encode("latin-1"),
                 "served_target": self.outgoing.target,
             },
         )
@@ -259,12 +258,13 @@ class AsyncBody:
 def _translated(error: BlastdoorError, errors: Errors) -> Exception:
     """The client's own error for what ended a job."""
     if isinstance(error, ReadTimeout):
-        return errors.read_timeout(str(error))
+        return errors.read_timeout(f"timed out: {error}")
     if isinstance(error, WriteTimeout):
-        return errors.write_timeout(str(error))
+        return errors.write_timeout(f"timed out: {error}")
     if isinstance(error, JobClosed):
-        kind = errors.read_timeout if isinstance(error.__cause__, TimeoutError) else errors.read
-        return kind(str(error))
+        if isinstance(error.__cause__, TimeoutError):
+            return errors.read_timeout(f"timed out: {error}")
+        return errors.read(str(error))
     if isinstance(error, InvalidRequest):  # the body's source gave what is no bytes
         return errors.local_protocol(str(error))
-    return errors.remote_protocol(f"the response ended before its time: {error}")
+    return errors.remote_protocol(f"peer closed connection without sending complete message body: {error}")

@@ -30,7 +30,6 @@ _ERRORS = Errors(
     read=httpx.ReadError,
     read_timeout=httpx.ReadTimeout,
     remote_protocol=httpx.RemoteProtocolError,
-    unsupported_protocol=httpx.UnsupportedProtocol,
     write_timeout=httpx.WriteTimeout,
 )
 

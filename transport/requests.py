@@ -22,9 +22,9 @@ from requests.adapters import BaseAdapter
 from requests.cookies import extract_cookies_to_jar
 from requests.exceptions import ConnectionError as RequestsConnectionError
 from requests.exceptions import ConnectTimeout, InvalidHeader, InvalidURL, ReadTimeout
-from requests.utils import get_encoding_from_headers
+from requests.utils import get_encoding_from_headers, requote_uri
 from urllib3 import HTTPHeaderDict, HTTPResponse
-from urllib3.exceptions import ProtocolError, ReadTimeoutError
+from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError, ProtocolError, ReadTimeoutError
 from urllib3.util import Timeout
 
 from runner.errors import (
@@ -44,7 +44,7 @@ from runner.messages import Header, JobContext, ResponseHead
 from runner.request import Request
 from transport.errors import TargetEscapes
 from transport.faults import problem
-from transport.route import Route
+from transport.route import Route, scheme_for_handlers, under_scheme
 
 if TYPE_CHECKING:
     from runner.protocols import AnyJob, AnyPool
@@ -88,14 +88,17 @@ class Transport(BaseAdapter):
             try:
                 job = self._pool.open(outgoing, context=context, lease_timeout=connect, read_timeout=read)
                 head = job.head
-                body: io.BytesIO | _JobBody = _JobBody(job)
+                body: io.BytesIO | _JobBody = _JobBody(job, _pool_of(request), read)
             except (JobFailed, WorkersUnavailable) as error:
                 head, content = problem(error, debug=self._pool.debug)
                 body = io.BytesIO(b"" if outgoing.method == "HEAD" else content)
             try:
                 if self._route is not None:
                     headers = self._route.restore_locations(head.headers, outgoing.scheme, authority)
-                    head = ResponseHead(head.status, headers)
+                    head = ResponseHead(head.status, headers, head.phrase)
+                own = urlsplit(request.url or "").scheme.lower()
+                if own not in _PORTS:
+                    head = ResponseHead(head.status, under_scheme(head.headers, own, authority), head.phrase)
                 return self._respond(request, head, RawResponse(head, body, outgoing))
             except BaseException:
                 body.close()
@@ -104,19 +107,29 @@ class Transport(BaseAdapter):
             raise InvalidURL(error, request=request) from error
         except LeaseTimeout as error:
             if self._pool.overload == "raise":
-                raise ConnectTimeout(error, request=request) from error
+                reason = ConnectTimeoutError(f"Connection timed out. (connect timeout={connect}) {error}")
+                raise ConnectTimeout(self._given_up(request, reason), request=request) from error
             head, content = problem(error, debug=self._pool.debug)
             return self._respond(request, head, RawResponse(head, io.BytesIO(content), outgoing))
         except JobReadTimeout as error:
-            raise ReadTimeout(error, request=request) from error
+            raise ReadTimeout(_read_timeout(_pool_of(request), read, error), request=request) from error
         except JobClosed as error:
-            kind = ReadTimeout if isinstance(error.__cause__, TimeoutError) else RequestsConnectionError
-            raise kind(error, request=request) from (error.__cause__ or error)
+            if isinstance(error.__cause__, TimeoutError):
+                late = _read_timeout(_pool_of(request), read, error)
+                raise ReadTimeout(late, request=request) from error.__cause__
+            aborted = ProtocolError(f"Connection aborted. {error}", error)
+            raise RequestsConnectionError(aborted, request=request) from (error.__cause__ or error)
         except (PoolClosed, PoolForked, StartError) as error:
-            raise RequestsConnectionError(error, request=request) from error
+            refused = NewConnectionError(_pool_of(request), f"Failed to establish a new connection: {error}")  # type: ignore[arg-type]
+            raise RequestsConnectionError(self._given_up(request, refused), request=request) from error
 
     def close(self) -> None:
         """Do nothing: the pool is its owner's to close."""
+
+    @staticmethod
+    def _given_up(request: requests.PreparedRequest, reason: Exception) -> MaxRetryError:
+        """What urllib3 raises where a connection could not be had."""
+        return MaxRetryError(_pool_of(request), _target(request.url or ""), reason)  # type: ignore[arg-type]
 
     def _translate(self, request: requests.PreparedRequest) -> tuple[Request, str]:
         """The request as the pool takes it, and the authority of its URL."""
@@ -128,13 +141,13 @@ class Transport(BaseAdapter):
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise InvalidURL(error, request=request) from error
-        scheme = parts.scheme.lower()
+        scheme = scheme_for_handlers(parts.scheme.lower())
         if not host:
             raise InvalidURL(f"the URL {url!r} has no host", request=request)
         authority = parts.netloc.rpartition("@")[2]
         if port is not None and port == _PORTS.get(scheme):
             authority = authority.rpartition(":")[0]
-        target = _target(url)
+        target = _target(requote_uri(url) if parts.scheme.lower() not in _PORTS else url)
         try:
             if self._route is not None:
                 target = self._route.rewrite(target)
@@ -236,8 +249,10 @@ class _OriginalResponse:
 class _JobBody(io.RawIOBase):
     """A job's body as the binary file that urllib3 reads, with urllib3's errors."""
 
-    def __init__(self, job: AnyJob) -> None:
+    def __init__(self, job: AnyJob, pool: str, timeout: float | None) -> None:
         self._job = job
+        self._pool = pool
+        self._timeout = timeout
         self._rest = b""
 
     @property
@@ -281,9 +296,9 @@ class _JobBody(io.RawIOBase):
         try:
             data = self._job.read()
         except JobReadTimeout as error:
-            raise ReadTimeoutError("blastdoor", None, str(error)) from error  # type: ignore[arg-type]
+            raise _read_timeout(self._pool, self._timeout, error) from error
         except BlastdoorError as error:
-            raise ProtocolError(f"the response ended before its time: {error}", error) from error
+            raise ProtocolError(f"Connection broken: {error}", error) from error
         if not data:
             self.close()
         return data
@@ -293,6 +308,20 @@ class _JobBody(io.RawIOBase):
         if not self.closed:
             super().close()
             self._job.close()
+
+
+def _pool_of(request: requests.PreparedRequest) -> str:
+    """What urllib3's errors begin with."""
+    parts = urlsplit(request.url or "")
+    scheme = scheme_for_handlers(parts.scheme.lower())
+    kind = "HTTPSConnectionPool" if scheme == "https" else "HTTPConnectionPool"
+    return f"{kind}(host={parts.hostname!r}, port={parts.port or _PORTS[scheme]})"
+
+
+def _read_timeout(pool: str, timeout: float | None, error: BlastdoorError) -> ReadTimeoutError:
+    """urllib3's error, with its words, which programs look for, and ours."""
+    words = f"Read timed out. (read timeout={timeout}) {error}"
+    return ReadTimeoutError(pool, None, words)  # type: ignore[arg-type]
 
 
 def _timeouts(timeout: object) -> tuple[float | None, float | None]:
@@ -347,4 +376,5 @@ def _headers(request: requests.PreparedRequest, authority: str) -> list[Header]:
 
 
 def _text(value: str | bytes) -> str:
-    return value.decode("latin-1") if isinstance(value, bytes) else value
+    """As text; of a subclass what it is, whatever its methods say."""
+    return bytes.decode(value, "latin-1") if isinstance(value, bytes) else str.__str__(value)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 from urllib.parse import unquote
 
 from runner.errors import ConfigurationError
@@ -95,6 +95,29 @@ class Route:
         if (lead := _SLASHES.match(rest)) is not None:
             rest = "/" + rest[lead.end() :]  # browsers read "/\\host" and "/<tab>/host" as "//host", another host
         return start + prefix + (rest if rest.startswith("/") else "/" + rest)
+
+
+def scheme_for_handlers(scheme: str) -> Literal["http", "https"]:
+    """What a handler is told of the scheme of a URL: a transport may be mounted under any, such as `app://`.
+
+    It is https for those that end in s, and http for all others.
+    """
+    return "https" if scheme.endswith("s") else "http"
+
+
+def under_scheme(headers: list[Header], scheme: str, authority: str) -> list[Header]:
+    """The headers with what a handler says of its own URL under the caller's own scheme, where that is another."""
+    told = f"{scheme_for_handlers(scheme)}://{authority}"
+    if scheme in ("http", "https"):
+        return headers
+    return [
+        (name, f"{scheme}://{authority}{value[len(told) :]}")
+        if name.lower() in ("location", "content-location")
+        and value.startswith(told)
+        and value[len(told) : len(told) + 1] in ("", "/", "?", "#")
+        else (name, value)
+        for name, value in headers
+    ]
 
 
 def check_provider(provider: object) -> None:

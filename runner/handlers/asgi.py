@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 from urllib.parse import unquote
 
-from ..async_pipes import AsyncRequest, AsyncResponse
+from ..async_pipes import AsyncRequest, AsyncResponse, let_cancelled_go
 from ..messages import Header
 from ..pipes import UploadStopped
 from .bridge import AsyncBridge
@@ -88,6 +88,7 @@ class _Cycle:
                     return {"type": "http.disconnect"}
                 return {"type": "http.request", "body": piece, "more_body": not request.ended}
             if not self._asked:
+                await let_cancelled_go()
                 self._asked = True
                 return {"type": "http.request", "body": b"", "more_body": False}
         await request.concluded()
@@ -103,10 +104,7 @@ class _Cycle:
             status = message["status"]
             if not isinstance(status, int) or isinstance(status, bool) or not 200 <= status <= 999:
                 raise ValueError(f"the status must be an int between 200 and 999, not {status!r}")
-            headers = [
-                (bytes(name).decode("latin-1"), bytes(value).decode("latin-1"))
-                for name, value in message.get("headers", ())
-            ]
+            headers = [(_text(name), _text(value)) for name, value in message.get("headers", ())]
             self._status = status
             self._headers = headers
         elif kind != "http.response.trailers":  # trailers are ignored: no client of ours could show them
@@ -134,6 +132,22 @@ class _Cycle:
         if not self._status:
             raise RuntimeError("the app returned without having sent http.response.start")
         raise RuntimeError("the app returned before the end of its response: the last body has more_body=False")
+
+
+_told_of_str = False
+
+
+def _text(part: object) -> str:
+    """A header's name or value as text. TypeError for what is neither bytes nor, as some apps have it, str."""
+    if isinstance(part, (bytes, bytearray, memoryview)):
+        return bytes(part).decode("latin-1")
+    if not isinstance(part, str):
+        raise TypeError(f"a header's name and value must be bytes, not {part!r}")
+    global _told_of_str
+    if not _told_of_str:
+        _told_of_str = True
+        print(f"blastdoor: the app gives headers as str, which ASGI has as bytes: {part[:80]!r}", file=sys.stderr)
+    return part
 
 
 class _Lifespan:

@@ -32,7 +32,13 @@ class _Pieces(io.RawIOBase):
 
 def body_reader(request: IncomingRequest) -> io.BufferedReader:
     """The body as a buffered binary file: `read`, `read1` (what has come), `readline`, iteration by lines."""
+    return body_and_size(request)[0]
+
+
+def body_and_size(request: IncomingRequest) -> tuple[io.BufferedReader, int | None]:
+    """The body as `body_reader` gives it; and its size in bytes, where there is one and all of it has come."""
     whole = request.take_whole()
     if whole is not None:
-        return io.BufferedReader(cast("io.RawIOBase", io.BytesIO(whole)))
-    return io.BufferedReader(_Pieces(request), 16 * 1024)
+        reader: io.BufferedReader = io.BufferedReader(cast("io.RawIOBase", io.BytesIO(whole)))
+        return reader, len(whole) if request.head.has_body else None
+    return io.BufferedReader(_Pieces(request), 16 * 1024), None

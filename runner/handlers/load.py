@@ -51,7 +51,7 @@ def load(config: ZygoteConfig) -> Bridge | AsyncBridge:
     if kind == "wsgi":
         from .wsgi import WSGIBridge
 
-        return WSGIBridge(target, config.root_path)
+        return WSGIBridge(target, config.root_path, config.spool_uploads)
     if kind == "asgi":
         from .asgi import ASGIBridge
 

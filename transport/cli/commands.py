@@ -103,6 +103,9 @@ def serve(
         float | None, _option("Time for requests under way at the end. [default: 30]", "SECONDS", least=0)
     ] = None,
     max_body: Annotated[str | None, _option("Largest request body, such as 10MiB.", "SIZE")] = None,
+    spool_uploads: Annotated[
+        str | None, _option("WSGI: uploads of unknown length come whole, up to this, such as 64MiB.", "SIZE")
+    ] = None,
     connections: Annotated[int | None, _option("Connections at most. [default: 1000]", "N", least=1)] = None,
     reload: Annotated[
         bool | None, _option("For development: reload when a Python file changes.", None, "--reload")

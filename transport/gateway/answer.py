@@ -20,10 +20,14 @@ MOST: Final = 599
 
 
 class Answer:
-    """Sends one response. OSError, from some servers, where the client has gone."""
+    """Sends one response. OSError, from some servers, where the client has gone.
 
-    def __init__(self, send: Send) -> None:
+    `phrases` says that the server takes a `reason` of the app's own, which ASGI does not know.
+    """
+
+    def __init__(self, send: Send, *, phrases: bool = False) -> None:
         self._send = send
+        self._phrases = phrases
         self.status: int | None = None
         self.sent = 0
         self.whole = False
@@ -32,7 +36,10 @@ class Answer:
         """The head."""
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in head.headers]
         self.status = head.status
-        await self._send({"type": "http.response.start", "status": head.status, "headers": headers})
+        message: Message = {"type": "http.response.start", "status": head.status, "headers": headers}
+        if self._phrases and head.phrase is not None:
+            message["reason"] = head.phrase.encode("latin-1")
+        await self._send(message)
 
     async def piece(self, data: bytes) -> None:
         """A piece of the body, on its way at once."""

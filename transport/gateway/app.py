@@ -59,6 +59,9 @@ class Connection(Protocol):
     def on_lost(self, callback: Callable[[], object]) -> None:
         """Have `callback` called once the connection is lost. ASGI tells that only to who receives."""
 
+    def whole_body(self) -> int | None:
+        """How many bytes the request's body has, where all of it has come; else None."""
+
     def break_off(self) -> None:
         """What was begun of the answer comes to no end."""
 
@@ -182,16 +185,18 @@ class _Service:
         self._scope = scope
         self._receive = receive
         self._began = time.monotonic()
-        self._answer = Answer(send)
         self._method: str = scope["method"]
         self._mount = ""
         self._job_id = ""
         self._span: Span | None = None
         self._failure: Exception | None = None
         self._connection: Connection | None = (scope.get("extensions") or {}).get(EXTENSION)
+        self._answer = Answer(send, phrases=self._connection is not None)
         self._caller: Caller | None = None
         self._version: str = scope.get("http_version", "1.1")
-        self._headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        self._headers = [
+            (name.decode("latin-1"), value.decode("latin-1").strip(" \t")) for name, value in scope["headers"]
+        ]
         raw: bytes = scope.get("raw_path") or quote(scope["path"], safe=_PATH_CHARACTERS).encode()
         query: bytes = scope["query_string"]
         self._path = raw.decode("latin-1")
@@ -308,7 +313,10 @@ class _Service:
 
     async def _open(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> AnyAsyncJob:
         """Have a worker take the request. A small body is there before one is leased: it can't be held by it."""
-        small = await caller.whole() if self._length and self._length <= INLINE else None
+        length = self._length
+        if length is None and self._connection is not None:
+            length = self._connection.whole_body()
+        small = await caller.whole() if length is not None and 0 < length <= INLINE else None
         while True:
             pool = mount.pool
             if self._length != 0:
@@ -334,7 +342,7 @@ class _Service:
             headers = mount.route.restore_locations(headers, self._scope.get("scheme", "http"), host, prefix)
         if head.status == 304:  # servers would wait for as many bytes as it tells of (RFC 9110, 8.6)
             headers = [(name, value) for name, value in headers if name.lower() != "content-length" or value == "0"]
-        await self._start(ResponseHead(head.status, headers))
+        await self._start(ResponseHead(head.status, headers, head.phrase))
         while piece := await job.read():
             if job.finished:
                 await answer.end(piece)
@@ -353,7 +361,7 @@ class _Service:
         """The answer's head. A client that was not told to go on may or may not send its body: that ends here."""
         caller = self._caller
         if self._expects and self._version.startswith("1") and (caller is None or not caller.asked):
-            head = ResponseHead(head.status, [*head.headers, ("connection", "close")])
+            head = msgspec.structs.replace(head, headers=[*head.headers, ("connection", "close")])
         await self._answer.start(head)
         if isinstance(caller, AttendedCaller):
             caller.want()
@@ -386,6 +394,7 @@ def _body_length(scope: Scope) -> int | None:
         if name == b"transfer-encoding":
             return None
         if name == b"content-length":
+            value = value.strip(b" \t")
             length = int(value) if value.isdigit() and len(value) < 19 else None
     if length == 0 and not scope.get("http_version", "1.1").startswith("1"):
         return None  # HTTP/2 and 3 have bodies without either header

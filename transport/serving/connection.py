@@ -32,6 +32,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from transport.faults import refusal
 from transport.gateway.app import EXTENSION
+from transport.serving.cycle import Cycle
 
 HEAD_SECONDS: Final = 10.0
 MOST_HEAD: Final = 64 * 1024
@@ -44,6 +45,7 @@ SURPLUS: Final = 100
 
 _INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _ZERO: Final = b"0"
+_METHOD: Final = re.compile(rb"(?:\r\n)*[!#$%&'*+\-.^_`|~0-9A-Za-z]+ ")
 _RESET: Final = struct.pack("ii", 1, 0)
 
 
@@ -154,7 +156,7 @@ class BoundedConnection(HttpToolsProtocol):
         """A header; or a trailer, which no handler may take for one."""
         if self._in_head:
             self._add_to_head(len(name) + len(value) + 4)
-            super().on_header(name, value)
+            super().on_header(name, value.strip(b" \t"))  # RFC 9110, 5.5: the blanks are no part of it
 
     def on_headers_complete(self) -> None:
         """A head is there."""
@@ -171,6 +173,7 @@ class BoundedConnection(HttpToolsProtocol):
         extensions: dict[str, Any] = {EXTENSION: self}
         self.scope["extensions"] = extensions
         super().on_headers_complete()
+        self.cycle.__class__ = Cycle
         if not self.pipeline:
             self._answered = self.cycle
 
@@ -214,6 +217,8 @@ class BoundedConnection(HttpToolsProtocol):
             self._refuse(431, f"the request's head is over {MOST_HEAD} bytes")
         elif self._complaint is not None:
             self._refuse(*self._complaint)
+        elif isinstance(sys.exc_info()[1], httptools.HttpParserInvalidMethodError) and _METHOD.match(self._data):
+            self._refuse(501, "the method is none that this server knows (RFC 9110, 9.1)")
         else:
             self._refuse(400, msg)
 
@@ -239,6 +244,11 @@ class BoundedConnection(HttpToolsProtocol):
 
     # -- transport.gateway.app.Connection ------------------------------------------------------------
 
+    def whole_body(self) -> int | None:
+        """How many bytes the body of the request under way has, where all of it has come."""
+        cycle = self._answered
+        return None if cycle is None or cycle.more_body else len(cycle.body)
+
     def on_lost(self, callback: Callable[[], object]) -> None:
         """Have `callback` called once the connection is lost, during the request under way."""
         self._on_lost = callback
@@ -247,7 +257,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def break_off(self) -> None:
         """The answer under way comes to no end: a probe that was sent in it must not be taken for one."""
-        if self._vigil is not None and not self.transport.is_closing():
+        by_close = isinstance(self._answered, Cycle) and self._answered.ended_by_close
+        if (self._vigil is not None or by_close) and not self.transport.is_closing():
             sock: socket.socket = self.transport.get_extra_info("socket")
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)

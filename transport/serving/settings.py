@@ -77,6 +77,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     open_files: int | UnsetType = UNSET
     sandbox: str | Sandbox | UnsetType = UNSET
     preload: bool | list[str] | UnsetType = UNSET
+    spool_uploads: int | str | UnsetType = UNSET
     env: dict[str, str] | UnsetType = UNSET
     recycle: Recycle | UnsetType = UNSET
     grace: float | UnsetType = UNSET
@@ -102,6 +103,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
                 kind=self.kind,
                 spares=self.spares,
                 preload=self.preload,
+                spool_uploads=self.spool_uploads,
                 env=self.env,
                 recycle=self.recycle,
                 grace=self.grace,
