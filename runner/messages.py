@@ -134,6 +134,8 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits
     grace: float
     sandbox: Sandbox | None
+    factory: bool = False
+    debug: bool = False
     taken: list[str] = []
     spool_uploads: int | None = None
 

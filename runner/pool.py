@@ -44,7 +44,9 @@ class Pool(Startable):
     """Worker processes that run one handler, each one job at a time.
 
     `handler` is an import string (`"package.module:attribute"`, imported only in the workers) or a callable,
-    which is sent by value. `kind` is how it is called: "native", "wsgi", "asgi", or "auto" to find out. `workers` is
+    which is sent by value. A module alone has its `app` or `application`. A factory is called in each worker: with its
+    arguments (`"shop:create_app('test')"`), or with none where `factory` says that it is one. `kind` is how the handler
+    is called: "native", "wsgi", "asgi", or "auto" to find out. `workers` is
     how many processes there are (default: one per core). With `preload` the handler is imported once, in
     the process that forks the workers; with a list of names just these modules are. `env` is the workers' environment:
     None passes the host's on, with the thread counts of numeric libraries set where they are not; a mapping passes just
@@ -74,6 +76,7 @@ class Pool(Startable):
         handler: str | Callable[..., Any],
         *,
         kind: Kind = "auto",
+        factory: bool = False,
         workers: int | tuple[int, int] | None = None,
         spares: int = 0,
         shrink_after: float = 10.0,
@@ -122,6 +125,8 @@ class Pool(Startable):
             handler=name,
             pickle=pickle,
             kind=kind,
+            factory=factory,
+            debug=debug,
             preload=preload is True,
             path=list(check_paths("path", path)),
             modules=() if isinstance(preload, bool) else tuple(preload),

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import traceback
+from types import TracebackType
 from typing import Final
 
 from .errors import AbortHandler, JobCancelled
 from .messages import FaultReport
 
 _MAX_TEXT: Final = 16 * 1024
-_OWN_DIRECTORY: Final = os.path.dirname(__file__) + os.sep
+_SKIPPED: Final = (
+    os.path.dirname(__file__) + os.sep,
+    os.path.dirname(importlib.__file__) + os.sep,
+    "<frozen importlib",
+)
+
+
+class PlainError(Exception):
+    """An error whose words say all: where it was raised helps nobody."""
+
+
+def _from_the_app_on(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_SKIPPED):
+        trace = trace.tb_next
+    return trace
 
 
 def report_on(error: BaseException) -> FaultReport:
@@ -32,12 +48,20 @@ def describe(error: BaseException) -> tuple[str, str]:
     return name, words.encode(errors="replace").decode()
 
 
-def explain(error: BaseException) -> str:
-    """The traceback as text, from the handler's first frame on, capped, whatever the exception's methods do."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OWN_DIRECTORY) and trace.tb_next:
-        trace = trace.tb_next
-    error = error.with_traceback(trace)
+def report_on_start(error: BaseException, *, debug: bool) -> FaultReport:
+    """The report of a worker that could not start. With `debug` all frames are shown."""
+    if isinstance(error, PlainError) and not debug:
+        return FaultReport("raised", *describe(error))
+    return FaultReport("raised", *describe(error), explain(error, whole=debug))
+
+
+def explain(error: BaseException, *, whole: bool = False) -> str:
+    """The traceback as text, capped, whatever the exception's methods do.
+
+    It begins with the handler's first frame: ours, and those of the import system, say nothing; but `whole` has all.
+    """
+    if not whole:
+        error = error.with_traceback(_from_the_app_on(error.__traceback__))
     try:
         text = "".join(traceback.format_exception(error))
     except BaseException:  # noqa: BLE001

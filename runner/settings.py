@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, TypedDict
 
 from .errors import ConfigurationError
+from .handler_spec import parse_handler_spec
 from .limits import Limits
 from .messages import KINDS, Kind
 from .recycle import Recycle
@@ -20,6 +20,7 @@ class PoolOptions(TypedDict, total=False):
     """The keyword arguments of `runner.Pool`, which `runner.cluster.ClusterPool` takes as well."""
 
     kind: Kind
+    factory: bool
     workers: int | tuple[int, int] | None
     spares: int
     shrink_after: float
@@ -40,9 +41,6 @@ class PoolOptions(TypedDict, total=False):
     start_timeout: float
     stop_timeout: float
     debug: bool
-
-
-_SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def check_settings(kind: object, workers: object, env: Mapping[str, str] | None, root_path: object) -> None:
@@ -91,10 +89,7 @@ def check_admission(
 def portable(handler: object) -> tuple[str, bytes | None]:
     """The handler as it is sent to the workers: its import string, or its name and its pickle by value."""
     if isinstance(handler, str):
-        if _SPEC.fullmatch(handler) is None:
-            raise ConfigurationError(
-                f"handler {handler!r} is not an import string: it has the form 'package.module:attribute'"
-            )
+        parse_handler_spec(handler)
         return handler, None
     if not callable(handler):
         raise ConfigurationError(

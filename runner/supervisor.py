@@ -98,6 +98,7 @@ class Supervisor:
         self._wanted = size.least + size.spares
         self._retiring: set[Worker] = set()
         self._growth_is_due = False
+        self._orders_are_held = False
         leases.retire = lambda worker: self._reactor.call(lambda: self._retire(worker))
         if size.elastic:
             leases.pressed = self._note_pressure
@@ -224,6 +225,7 @@ class Supervisor:
             self._respawn_after(1.0)
             return
         self._zygote = zygote
+        self._orders_are_held = False
         self._zygote_heard_at = math.inf  # until it has forked its first worker it may import for as long as that takes
         self._reactor.watch(zygote.log.fd, lambda: self._read_log(zygote.log))
         self._reactor.watch(zygote.control_fd, self._hear_zygote)
@@ -240,6 +242,8 @@ class Supervisor:
             return False
         self._zygote_heard_at = time.monotonic()
         news, pidfd = heard
+        if isinstance(news, (Born, Died)):
+            self._spawn_held()
         if isinstance(news, Born):
             if pidfd < 0:
                 # Out of descriptors as it came: a worker that can't be killed may not be. Begin anew.
@@ -419,7 +423,15 @@ class Supervisor:
         else:
             self._spawn_missing()
 
+    def _spawn_held(self) -> None:
+        """The zygote has dealt with an order: there is room for more."""
+        if self._orders_are_held:
+            self._orders_are_held = False
+            self._respawn()
+
     def _spawn_missing(self) -> None:
+        if self._orders_are_held:
+            return
         missing = self._wanted - len(self._workers) + len(self._retiring)
         if self._brake.engaged:
             starting = any(not worker.ready for worker in self._workers.values())
@@ -446,11 +458,14 @@ class Supervisor:
             return False
         try:
             self._zygote.spawn(number, (request_read, response_write, log_write, cancel_read))
-        except OSError as error:  # the zygote is gone or stuck
+        except OSError as error:  # its socket is full of orders; or it is gone
             channel.close()
             for fd in (request_read, response_write, log_read, log_write, cancel_read):
                 os.close(fd)
-            self._spawn_failed(error)
+            if isinstance(error, BlockingIOError):
+                self._orders_are_held = True  # it answers each that is there: see `_spawn_held`
+            else:
+                self._spawn_failed(error)
             return False
         for fd in (request_read, response_write, log_write, cancel_read):
             os.close(fd)
@@ -496,7 +511,9 @@ class Supervisor:
                 self._ready(worker)
                 return
             if kind == FAULT:
-                worker.failure = quoted(_decode_report(payload).traceback)
+                report = _decode_report(payload)
+                worker.failure_says_all = not report.traceback
+                worker.failure = quoted(report.traceback or report.message)
             elif kind is not None:
                 worker.failure = "its first frame was not READY: something in its start wrote to its response pipe"
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -511,9 +528,14 @@ class Supervisor:
         self._reactor.after(_SETTLED, lambda: self._check_settled(worker))
         self.leases.add(worker)
         self.events.emit(WorkerReady(worker.pid, time.monotonic() - worker.ordered_at))
-        if not self._started.is_set() and all(worker.ready for worker in self._workers.values()):
-            self._started.set()
         self._spawn_missing()
+        if not self._started.is_set() and self._manned:
+            self._started.set()
+
+    @property
+    def _manned(self) -> bool:
+        """Whether as many workers as are wanted are there, and all ready."""
+        return len(self._workers) >= self._wanted and all(worker.ready for worker in self._workers.values())
 
     def _check_settled(self, worker: Worker) -> None:
         if not worker.dead:
@@ -580,7 +602,10 @@ class Supervisor:
             else:
                 tail = worker.log.tail("")
                 why = worker.failure or (quoted(tail) if tail else "it printed nothing")
-                self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
+                if worker.failure_says_all:
+                    self._start_failed(why.lstrip())
+                else:
+                    self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
             self._respawn()
 
     def _take_left(self, worker: Worker, rest: Rest) -> None:

@@ -24,10 +24,10 @@ from .forked import disown_forks, is_fork, leave
 from .frames import FAULT, READY, encode
 from .handlers.bridge import AsyncBridge, Bridge
 from .handlers.load import load
-from .messages import FaultReport, Ready, ZygoteConfig
+from .messages import Ready, ZygoteConfig
 from .output import LogStream, Prints
 from .pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
-from .reports import explain, report_on
+from .reports import report_on, report_on_start
 
 REQUEST_FD: Final = 3
 RESPONSE_FD: Final = 4
@@ -77,7 +77,7 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
     except BaseException as error:  # noqa: BLE001 - a start that failed, whatever it raised, is reported
         if is_fork():
             leave(error)
-        pipes.write(encode(FAULT, 0, _encode(FaultReport("raised", traceback=explain(error)))))
+        pipes.write(encode(FAULT, 0, _encode(report_on_start(error, debug=config.debug))))
         sys.stdout.flush()
         os._exit(1)
     life()

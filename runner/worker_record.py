@@ -28,6 +28,7 @@ class Worker:
         "doomed",
         "exited",
         "failure",
+        "failure_says_all",
         "idle_since",
         "job",
         "jobs",
@@ -67,6 +68,7 @@ class Worker:
         self.caller: weakref.ref[object] | None = None
         self.job: weakref.ref[RoundTrip] | None = None
         self.failure = ""
+        self.failure_says_all = False
         self.status: int | None = None
         self.exited = threading.Event()
 

@@ -32,7 +32,7 @@ from .handlers.bridge import AsyncBridge, Bridge
 from .handlers.load import HandlerError, load
 from .messages import Born, Died, Failed, Lacking, News, Noted, Spawn, Stopped, ZygoteConfig
 from .names import AppsFirst
-from .reports import explain
+from .reports import report_on_start
 from .zygote_process import MAX_MESSAGE
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ class Zygote:
             except BaseException as error:  # noqa: BLE001 - whatever the import raised is the host's to know
                 if os.getpid() != pid:
                     leave(error)
-                self._send(Failed(f"the handler can't be preloaded:\n{explain(error)}"))
+                report = report_on_start(error, debug=config.debug)
+                why = f"the handler can't be preloaded:\n{report.traceback}" if report.traceback else report.message
+                self._send(Failed(why))
                 return False
         if config.sandbox is not None:
             from .sandbox.cage import Cage, CageError  # loaded where it is used

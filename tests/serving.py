@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -159,7 +160,10 @@ class Process:
 
     def _address(self, words: str) -> str:
         lines = [line for line in self.lines if words in line]
-        return lines[0].split()[-1] if lines else ""
+        if not lines:
+            return ""
+        line: str = json.loads(lines[0])["message"] if lines[0].startswith("{") else lines[0]
+        return line.split()[-1]
 
     def _read(self) -> None:
         assert self.process.stderr is not None

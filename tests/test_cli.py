@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.serving import Served
+from tests.serving import Process, Served
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,63 @@ def test_check() -> None:
     failed = blastdoor("check", "tests.bad_handlers.raises:app")
     assert failed.returncode == 1
     assert b"RuntimeError: the import went wrong" in failed.stderr
-    assert blastdoor("check", "nonsense").returncode == 2
+    assert blastdoor("check", "no sense").returncode == 2
+
+
+def test_check_says_the_one_line_that_helps(tmp_path: Path) -> None:
+    """F8: what is not there in one line; a failing import with the app's frames and none of ours; debug shows all."""
+    for handler, words in (
+        ("nosuch:app", b"there is no module 'nosuch'"),
+        ("tests.handlers:nosuch", b"has no 'nosuch'"),
+        ("nosuch", b"there is no module 'nosuch'"),
+        ("tests.processes", b"has no app and no application"),
+        ("tests.factories:create_app('x', 2, 3, 4)", b"can't be called with these arguments"),
+        ("tests.factories:bare_factory", b"shop:create_app()"),
+    ):
+        done = blastdoor("check", handler)
+        assert (done.returncode, words in done.stderr) == (1, True), done.stderr
+        assert len(done.stderr.splitlines()) <= 2, done.stderr  # one of the log, one of the command
+        assert b"Traceback" not in done.stderr
+    done = blastdoor("check", "tests.bad_handlers.raises:app")
+    assert b"bad_handlers/raises.py" in done.stderr
+    assert b"/runner/" not in done.stderr
+    assert b"importlib" not in done.stderr
+    assert b"/runner/" in blastdoor("check", "--debug", "tests.bad_handlers.raises:app").stderr
+    assert b"/runner/" in blastdoor("check", "--debug", "nosuch:app").stderr
+
+
+@pytest.mark.parametrize("command", ["call", "serve"])
+def test_factories(command: str) -> None:
+    """G11, W2: as gunicorn and uvicorn take them, with literal arguments; a module alone gets its app."""
+    for arguments, body in (
+        (["tests.factories:create_app('one', mark=['!'])"], b"one!"),
+        (["tests.factories:Makers.nested()"], b"nested"),
+        (["tests.factories:bare_factory", "--factory"], b"bare"),
+        (["tests.factories", "--factory"], b"created by default"),
+        (["tests.factories"], b"the application"),
+    ):
+        if command == "call":
+            done = blastdoor("call", *arguments[:1], "GET", "/", *arguments[1:])
+            assert done.stdout == body, done.stderr
+            continue
+        with Process(*arguments, "--port=0", "--workers=1", "--admin=none") as served:
+            assert requests.get(served.url, timeout=20).content == body
+    refused = blastdoor("check", "tests.factories:create_app(open('x'))")
+    assert (refused.returncode, b"literals" in refused.stderr) == (2, True)
+
+
+def test_a_log_of_objects() -> None:
+    """G10: with --log-format json a record is a line, whatever its text holds, with all that it carries."""
+    with Process("tests.handlers:app", "--port=0", "--workers=1", "--log-format=json", "--admin=none") as served:
+        requests.get(f"{served.url}/raise", headers={"X-Request-ID": "r-1"}, timeout=20)
+        served.wait_for("blastdoor.access")
+    records = [json.loads(line) for line in served.lines]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, records))
+    (access,) = [record for record in records if record["logger"] == "blastdoor.access"]
+    assert (access["status"], access["method"], access["target"], access["request_id"]) == (500, "GET", "/raise", "r-1")
+    (raised,) = [record for record in records if "Traceback" in record["message"]]
+    assert raised["job_id"] == access["job_id"]
+    assert raised["worker"] > 0
 
 
 def test_call(tmp_path: Path) -> None:

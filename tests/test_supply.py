@@ -332,3 +332,11 @@ def test_chaos(start: Callable[..., Pool]) -> None:
     wait_until(at_rest)
     for number in range(20):
         assert get(pool, f"/echo?{number}", lease_timeout=30, read_timeout=5)
+
+
+@pytest.mark.parametrize("preload", [False, ["json"]])
+def test_a_pool_that_fills_the_zygote_s_socket(start: Callable[..., Pool], preload: bool | list[str]) -> None:
+    """W8: the orders of many workers wait for room; the start waits for all of them."""
+    pool = start(workers=300, preload=preload)
+    assert pool.stats().idle == 300
+    assert pool.stats().deaths == 0

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 from ..async_pipes import AsyncRequest, AsyncResponse, let_cancelled_go
 from ..messages import Header
 from ..pipes import UploadStopped
+from ..reports import PlainError
 from .bridge import AsyncBridge
 
 Message = MutableMapping[str, Any]
@@ -31,7 +32,7 @@ _VERSIONS: Final = {"version": "3.0", "spec_version": "2.4"}
 _LIFESPAN_VERSIONS: Final = {"version": "3.0", "spec_version": "2.0"}
 
 
-class StartUpFailed(Exception):
+class StartUpFailed(PlainError):
     """The app has refused to start: it sent lifespan.startup.failed."""
 
 

@@ -1,7 +1,7 @@
 """Find a handler and the way to call it. Runs in a worker, or in the zygote of a preloading pool.
 
-A handler is an import string (`package.module:attribute`) or a dill pickle of a callable. Its kind is told
-from what it is: an ASGI app is or has a coroutine function of three arguments; a WSGI app takes
+A handler is an import string (`package.module:attribute`), perhaps of a factory, or a dill pickle of a callable. Its
+kind is told from what it is: an ASGI app is or has a coroutine function of three arguments; a WSGI app takes
 `environ, start_response`; a native handler takes `request, response`. Where two arguments have other names,
 their annotations decide; where nothing does, the kind has to be given.
 """
@@ -14,7 +14,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..handler_spec import APPS, FACTORIES, Call, parse_handler_spec
 from ..messages import HandlerKind, ZygoteConfig
+from ..reports import PlainError
 from .bridge import AsyncBridge, Bridge
 
 _REQUEST_NAMES = frozenset({"request", "req", "r", "rq"})
@@ -22,18 +24,20 @@ _ENVIRON_NAMES = frozenset({"environ", "env", "environment", "wsgi_environ"})
 _START_NAMES = frozenset({"start_response", "start", "startresponse", "start_resp"})
 
 
-class HandlerError(Exception):
+class HandlerError(PlainError):
     """The handler can't be used: it is not there, is not callable, or is of another kind than was said."""
 
 
 def load(config: ZygoteConfig) -> Bridge | AsyncBridge:
     """Import or unpickle the handler and give the bridge that calls it."""
     if config.pickle is None:
-        target = import_handler(config.handler)
+        target = import_handler(config.handler, factory=config.factory)
     else:
         import dill
 
         target = dill.loads(config.pickle)
+        if config.factory:
+            target = _made_by(target, repr(config.handler), Call([], {}))
     name = repr(config.handler)
     kind = config.kind
     if not callable(target):
@@ -73,27 +77,55 @@ def is_coroutine_function(target: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(call)
 
 
-def import_handler(spec: str) -> object:
-    """What `package.module:attribute.path` names."""
-    module_name, _, attribute_path = spec.partition(":")
+def import_handler(text: str, *, factory: bool = False) -> object:
+    """What an import string names, or what the factory that it names makes."""
+    spec = parse_handler_spec(text)
+    module_name = spec.module
     try:
         target: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise HandlerError(
-                f"there is no module {error.name!r} for handler {spec!r}: check the name, and that its directory "
+                f"there is no module {error.name!r} for handler {text!r}: check the name, and that its directory "
                 f"is on the host's sys.path or is its working directory"
             ) from error
         raise
-    for name in attribute_path.split("."):
+    attributes = spec.attributes
+    if not attributes:
+        usual = FACTORIES if factory else APPS
+        attributes = [name for name in usual if hasattr(target, name)][:1]
+        if not attributes:
+            raise HandlerError(
+                f"module {module_name!r} has no {' and no '.join(usual)}: "
+                f"name the handler, as in '{module_name}:handler'"
+            )
+    for name in attributes:
         try:
             target = getattr(target, name)
         except AttributeError:
             known = ", ".join(sorted(key for key in dir(target) if not key.startswith("_"))[:20])
             raise HandlerError(
-                f"handler {spec!r}: {module_name!r} has no {attribute_path!r}; it has {known or 'nothing public'}"
+                f"handler {text!r}: {module_name!r} has no {'.'.join(attributes)!r}; it has {known or 'nothing public'}"
             ) from None
-    return target
+    call = spec.call or (Call([], {}) if factory else None)
+    return target if call is None else _made_by(target, repr(text), call)
+
+
+def _made_by(factory: object, name: str, call: Call) -> object:
+    """What a factory makes. HandlerError where it can't be called so; else it raises what the factory raises."""
+    if not callable(factory):
+        raise HandlerError(f"handler {name}: a {type(factory).__name__} is no factory, it can't be called")
+    try:
+        inspect.signature(factory).bind(*call.arguments, **call.keywords)
+    except TypeError as error:
+        raise HandlerError(f"handler {name}: the factory can't be called with these arguments: {error}") from None
+    except ValueError:
+        pass  # a builtin without a signature
+    made: object = factory(*call.arguments, **call.keywords)
+    if inspect.iscoroutine(made):
+        made.close()
+        raise HandlerError(f"handler {name}: a factory is a plain function, and this one is a coroutine function")
+    return made
 
 
 def find_kind(target: Callable[..., Any]) -> HandlerKind | None:
@@ -114,6 +146,11 @@ def find_kind(target: Callable[..., Any]) -> HandlerKind | None:
     try:
         signature.bind(None, None)
     except TypeError:
+        if not positional:
+            raise HandlerError(
+                f"the handler takes the arguments {signature}: if it makes the app, say so by parentheses "
+                f"('shop:create_app()'), by factory=True, or by --factory"
+            ) from None
         raise HandlerError(
             f"the handler takes the arguments {signature}, but a native handler is called with "
             f"(request, response), a WSGI app with (environ, start_response), an ASGI app with (scope, receive, send)"

@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 
 from .. import linux
+from ..reports import PlainError
 from . import cgroup, landlock, machine, seccomp, unlisted
 from .cgroup import Group
 from .landlock import EXECUTE, READ, WRITE
@@ -61,7 +62,7 @@ _RESOLVER: Final = (
 _PROGRAMS: Final = ("/bin", "/usr/bin", "/usr/local/bin")
 
 
-class CageError(Exception):
+class CageError(PlainError):
     """The sandbox can't be what its profile says; the words name what is missing, and the way out."""
 
 

@@ -48,9 +48,9 @@ def call_once(
             sys.stdout.buffer.flush()
 
 
-def check_handler(handler: str, kind: str) -> None:
-    """Load it in a worker. StartError, with the worker's traceback, where that fails."""
-    with _pool(handler, {"kind": kind}):
+def check_handler(handler: str, settings: dict[str, Any]) -> None:
+    """Load it in a worker. StartError, with the app's frames, where that fails."""
+    with _pool(handler, settings):
         print(f"{handler}: loaded, and ready for requests")
 
 
@@ -61,6 +61,8 @@ def _pool(handler: str, settings: dict[str, Any]) -> Pool:
         handler,
         path=[os.getcwd()],
         kind=settings["kind"],
+        factory=settings["factory"],
+        debug=settings.get("debug", False),
         workers=1,
         root_path=settings.get("root_path", ""),
         limits=Limits(memory=settings.get("memory")),

@@ -39,6 +39,9 @@ Handler = Annotated[
     str, typer.Argument(help="Import string of the handler, such as `shop:app`.", metavar="APP", show_default=False)
 ]
 HowCalled = Annotated[Kind | None, _option("How the app is called. [default: auto]")]
+Factory = Annotated[
+    bool | None, typer.Option("--factory", help="The app is what calling APP gives.", show_default=False)
+]
 Seconds = Annotated[float | None, _option("Seconds that a job may take.", "SECONDS", least=0)]
 Memory = Annotated[str | None, _option("Memory of a worker, such as 512MiB.", "SIZE")]
 Profile = Annotated[Literal["none", "default", "strict"] | None, _option("What the app may reach. [default: none]")]
@@ -50,6 +53,7 @@ def _say_version(asked: bool) -> None:
         raise typer.Exit
 
 
+LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -92,6 +96,7 @@ def serve(
         list[str] | None, _option("Variable that the workers see, and no others. Repeatable.", "NAME[=VALUE]")
     ] = None,
     kind: HowCalled = None,
+    factory: Factory = None,
     host: Annotated[str | None, _option("Address to listen at. [default: 127.0.0.1]", "HOST")] = None,
     port: Annotated[int | None, _option("Port to listen at, 0 for any. [default: 8000]", "PORT", least=0)] = None,
     uds: Annotated[str | None, _option("Unix socket to listen at instead.", "PATH")] = None,
@@ -113,6 +118,7 @@ def serve(
     debug: Annotated[bool | None, _option("For development: tell clients the tracebacks.", None, "--debug")] = None,
     access_log: Annotated[bool | None, _option("Log each request. [default: yes]")] = None,
     log_level: Annotated[LogLevel | None, _option("What is logged. [default: info]")] = None,
+    log_format: Annotated[LogFormat | None, _option("How: text, or an object a line. [default: text]")] = None,
 ) -> None:
     """Serve apps over HTTP, each request in a worker process.
 
@@ -148,6 +154,7 @@ def call(
     memory: Memory = None,
     sandbox: Profile = None,
     kind: HowCalled = None,
+    factory: Factory = None,
 ) -> None:
     """Do one round trip: head and log on stderr, the body on stdout as it comes."""
     from transport.cli.call import call_once
@@ -161,17 +168,28 @@ def call(
             header or [],
             _route(provider, key, source, root),
             timeout,
-            {"kind": kind or "auto", "root_path": root_path, "memory": memory, "sandbox": sandbox or "none"},
+            {
+                "kind": kind or "auto",
+                "factory": bool(factory),
+                "root_path": root_path,
+                "memory": memory,
+                "sandbox": sandbox or "none",
+            },
         )
 
 
 @app.command()
-def check(handler: Handler, kind: HowCalled = None) -> None:
+def check(
+    handler: Handler,
+    kind: HowCalled = None,
+    factory: Factory = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show all frames of what fails.")] = False,
+) -> None:
     """Load a handler in a worker, and say whether it can be called."""
     from transport.cli.call import check_handler
 
     with _explained():
-        check_handler(handler, kind or "auto")
+        check_handler(handler, {"kind": kind or "auto", "factory": bool(factory), "debug": debug})
 
 
 @app.command()

@@ -18,6 +18,7 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
         from transport.serving.server import Service
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"serving needs {error.name}: pip install 'blastdoor[serve]'") from error
+    from transport.serving.log_format import make_formatter
     from transport.serving.settings import load_settings, parse_mounts
 
     if apps:
@@ -26,7 +27,9 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
         given["env"] = _environment(given["env"])
     settings = load_settings(config, given)
     level = getattr(logging, settings.log_level.upper())
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(make_formatter(settings.log_format))
+    logging.basicConfig(level=level, handlers=[handler])
     logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
     logging.getLogger("watchfiles").setLevel(max(level, logging.WARNING))
     settings.connections = _make_room(settings.connections)

@@ -368,5 +368,12 @@ def _log_access(answered: Answered) -> None:
             "job_id": answered.job_id,
             "mount": answered.mount,
             "request_id": answered.request_id,
+            "client": answered.client,
+            "method": answered.method,
+            "target": answered.target,
+            "status": answered.status,
+            "sent": answered.sent,
+            "seconds": round(answered.seconds, 6),
+            "whole": answered.whole,
         },
     )

@@ -67,6 +67,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     """Settings of one pool. What is not set is as at the top of the file, and else as `runner.Pool` has it."""
 
     kind: Kind | UnsetType = UNSET
+    factory: bool | UnsetType = UNSET
     workers: int | str | UnsetType = UNSET
     spares: int | UnsetType = UNSET
     queue: int | UnsetType = UNSET
@@ -101,6 +102,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
             sandbox=None if self.sandbox is UNSET else parse_sandbox(self.sandbox),
             **_given(
                 kind=self.kind,
+                factory=self.factory,
                 spares=self.spares,
                 preload=self.preload,
                 spool_uploads=self.spool_uploads,
@@ -164,6 +166,7 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")
     access_log: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
 
     def __post_init__(self) -> None:
         for name in ("drain", "body_timeout", "send_timeout"):
@@ -280,8 +283,9 @@ def parse_mounts(apps: list[str]) -> dict[str, dict[str, str]]:
     """The mounts' tables of a command line: 'shop:app', '/openai=app1:app'. ConfigurationError for what is neither."""
     mounts: dict[str, dict[str, str]] = {}
     for app in apps:
-        path, equals, spec = app.rpartition("=")
-        path = path if equals else "/"
+        path, equals, spec = app.partition("=")
+        if not equals or ":" in path:  # none, or one among a factory's arguments
+            path, spec = "/", app
         if path in mounts:
             raise ConfigurationError(f"two apps for {path!r}: give each a path of its own, as in '/tools=tools:app'")
         mounts[path] = {"app": spec}

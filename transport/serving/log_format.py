@@ -1,0 +1,38 @@
+"""Log records as JSON, one a line, with all that they carry."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
+class JSONFormatter(logging.Formatter):
+    """A record as an object: time (RFC 3339, UTC), level, logger, message, and each attribute given with it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record on one line."""
+        told: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        told |= {
+            name: value for name, value in vars(record).items() if name not in _STANDARD and value not in ("", None)
+        }
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            told["stack"] = record.stack_info
+        return _encode(told).decode(errors="replace")
+
+
+def make_formatter(kind: str) -> logging.Formatter:
+    """How records are written: "text" or "json"."""
+    return JSONFormatter() if kind == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
