@@ -522,6 +522,15 @@ def test_a_node_that_joins_and_stops(start: Callable[..., ClusterPool], third_no
         assert get(pool, "/hello", lease_timeout=5) == b"hello"
 
 
+def said(host: subprocess.Popen[str], *words: str) -> str:
+    """Which of these lines a host has printed; Ray prints others beside them."""
+    assert host.stdout is not None
+    for line in host.stdout:
+        if line.strip() in words:
+            return line.strip()
+    raise AssertionError(f"it has ended without a word of {words}")
+
+
 def test_a_host_that_is_cut_off(cluster: Cluster, tmp_path: Path) -> None:
     """D7: where a host is not heard of any more, its jobs end with its lease; none completes, none is run twice."""
     code = f"""
@@ -538,14 +547,13 @@ with ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1) as pool:
 """
     host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
-        assert host.stdout is not None
-        assert host.stdout.readline() == "started\n"
+        assert said(host, "started") == "started"
         wait_until((tmp_path / "begun-cut").exists)
         host.send_signal(signal.SIGSTOP)
         time.sleep(6.8)  # the lease, and what the job would have needed
         assert not (tmp_path / "completed-cut").exists()
         host.send_signal(signal.SIGCONT)
-        assert host.stdout.readline() == "lost\n"
+        assert said(host, "lost", "completed", "died") == "lost"
         assert host.wait(20) == 0
         assert [path.name for path in tmp_path.iterdir()] == ["begun-cut"]
     finally:
@@ -563,8 +571,7 @@ print("started", flush=True)
 time.sleep(3600)
 """
     host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert host.stdout is not None
-    assert host.stdout.readline() == "started\n"
+    assert said(host, "started") == "started"
     host.kill()
     host.communicate()
     wait_until(lambda: not zygotes(), 15)
@@ -699,7 +706,7 @@ with pool, pool.open(Request("GET", "/hello")) as job:
 """
     data = pickle.dumps(ClusterPool(HANDLER, address=pool._address, workers=1, queue=7))
     done = subprocess.run([sys.executable, "-c", code], input=data, stdout=subprocess.PIPE, check=True)
-    assert done.stdout == b"hello 2 7\n"
+    assert b"hello 2 7" in done.stdout.splitlines()
 
 
 def test_closing(start: Callable[..., ClusterPool], tmp_path: Path) -> None:
