@@ -7,7 +7,11 @@ this package too, carries only what it needs.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
+
+if sys.platform != "linux":
+    raise ImportError(f"blastdoor needs Linux 5.9 or newer, and this is {sys.platform}: try it in a container")
 
 if TYPE_CHECKING:
     from .async_job import AsyncJob as AsyncJob
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from .errors import DeadlineExceeded as DeadlineExceeded
     from .errors import HandlerAborted as HandlerAborted
     from .errors import HandlerRaised as HandlerRaised
+    from .errors import InvalidBody as InvalidBody
     from .errors import InvalidRequest as InvalidRequest
     from .errors import JobCancelled as JobCancelled
     from .errors import JobClosed as JobClosed
@@ -54,7 +59,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "errors": (
         "AbortHandler BlastdoorError BodyIncomplete ConfigurationError DeadlineExceeded HandlerAborted HandlerRaised "
-        "InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout MemoryExceeded NodeLost PoolClosed "
+        "InvalidBody InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout MemoryExceeded NodeLost PoolClosed "
         "PoolForked QueueFull ReadTimeout StartError WorkerDied WorkerMisbehaved WorkersUnavailable WriteTimeout"
     ),
     "async_job": "AsyncJob",
@@ -76,6 +81,10 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("blastdoor")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -41,6 +41,10 @@ class InvalidRequest(BlastdoorError, ValueError):
     """The request can't be sent as HTTP: a bad method, target, header, or a head over the size cap."""
 
 
+class InvalidBody(InvalidRequest, TypeError):
+    """A request's body is, or has given, what is no bytes."""
+
+
 class PoolClosed(BlastdoorError):
     """The pool was closed: open a new one."""
 

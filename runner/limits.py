@@ -20,6 +20,8 @@ from .errors import ConfigurationError
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B?|B)?\s*", re.IGNORECASE)
 _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
+_LEAST_MEMORY: Final = 16 << 20
+
 _THREAD_VARIABLES: Final = (
     "BLIS_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -71,6 +73,10 @@ class Limits:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, parse_size(value))
+        if self.memory is not None and 0 < parse_size(self.memory) < _LEAST_MEMORY:
+            raise ConfigurationError(
+                f"the limit memory is 16 MiB or more, not {self.memory!r} bytes: a worker takes some itself"
+            )
         object.__setattr__(self, "cpus", tuple(self.cpus))
         for field in fields(self):
             value = getattr(self, field.name)

@@ -28,8 +28,16 @@ from .opened import Startable
 from .paths import check_paths
 from .recycle import Recycle
 from .request import Request, Upload
-from .sandbox.profile import Sandbox
-from .settings import PLAIN_ENVIRONMENT, check_admission, check_preload, check_settings, portable
+from .sandbox.profile import Profile, Sandbox
+from .settings import (
+    PLAIN_ENVIRONMENT,
+    check_admission,
+    check_kinds,
+    check_preload,
+    check_sandbox,
+    check_settings,
+    portable,
+)
 from .supervisor import Size, Supervisor
 
 if TYPE_CHECKING:
@@ -91,7 +99,7 @@ class Pool(Startable):
         root_path: str = "",
         spool_uploads: int | str | None = None,
         limits: Limits | None = None,
-        sandbox: Sandbox | None = None,
+        sandbox: Sandbox | Profile | None = None,
         grace: float = 0.25,
         drain: float = 5.0,
         start_timeout: float = 60.0,
@@ -103,7 +111,6 @@ class Pool(Startable):
         least, most = workers if isinstance(workers, tuple) and len(workers) == 2 else (workers, workers)
         check_settings(kind, least, env, root_path)
         check_settings(kind, most, env, root_path)
-        check_preload(preload, sandbox)
         check_admission(least, most, spares, queue, per_provider, overload)
         check_seconds("queue_timeout", queue_timeout, optional=True, endless=True)
         for name, seconds in (
@@ -115,6 +122,9 @@ class Pool(Startable):
         ):
             check_seconds(name, seconds)
         self.debug = debug
+        sandbox = check_sandbox(sandbox)
+        check_kinds(limits, recycle)
+        check_preload(preload, sandbox)
         limits = limits or Limits()
         if sandbox is not None:
             limits = sandbox.fill_in(limits)
@@ -281,6 +291,11 @@ class Pool(Startable):
         """Whether a worker is there that has loaded the handler, busy or not."""
         return self._leases.manned
 
+    @property
+    def kind(self) -> str:
+        """How the handler is called: "native", "wsgi" or "asgi"; empty as long as no worker has loaded it."""
+        return "" if self._supervisor is None else self._supervisor.kind
+
     def workers(self) -> list[WorkerInfo]:
         """The workers of this moment. It reads /proc for each of them."""
         supervisor = self._supervisor
@@ -315,6 +330,7 @@ class Pool(Startable):
         JobFailed where the job ends badly before its head, InvalidRequest for a head over the size cap, PoolClosed,
         PoolForked and StartError.
         """
+        check_request(request)
         upload = Upload(request.body)
         return self._open(request, upload, context, self._next_job_id(), lease_timeout, read_timeout, write_timeout)
 
@@ -358,6 +374,7 @@ class Pool(Startable):
 
         The request's body may be an async iterable. One that is not is read in the event loop's thread.
         """
+        check_request(request)
         supervisor = self._supervisor
         if supervisor is None or self._forked:
             supervisor = self._begin()
@@ -400,6 +417,12 @@ class Pool(Startable):
 
 
 _ENDLESS = (None, None)
+
+
+def check_request(request: object) -> None:
+    """TypeError for what is no request."""
+    if type(request) is not Request and not isinstance(request, Request):
+        raise TypeError(f"a pool opens a Request, as in pool.open(Request('GET', '/')), not {request!r}")
 
 
 def check_timeouts(lease: float | None, read: float | None, write: float | None) -> None:

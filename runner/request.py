@@ -11,7 +11,7 @@ from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from .errors import InvalidRequest
+from .errors import InvalidBody, InvalidRequest
 from .headers import is_token, plain_headers
 from .messages import Header
 
@@ -112,7 +112,7 @@ class Upload:
         elif isinstance(body, AsyncIterable):
             raise InvalidRequest("an async body can only be sent by Pool.aopen, or an async client: await that")
         else:
-            raise InvalidRequest(
+            raise InvalidBody(
                 f"a body of type {type(body).__name__} can't be sent: "
                 f"give bytes, str, a binary file, or an iterable of bytes"
             )
@@ -163,14 +163,14 @@ class Upload:
 
 
 def as_bytes(piece: object) -> bytes:
-    """A piece of a body as bytes. InvalidRequest for what is none."""
+    """A piece of a body as bytes. InvalidBody for what is none."""
     if isinstance(piece, bytes):
         return piece
     if isinstance(piece, (bytearray, memoryview)):
         return bytes(piece)
     if isinstance(piece, str):
         return piece.encode()
-    raise InvalidRequest(f"the request body gave a piece of type {type(piece).__name__}, not bytes")
+    raise InvalidBody(f"the request body gave a piece of type {type(piece).__name__}, not bytes")
 
 
 def _next_piece(source: Iterator[object]) -> bytes:

@@ -10,7 +10,7 @@ from .handler_spec import parse_handler_spec
 from .limits import Limits
 from .messages import KINDS, Kind
 from .recycle import Recycle
-from .sandbox.profile import Sandbox
+from .sandbox.profile import Profile, Sandbox
 
 PLAIN_ENVIRONMENT: Final = {"LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"}
 """The environment of sandboxed workers, but for what `env` names, and the thread counts of numeric libraries."""
@@ -35,7 +35,7 @@ class PoolOptions(TypedDict, total=False):
     root_path: str
     spool_uploads: int | str | None
     limits: Limits | None
-    sandbox: Sandbox | None
+    sandbox: Sandbox | Profile | None
     grace: float
     drain: float
     start_timeout: float
@@ -57,6 +57,22 @@ def check_settings(kind: object, workers: object, env: Mapping[str, str] | None,
             raise ConfigurationError(f"env has a name that is none, or a NUL: {name!r}")
     if not isinstance(root_path, str) or (root_path and not root_path.startswith("/")):
         raise ConfigurationError(f"root_path is a path that begins with '/', or empty, not {root_path!r}")
+
+
+def check_sandbox(sandbox: object) -> Sandbox | None:
+    """A sandbox, or that of a profile by its name."""
+    if sandbox is None or isinstance(sandbox, Sandbox):
+        return sandbox
+    if sandbox == "default" or sandbox == "strict":
+        return Sandbox(profile=sandbox)
+    raise ConfigurationError(f"sandbox is 'default', 'strict', or a runner.Sandbox, not {sandbox!r}")
+
+
+def check_kinds(limits: object, recycle: object) -> None:
+    if limits is not None and not isinstance(limits, Limits):
+        raise ConfigurationError(f"limits is a runner.Limits, as in Limits(memory='1GiB'), not {limits!r}")
+    if recycle is not None and not isinstance(recycle, Recycle):
+        raise ConfigurationError(f"recycle is a runner.Recycle, as in Recycle(after_jobs=1000), not {recycle!r}")
 
 
 def check_preload(preload: object, sandbox: Sandbox | None) -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, cast
 
 from runner.errors import (
     BlastdoorError,
+    ConfigurationError,
+    InvalidBody,
     InvalidRequest,
     JobClosed,
     JobFailed,
@@ -25,7 +27,7 @@ from runner.errors import (
 )
 from runner.messages import JobContext, ResponseHead
 from runner.request import Body, Request
-from transport.errors import TargetEscapes
+from transport.errors import TargetEscapes, check_pool
 from transport.faults import problem
 from transport.route import Route, scheme_for_handlers, under_scheme
 
@@ -98,6 +100,7 @@ class Core:
     """Runs a client's requests in a pool, rewritten by a route where there is one."""
 
     def __init__(self, pool: AnyPool, route: Route | None, errors: Errors) -> None:
+        check_pool(pool)
         self._pool = pool
         self._route = route
         self._errors = errors
@@ -138,6 +141,8 @@ class Core:
         if isinstance(error, (JobFailed, WorkersUnavailable, LeaseTimeout)):
             head, content = problem(error, debug=self._pool.debug)
             return head, b"" if call.outgoing.method == "HEAD" else content
+        if isinstance(error, (ConfigurationError, InvalidBody)):
+            raise error  # a mistake in the program
         if isinstance(error, InvalidRequest):
             raise errors.local_protocol(str(error)) from error
         if isinstance(error, (PoolClosed, PoolForked, StartError)):
@@ -265,6 +270,6 @@ def _translated(error: BlastdoorError, errors: Errors) -> Exception:
         if isinstance(error.__cause__, TimeoutError):
             return errors.read_timeout(f"timed out: {error}")
         return errors.read(str(error))
-    if isinstance(error, InvalidRequest):  # the body's source gave what is no bytes
-        return errors.local_protocol(str(error))
+    if isinstance(error, InvalidBody):
+        return error
     return errors.remote_protocol(f"peer closed connection without sending complete message body: {error}")

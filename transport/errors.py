@@ -15,3 +15,9 @@ class UnknownProvider(BlastdoorError, LookupError):
 
 class TargetEscapes(BlastdoorError, ValueError):
     """The request's path would climb out of the provider's mount. Clients raise it as their invalid-URL error."""
+
+
+def check_pool(pool: object) -> None:
+    """TypeError for what a transport can't be made of."""
+    if not hasattr(pool, "aopen"):
+        raise TypeError(f"a transport is made of a pool, as in Transport(Pool('shop:app')), not of {pool!r}")

@@ -13,7 +13,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
-import httpx2
+from runner.extras import missing
+
+try:
+    import httpx2
+except ModuleNotFoundError as error:
+    raise ImportError(missing("transport.httpx2", "httpx2", "httpx2")) from error
 
 from transport._httpx import AsyncBody, Core, Errors, SyncBody
 

@@ -29,6 +29,7 @@ from urllib3.util import Timeout
 
 from runner.errors import (
     BlastdoorError,
+    InvalidBody,
     InvalidRequest,
     JobClosed,
     JobFailed,
@@ -42,7 +43,7 @@ from runner.errors import ReadTimeout as JobReadTimeout
 from runner.headers import check_headers
 from runner.messages import Header, JobContext, ResponseHead
 from runner.request import Request
-from transport.errors import TargetEscapes
+from transport.errors import TargetEscapes, check_pool
 from transport.faults import problem
 from transport.route import Route, scheme_for_handlers, under_scheme
 
@@ -62,6 +63,7 @@ class Transport(BaseAdapter):
 
     def __init__(self, pool: AnyPool, route: Route | None = None) -> None:
         super().__init__()
+        check_pool(pool)
         self._pool = pool
         self._route = route
 
@@ -103,6 +105,8 @@ class Transport(BaseAdapter):
             except BaseException:
                 body.close()
                 raise
+        except InvalidBody:
+            raise  # a TypeError, as of http.client's
         except InvalidRequest as error:
             raise InvalidURL(error, request=request) from error
         except LeaseTimeout as error:

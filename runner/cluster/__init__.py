@@ -5,10 +5,12 @@ Importing `runner` never imports this package, and so never Ray.
 
 from __future__ import annotations
 
+from ..extras import missing
+
 try:
     import ray  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"runner.cluster needs Ray ({error}): install blastdoor[cluster]") from error
+    raise ImportError(missing("runner.cluster", "ray", "cluster")) from error
 
 from .pool import ClusterPool
 

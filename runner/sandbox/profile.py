@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack
 
 from ..durations import check_seconds
 from ..errors import ConfigurationError
@@ -13,6 +15,24 @@ from ..paths import check_paths
 
 Profile = Literal["default", "strict"]
 Require = Literal["all", "available"]
+
+
+class SandboxOptions(TypedDict, total=False):
+    """The keyword arguments of `Sandbox.default` and `Sandbox.strict`."""
+
+    path: Iterable[str | os.PathLike[str]]
+    readable: Iterable[str | os.PathLike[str]]
+    writable: Iterable[str | os.PathLike[str]]
+    connect: Iterable[int]
+    processes: bool
+    scratch: int | str | None
+    memory: int | str | None
+    cpu_seconds: float | None
+    open_files: int
+    threads: int
+    background_seconds: float | None
+    require: Require
+    protect_host: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +74,14 @@ class Sandbox:
     protect_host: bool = True
 
     @classmethod
-    def default(cls, **settings: Any) -> Sandbox:
+    def default(cls, **settings: Unpack[SandboxOptions]) -> Sandbox:
         """For code that may be hostile, at nearly no cost: workers are warm, and serve one job after the other."""
-        return cls(profile="default", **settings)
+        return cls(profile="default", **settings)  # type: ignore[arg-type] # paths and ports are made tuples
 
     @classmethod
-    def strict(cls, **settings: Any) -> Sandbox:
+    def strict(cls, **settings: Unpack[SandboxOptions]) -> Sandbox:
         """`default`, namespaces of its own, an allow-list of system calls, and a new worker for each job."""
-        return cls(profile="strict", **settings)
+        return cls(profile="strict", **settings)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         if self.profile not in ("default", "strict"):

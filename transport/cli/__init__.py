@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from runner.extras import missing
+
 
 def main() -> None:
     """Run the command that the terminal's user has typed."""
@@ -12,6 +14,6 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name != "typer":
             raise
-        print("blastdoor: the command needs typer: pip install 'blastdoor[cli]', or [serve]", file=sys.stderr)
+        print(f"blastdoor: {missing('the command', 'typer', 'serve')}", file=sys.stderr)
         sys.exit(2)
     app()

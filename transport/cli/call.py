@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from runner.errors import InvalidRequest
+from runner.events import WorkerReady
 from runner.limits import Limits
 from runner.messages import Header, JobContext
 from runner.pool import Pool
@@ -25,7 +26,6 @@ def call_once(
     data: str | None,
     headers: list[str],
     identity: tuple[Route, str] | None,
-    timeout: float | None,
     settings: dict[str, Any],
 ) -> None:
     """One round trip; the body is written as it comes. Raises what the pool raises."""
@@ -38,7 +38,7 @@ def call_once(
         settings = {**settings, "root_path": settings["root_path"] or route.mount}
         target = route.rewrite(target)
     request = Request(method, target, [_header(text) for text in headers], _body(data))
-    with _pool(handler, settings) as pool, pool.open(request, context=context, read_timeout=timeout) as job:
+    with _pool(handler, settings) as pool, pool.open(request, context=context) as job:
         print(f"HTTP/1.1 {job.head.status} {job.head.reason}", file=sys.stderr)
         for name, value in job.head.headers:
             print(f"{name}: {one_line(value)}", file=sys.stderr)  # the handler's words
@@ -50,8 +50,16 @@ def call_once(
 
 def check_handler(handler: str, settings: dict[str, Any]) -> None:
     """Load it in a worker. StartError, with the app's frames, where that fails."""
-    with _pool(handler, settings):
-        print(f"{handler}: loaded, and ready for requests")
+    began: list[float] = []
+    pool = _pool(handler, settings)
+    pool.subscribe(lambda event: began.append(event.seconds) if isinstance(event, WorkerReady) else None)
+    with pool:
+        (worker,) = pool.workers()
+        kind = {"asgi": "an ASGI app", "wsgi": "a WSGI app"}.get(pool.kind, "a native handler")
+        print(
+            f"{handler}: {kind}, loaded and ready for requests in {began[0]:.2f} s; "
+            f"its worker takes {worker.rss / (1 << 20):.1f} MiB"
+        )
 
 
 def _pool(handler: str, settings: dict[str, Any]) -> Pool:
@@ -65,7 +73,7 @@ def _pool(handler: str, settings: dict[str, Any]) -> Pool:
         debug=settings.get("debug", False),
         workers=1,
         root_path=settings.get("root_path", ""),
-        limits=Limits(memory=settings.get("memory")),
+        limits=Limits(memory=settings.get("memory"), wall_seconds=settings.get("timeout")),
         sandbox=sandbox,
     )
 

@@ -39,9 +39,7 @@ Handler = Annotated[
     str, typer.Argument(help="Import string of the handler, such as `shop:app`.", metavar="APP", show_default=False)
 ]
 HowCalled = Annotated[Kind | None, _option("How the app is called. [default: auto]")]
-Factory = Annotated[
-    bool | None, typer.Option("--factory", help="The app is what calling APP gives.", show_default=False)
-]
+Factory = Annotated[bool | None, _option("The app is what calling APP gives.", "", "--factory")]
 Seconds = Annotated[float | None, _option("Seconds that a job may take.", "SECONDS", least=0)]
 Memory = Annotated[str | None, _option("Memory of a worker, such as 512MiB.", "SIZE")]
 Profile = Annotated[Literal["none", "default", "strict"] | None, _option("What the app may reach. [default: none]")]
@@ -60,7 +58,8 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, metavar="", help="Show the version and exit."),
     ] = False,
 ) -> None:
     pass
@@ -113,10 +112,10 @@ def serve(
     ] = None,
     connections: Annotated[int | None, _option("Connections at most. [default: 1000]", "N", least=1)] = None,
     reload: Annotated[
-        bool | None, _option("For development: reload when a Python file changes.", None, "--reload")
+        bool | None, _option("For development: reload when a Python file changes.", "", "--reload")
     ] = None,
-    debug: Annotated[bool | None, _option("For development: tell clients the tracebacks.", None, "--debug")] = None,
-    access_log: Annotated[bool | None, _option("Log each request. [default: yes]")] = None,
+    debug: Annotated[bool | None, _option("For development: tell clients the tracebacks.", "", "--debug")] = None,
+    access_log: Annotated[bool | None, _option("Log each request. [default: yes]", "")] = None,
     log_level: Annotated[LogLevel | None, _option("What is logged. [default: info]")] = None,
     log_format: Annotated[LogFormat | None, _option("How: text, or an object a line. [default: text]")] = None,
 ) -> None:
@@ -135,8 +134,10 @@ def serve(
 @app.command()
 def call(
     handler: Handler,
-    method: Annotated[str, typer.Argument(help="Such as GET.", show_default=False)],
-    target: Annotated[str, typer.Argument(help="Path and query, such as /v1/models?limit=3.", show_default=False)],
+    method: Annotated[str, typer.Argument(help="Such as POST. [default: GET]", show_default=False)] = "GET",
+    target: Annotated[
+        str, typer.Argument(help="Path and query, such as /v1/models?limit=3. [default: /]", show_default=False)
+    ] = "",
     data: Annotated[
         str | None, _option("The body; @FILE sends a file, @- standard input.", "DATA", "-d", "--data")
     ] = None,
@@ -150,7 +151,7 @@ def call(
     root_path: Annotated[
         str, _option("The path that a web app lies under. [default: its provider's mount]", "PATH")
     ] = "",
-    timeout: Annotated[float | None, _option("Seconds without any progress.", "SECONDS", least=0)] = None,
+    timeout: Seconds = None,
     memory: Memory = None,
     sandbox: Profile = None,
     kind: HowCalled = None,
@@ -159,6 +160,8 @@ def call(
     """Do one round trip: head and log on stderr, the body on stdout as it comes."""
     from transport.cli.call import call_once
 
+    if not target:
+        method, target = ("GET", method) if method.startswith("/") else (method, "/")
     with _explained():
         call_once(
             handler,
@@ -167,8 +170,8 @@ def call(
             data,
             header or [],
             _route(provider, key, source, root),
-            timeout,
             {
+                "timeout": timeout,
                 "kind": kind or "auto",
                 "factory": bool(factory),
                 "root_path": root_path,
@@ -183,7 +186,7 @@ def check(
     handler: Handler,
     kind: HowCalled = None,
     factory: Factory = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show all frames of what fails.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show all frames of what fails.", metavar="")] = False,
 ) -> None:
     """Load a handler in a worker, and say whether it can be called."""
     from transport.cli.call import check_handler
@@ -203,12 +206,12 @@ def doctor() -> None:
 @app.command()
 def top(
     url: Annotated[str, typer.Argument(help="The admin address of a `blastdoor serve`.")] = "http://127.0.0.1:9180",
-    once: Annotated[bool, typer.Option("--once", help="Print it once and exit.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print it once and exit.", metavar="")] = False,
 ) -> None:
-    """Watch a server's workers, requests and faults."""
+    """Watch a server's workers, requests and faults. In a pipe they are printed once."""
     from transport.cli.top import watch
 
-    raise typer.Exit(watch(url, once=once))
+    raise typer.Exit(watch(url, once=once or not sys.stdout.isatty()))
 
 
 def _route(provider: str, key: str, source: str, root: str) -> tuple[Any, str] | None:

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from runner.errors import ConfigurationError
+from runner.extras import missing
 
 
 def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, Any]) -> None:
@@ -17,7 +18,7 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     try:
         from transport.serving.server import Service
     except ModuleNotFoundError as error:
-        raise ConfigurationError(f"serving needs {error.name}: pip install 'blastdoor[serve]'") from error
+        raise ConfigurationError(missing("serving", error.name or "a library", "serve")) from error
     from transport.serving.log_format import make_formatter
     from transport.serving.settings import load_settings, parse_mounts
 

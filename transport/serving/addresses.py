@@ -10,8 +10,18 @@ from pathlib import Path
 from runner.errors import ConfigurationError
 
 
-def bind_port(host: str, port: int, option: str) -> socket.socket:
-    """A socket at a host's port, 0 for any. ConfigurationError, which names the command's option, where it is taken."""
+def bind_port(host: str, port: int, option: str, where: str = "host") -> socket.socket:
+    """A socket at a host's port, 0 for any. ConfigurationError where it is taken, or the host is none.
+
+    `option` is the command's for the port, `where` that for the host.
+    """
+    try:
+        host = host or "127.0.0.1"
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise ConfigurationError(
+            f"{host!r} is no address of this machine ({error}): choose another with --{where}"
+        ) from error
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With its protocol named asyncio turns Nagle's algorithm off on its connections (TCP_NODELAY, tcp(7)): an answer
     # in two writes would wait for the client's delayed acknowledgement otherwise, 40 ms.

@@ -92,7 +92,7 @@ class Service:
                 else bind_port(settings.host, settings.port, "port")
             )
             self.socket = stack.enter_context(made)
-            self.admin_socket = None if admin is None else stack.enter_context(bind_port(*admin, "admin"))
+            self.admin_socket = None if admin is None else stack.enter_context(bind_port(*admin, "admin", "admin"))
             stack.pop_all()
 
     async def run(self, started: Callable[[], object] = lambda: None) -> None:

@@ -6,17 +6,20 @@ for all mounts, unless a mount's own table says otherwise.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import functools
 import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from runner.durations import LONGEST
 from runner.errors import ConfigurationError
 from runner.limits import Limits, parse_size
 from runner.messages import Kind
@@ -85,6 +88,12 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     start_timeout: float | UnsetType = UNSET
     debug: bool | UnsetType = UNSET
     cluster: str | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "cpu_seconds"):
+            value = getattr(self, name)
+            if value is not UNSET and not 0 < value <= LONGEST:
+                raise ConfigurationError(f"{name} is a time in seconds above zero, not {value!r}")
 
     def pool(self, app: str, root_path: str) -> AnyPool:
         """A pool with these settings, which is not started: on the cluster at `cluster`, where that is given."""
@@ -169,6 +178,7 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     log_format: Literal["text", "json"] = "text"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("drain", "body_timeout", "send_timeout"):
             seconds = getattr(self, name)
             if not 0 <= seconds <= _LONGEST:
@@ -224,15 +234,73 @@ def load_settings(file: str | None, given: Mapping[str, Any]) -> Settings:
     ConfigurationError names what is wrong, and where.
     """
     where, found = (file, _read(Path(file))) if file is not None else _look_for()
+    check_keys(found, Settings, where)
     if "mounts" in given:
         found.pop("app", None)
+        found.pop("mounts", None)
     elif isinstance(mounts := found.get("mounts"), dict):
         pools = set(PoolSettings.__struct_fields__) & set(given)
         found["mounts"] = {path: _without(table, pools) for path, table in mounts.items()}
+    mounts = {**(found.pop("mounts", None) or {}), **given.get("mounts", {})}
+    made = {path: _made(table, MountSettings, f"{where}: mount {path!r}: ") for path, table in mounts.items()}
+    settings = _made({**found, **given, "mounts": {}}, Settings, f"{where}: ")
+    settings.mounts = made
+    return settings
+
+
+def check_keys(table: object, kind: Any, where: str) -> None:
+    """ConfigurationError for a key that means nothing, here or in a table within, with the near one that does."""
+    if not isinstance(table, dict):
+        return
+    known = _keys_of(kind)
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+            raise ConfigurationError(f"{where}: there is no {key!r}: {hint}")
+        if key == "mounts":
+            if not isinstance(value, dict):
+                raise ConfigurationError(
+                    f"{where}: mounts is a table of paths, each with a table such as app = 'shop:app'"
+                )
+            for path, mount in value.items():
+                if not isinstance(mount, dict):
+                    raise ConfigurationError(f"{where}: mount {path!r} is a table, as in {{ app = 'shop:app' }}")
+                check_keys(mount, MountSettings, f"{where}: mount {path!r}")
+        elif key in _TABLES:
+            check_keys(value, _TABLES[key], f"{where}: {key}")
+    if kind is Sandbox and "profile" not in table:
+        raise ConfigurationError(f"{where}: a sandbox table says its profile, as in profile = 'default', or 'strict'")
+
+
+_T = TypeVar("_T")
+_TABLES: Final[dict[str, Any]] = {"sandbox": Sandbox, "recycle": Recycle, "trusted_headers": TrustedHeadersSettings}
+_WORDS: Final = re.compile(r"Expected `(?P<wanted>.*)`, got `(?P<got>.*?)`")
+_PLACE: Final = re.compile(r"(?P<words>.*?)(?: - at `\$\.?(?P<place>.*)`)?", re.DOTALL)
+
+
+def _keys_of(kind: Any) -> list[str]:
+    if dataclasses.is_dataclass(kind):
+        return [field.name for field in dataclasses.fields(kind)]
+    return list(kind.__struct_fields__)
+
+
+def _made(table: Mapping[str, Any], kind: type[_T], where: str) -> _T:
+    """A table as a struct. ConfigurationError says what is wrong, and in which key."""
     try:
-        return msgspec.convert({**found, **given}, Settings)
-    except (msgspec.ValidationError, ConfigurationError) as error:
-        raise ConfigurationError(f"{where}: {error}") from error
+        return msgspec.convert(table, kind)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{where}{error}") from error
+    except msgspec.ValidationError as error:
+        found = _PLACE.fullmatch(str(error))
+        assert found is not None
+        place, words = found["place"] or "", found["words"]
+        if kinds := _WORDS.fullmatch(words):
+            wanted = kinds["wanted"].replace(" | ", " or ").replace("null", "none").replace("object", "table")
+            raise ConfigurationError(f"{where}{place or 'it'} takes {wanted}, not {kinds['got']}") from error
+        if words.startswith("Object missing required field"):
+            words = f"it has no {words.split('`')[1]!r}"
+        raise ConfigurationError(f"{where}{place}{': ' if place else ''}{words}") from error
 
 
 def _kind_of_pool(cluster: str | UnsetType) -> Callable[..., AnyPool]:
