@@ -59,8 +59,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "errors": (
         "AbortHandler BlastdoorError BodyIncomplete ConfigurationError DeadlineExceeded HandlerAborted HandlerRaised "
-        "InvalidBody InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout MemoryExceeded NodeLost PoolClosed "
-        "PoolForked QueueFull ReadTimeout StartError WorkerDied WorkerMisbehaved WorkersUnavailable WriteTimeout"
+        "InvalidBody InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout MemoryExceeded NodeLost "
+        "PoolClosed PoolForked QueueFull ReadTimeout StartError WorkerDied WorkerMisbehaved WorkersUnavailable "
+        "WriteTimeout"
     ),
     "async_job": "AsyncJob",
     "handlers.async_native": "AsyncHandlerRequest AsyncHandlerResponse",

@@ -1,7 +1,9 @@
-"""What workers print: a worker's log pipe read line by line, within a budget, into the host's logging.
+"""What workers print: their stdout and stderr read line by line, within a budget, into the host's logging.
 
-The supervisor reads the pipes all the time, so that no print blocks. What is over the budget is not
-even copied into the host: it is spliced to /dev/null, and counted.
+What comes on stdout is logged as INFO, what comes on stderr as WARNING. The supervisor reads the pipes all the time, so
+that no print blocks. What is over the budget is not even copied into the host: it is spliced to /dev/null, and counted.
+
+The stack of a crash (faulthandler) is not logged as it comes: whoever tells of the death shows it, once.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import struct
 import termios
 import threading
@@ -16,6 +19,7 @@ import time
 from collections import deque
 from typing import Final
 
+from .names import HOME
 from .printable import printable
 
 logger = logging.getLogger("blastdoor.worker")
@@ -29,90 +33,118 @@ _MAX_LINE: Final = 8 * 1024
 _ROUNDS: Final = 16
 _TAIL: Final = 100
 
-
 _LINE_COST: Final = 100
 """What a line costs beside its bytes: a record in the log is never smaller."""
 
+_CRASH: Final = "Fatal Python error: "
+_FRAME: Final = '  File "'
+_OWN_FRAME: Final = re.compile(rf'  File "{re.escape(HOME)}/')
+
+
+class _Stream:
+    """One of the two: what has come of its line, and the last of what was skipped."""
+
+    __slots__ = ("fd", "level", "line", "unlogged")
+
+    def __init__(self, fd: int, level: int) -> None:
+        os.set_blocking(fd, False)
+        self.fd = fd
+        self.level = level
+        self.line = b""
+        self.unlogged = b""
+
 
 class LogPipe:
-    """The read end of one process's stdout and stderr. Any thread may `read`; one at a time does.
+    """The read ends of one process's stdout and stderr. Any thread may `read`; one at a time does.
 
     `label` is what stands in the log before each line's job, such as "worker 4711".
     """
 
     __slots__ = (
         "_allowance",
+        "_crash",
         "_filled_at",
-        "_line",
+        "_in_own_frames",
         "_lock",
         "_null_fd",
         "_skipped",
+        "_streams",
         "_tail",
-        "_unlogged",
-        "fd",
         "job_id",
         "label",
         "pid",
     )
 
-    def __init__(self, fd: int, label: str) -> None:
-        os.set_blocking(fd, False)
-        self.fd = fd
+    def __init__(self, out_fd: int, err_fd: int, label: str) -> None:
+        self._streams = [_Stream(out_fd, logging.INFO), _Stream(err_fd, logging.WARNING)]
         self.label = label
         self.pid: int | None = None
         self.job_id = ""
-        self._line = b""
         self._allowance = float(BUDGET)
         self._filled_at = time.monotonic()
         self._skipped = 0
         self._null_fd = -1
         # Reentrant: what is logged may drop a job, whose end may come back here.
         self._lock = threading.RLock()
-        self._unlogged = b""
         self._tail: deque[tuple[str, str]] = deque(maxlen=_TAIL)
+        self._crash: list[tuple[str, str]] = []
+        self._in_own_frames = False
 
-    def read(self) -> bool:
-        """Log what is there now; False at the end of the pipe. Takes a bounded number of steps."""
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors that are open, to be watched."""
+        return [stream.fd for stream in self._streams if stream.fd >= 0]
+
+    def read(self) -> list[int]:
+        """Log what is there now. Takes a bounded number of steps. Gives the descriptors that are at their end."""
         with self._lock:
-            if self.fd < 0:
-                return False
-            for _ in range(_ROUNDS):
-                try:
-                    if self._allow():
-                        data = os.read(self.fd, _READ_SIZE)
-                        if not data:
-                            return False
-                        self._allowance -= len(data)
-                        self._take(data)
-                    elif not self._skip():
+            return [stream.fd for stream in self._streams if stream.fd >= 0 and not self._read(stream)]
+
+    def _read(self, stream: _Stream) -> bool:
+        for _ in range(_ROUNDS):
+            try:
+                if self._allow():
+                    data = os.read(stream.fd, _READ_SIZE)
+                    if not data:
                         return False
-                except BlockingIOError:
-                    return True
+                    self._allowance -= len(data)
+                    self._take(stream, data)
+                elif not self._skip(stream):
+                    return False
+            except BlockingIOError:
+                return True
         return True
 
-    def close(self) -> None:
-        """Log what is still in the pipe, over the budget or not: it is little, and it may be a last stack."""
+    def close(self, *, told: bool = False) -> None:
+        """Log what is still in the pipes, over the budget or not: it is little, and it may be a last stack.
+
+        `told` says that whoever tells of the process's end shows the stack of its crash.
+        """
         with self._lock:
-            if self.fd < 0:
+            if not self.fds:
                 return
-            self._take_last()
-            os.close(self.fd)
-            self.fd = -1
+            lasts = [stream.unlogged.partition(b"\n")[2] for stream in self._streams]
+            self._skipped -= sum(map(len, lasts))
+            self._report_skipped()
+            for stream, last in zip(self._streams, lasts, strict=True):
+                self._take_last(stream, last)
+                os.close(stream.fd)
+                stream.fd = -1
             if self._null_fd >= 0:
                 os.close(self._null_fd)
                 self._null_fd = -1
+            for job_id, text in self._crash:
+                self._log(logging.DEBUG if told else logging.WARNING, job_id, text)
+            self._crash.clear()
 
-    def _take_last(self) -> None:
-        last = self._unlogged.partition(b"\n")[2]
-        self._skipped -= len(last)
-        self._report_skipped()
+    def _take_last(self, stream: _Stream, last: bytes) -> None:
         self._allowance = float(BUDGET)
-        self._take(last)
+        self._take(stream, last)
         self._allowance = float(BUDGET)
-        self.read()
-        if self._line:
-            self._emit(self._line)
-            self._line = b""
+        self._read(stream)
+        if stream.line:
+            self._emit(stream, stream.line)
+            stream.line = b""
 
     def charge(self, size: int) -> bool:
         """Count what is logged of this process beside what it prints; False where that is over its budget as well."""
@@ -125,10 +157,12 @@ class LogPipe:
 
     def forget(self) -> None:
         """In a forked child: close the inherited descriptors and log nothing."""
-        for fd in (self.fd, self._null_fd):
+        for fd in (*self.fds, self._null_fd):
             if fd >= 0:
                 os.close(fd)
-        self.fd = self._null_fd = -1
+        self._null_fd = -1
+        for stream in self._streams:
+            stream.fd = -1
 
     def tail(self, job_id: str) -> str:
         """The last lines that were printed during this job."""
@@ -146,41 +180,60 @@ class LogPipe:
         self._report_skipped()
         return True
 
-    def _skip(self) -> bool:
+    def _skip(self, stream: _Stream) -> bool:
         """Drop what is over the budget, but for the last of it, which may yet be somebody's last words."""
-        waiting = int(struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, b"\0" * 4))[0])
+        waiting = int(struct.unpack("i", fcntl.ioctl(stream.fd, termios.FIONREAD, b"\0" * 4))[0])
         if waiting > _READ_SIZE:
-            self._skipped += os.splice(self.fd, self._null(), waiting - _READ_SIZE)
-        data = os.read(self.fd, _READ_SIZE)
+            self._skipped += os.splice(stream.fd, self._null(), waiting - _READ_SIZE)
+        data = os.read(stream.fd, _READ_SIZE)
         self._skipped += len(data)
-        self._unlogged = (self._unlogged + data)[-_READ_SIZE:]
+        stream.unlogged = (stream.unlogged + data)[-_READ_SIZE:]
         return bool(data)
 
     def _report_skipped(self) -> None:
         if self._skipped:
-            self._line = self._unlogged = b""
+            for stream in self._streams:
+                stream.line = stream.unlogged = b""
             logger.warning("%s: %d bytes of output over the budget were dropped", self.label, self._skipped)
             self._skipped = 0
 
-    def _take(self, data: bytes) -> None:
-        lines = (self._line + data).split(b"\n")
-        self._line = lines.pop()
+    def _take(self, stream: _Stream, data: bytes) -> None:
+        lines = (stream.line + data).split(b"\n")
+        stream.line = lines.pop()
         for number, line in enumerate(lines):
             if self._allowance <= 0 and number:
                 self._skipped += sum(len(rest) + 1 for rest in lines[number:])
                 break
             self._allowance -= _LINE_COST
-            self._emit(line)
-        if len(self._line) > _MAX_LINE:
-            self._emit(self._line)
-            self._line = b""
+            self._emit(stream, line)
+        if len(stream.line) > _MAX_LINE:
+            self._emit(stream, stream.line)
+            stream.line = b""
 
-    def _emit(self, line: bytes) -> None:
+    def _emit(self, stream: _Stream, line: bytes) -> None:
         text = printable(line[:_MAX_LINE].decode(errors="backslashreplace").rstrip("\r"))
         job_id = self.job_id
+        if stream.level == logging.WARNING and (self._crash or text.startswith(_CRASH)):
+            self._emit_crash(job_id, text)
+            return
         self._tail.append((job_id, text))
+        self._log(stream.level, job_id, text)
+
+    def _emit_crash(self, job_id: str, text: str) -> None:
+        """A line of a crash's stack, the innermost call first: from our first frame on it says nothing of the app."""
+        self._in_own_frames = text.startswith(_FRAME) and (self._in_own_frames or _OWN_FRAME.match(text) is not None)
+        if self._in_own_frames:
+            return
+        self._tail.append((job_id, text))
+        self._crash.append((job_id, text))
+        if len(self._crash) > _TAIL:  # it goes on: it was no last word
+            for job, line in self._crash:
+                self._log(logging.WARNING, job, line)
+            self._crash.clear()
+
+    def _log(self, level: int, job_id: str, text: str) -> None:
         extra = {"job_id": job_id, "worker": self.pid}
-        logger.info("%s%s: %s", self.label, f" job {job_id}" if job_id else "", text, extra=extra)
+        logger.log(level, "%s%s: %s", self.label, f" job {job_id}" if job_id else "", text, extra=extra)
 
     def _null(self) -> int:
         if self._null_fd < 0:

@@ -134,6 +134,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits
     grace: float
     sandbox: Sandbox | None
+    label: str = ""
     factory: bool = False
     debug: bool = False
     taken: list[str] = []
@@ -146,7 +147,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spawn(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """Host to zygote, with a worker's ends: request pipe, response pipe, log pipe, cancel pipe."""
+    """Host to zygote, with a worker's ends: request pipe, response pipe, stdout, stderr, cancel pipe."""
 
     worker: int
 

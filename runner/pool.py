@@ -33,6 +33,7 @@ from .settings import (
     PLAIN_ENVIRONMENT,
     check_admission,
     check_kinds,
+    check_label,
     check_preload,
     check_sandbox,
     check_settings,
@@ -73,7 +74,8 @@ class Pool(Startable):
     Times are in seconds: a job that its caller leaves has `grace` to end before its worker is killed; `close`
     waits up to `drain` for the jobs under way; a worker that is not ready `start_timeout` after its start, an ASGI
     app's lifespan start-up included, is killed, and so is one that has not exited `stop_timeout` after it was told
-    to. In `debug` mode fault responses carry the handler's traceback.
+    to. In `debug` mode fault responses carry the handler's traceback. `label` stands before what its workers print, and
+    in their process titles.
 
     A context manager, also an async one: `with Pool(...) as pool:` starts it and closes it. Without, it starts with its
     first request. Safe to share between threads and tasks. Raises ConfigurationError for what can't work.
@@ -105,6 +107,7 @@ class Pool(Startable):
         start_timeout: float = 60.0,
         stop_timeout: float = 5.0,
         debug: bool = False,
+        label: str = "",
     ) -> None:
         if workers is None:
             workers = os.cpu_count() or 1
@@ -137,6 +140,7 @@ class Pool(Startable):
             kind=kind,
             factory=factory,
             debug=debug,
+            label=check_label(label),
             preload=preload is True,
             path=list(check_paths("path", path)),
             modules=() if isinstance(preload, bool) else tuple(preload),

@@ -41,6 +41,7 @@ class PoolOptions(TypedDict, total=False):
     start_timeout: float
     stop_timeout: float
     debug: bool
+    label: str
 
 
 def check_settings(kind: object, workers: object, env: Mapping[str, str] | None, root_path: object) -> None:
@@ -66,6 +67,13 @@ def check_sandbox(sandbox: object) -> Sandbox | None:
     if sandbox == "default" or sandbox == "strict":
         return Sandbox(profile=sandbox)
     raise ConfigurationError(f"sandbox is 'default', 'strict', or a runner.Sandbox, not {sandbox!r}")
+
+
+def check_label(label: object) -> str:
+    """A label, which may stand in a log and in a process title."""
+    if not isinstance(label, str) or not label.isprintable() or len(label) > 200:
+        raise ConfigurationError(f"label is a short printable text, not {label!r}")
+    return label
 
 
 def check_kinds(limits: object, recycle: object) -> None:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -49,6 +50,8 @@ _STATUS_LIMIT: Final = 1.0
 
 _SILENCE_LIMIT: Final = 5.0
 """Seconds that the zygote may say nothing while it owes us news."""
+
+_PIDS: Final = re.compile(r"worker \d+|line \d+")
 
 _EXIT_LIMIT: Final = 1.0
 """Seconds that the zygote has to exit by itself when a pool closes."""
@@ -97,6 +100,9 @@ class Supervisor:
         self._size = size
         self._wanted = size.least + size.spares
         self._retiring: set[Worker] = set()
+        self._last_failure = ""
+        self._same_failures = 0
+        self._label = f"{config.label}: " if config.label else ""
         self._growth_is_due = False
         self._orders_are_held = False
         leases.retire = lambda worker: self._reactor.call(lambda: self._retire(worker))
@@ -227,7 +233,7 @@ class Supervisor:
         self._zygote = zygote
         self._orders_are_held = False
         self._zygote_heard_at = math.inf  # until it has forked its first worker it may import for as long as that takes
-        self._reactor.watch(zygote.log.fd, lambda: self._read_log(zygote.log))
+        self._watch_log(zygote.log)
         self._reactor.watch(zygote.control_fd, self._hear_zygote)
         self._reactor.watch(zygote.pidfd, self._zygote_ended)
         self._spawn_missing()
@@ -278,7 +284,8 @@ class Supervisor:
             pass
         for fd in (zygote.control_fd, zygote.pidfd):
             self._reactor.unwatch(fd)
-        self._reactor.unwatch(zygote.log.fd)
+        for fd in zygote.log.fds:
+            self._reactor.unwatch(fd)
         status = zygote.close()
         self._zygote = None
         self._unreported.clear()
@@ -395,9 +402,13 @@ class Supervisor:
         if linux.kill_holders(inodes):
             self._reactor.after(0.05, lambda: self._sweep(inodes))
 
+    def _watch_log(self, log: LogPipe) -> None:
+        for fd in log.fds:
+            self._reactor.watch(fd, lambda: self._read_log(log))
+
     def _read_log(self, log: LogPipe) -> None:
-        if not log.read():
-            self._reactor.unwatch(log.fd)
+        for ended in log.read():
+            self._reactor.unwatch(ended)
 
     # -- births --------------------------------------------------------------------------------------
 
@@ -445,9 +456,9 @@ class Supervisor:
         number = next(self._numbers)
         fds: list[int] = []
         try:
-            for _ in range(3):
+            for _ in range(4):
                 fds += make_pipe()
-            request_read, request_write, response_read, response_write, log_read, log_write = fds
+            request_read, request_write, response_read, response_write, out_read, out_write, err_read, err_write = fds
             cancel_read, cancel_write = os.pipe2(os.O_CLOEXEC)
             fds += cancel_read, cancel_write
             channel = Channel(request_write, response_read, cancel_write)
@@ -457,23 +468,23 @@ class Supervisor:
             self._spawn_failed(error)
             return False
         try:
-            self._zygote.spawn(number, (request_read, response_write, log_write, cancel_read))
+            self._zygote.spawn(number, (request_read, response_write, out_write, err_write, cancel_read))
         except OSError as error:  # its socket is full of orders; or it is gone
             channel.close()
-            for fd in (request_read, response_write, log_read, log_write, cancel_read):
+            for fd in (request_read, response_write, out_read, out_write, err_read, err_write, cancel_read):
                 os.close(fd)
             if isinstance(error, BlockingIOError):
                 self._orders_are_held = True  # it answers each that is there: see `_spawn_held`
             else:
                 self._spawn_failed(error)
             return False
-        for fd in (request_read, response_write, log_write, cancel_read):
+        for fd in (request_read, response_write, out_write, err_write, cancel_read):
             os.close(fd)
-        log = LogPipe(log_read, f"worker {number} (starting)")
+        log = LogPipe(out_read, err_read, f"{self._label}worker {number} (starting)")
         worker = Worker(number, channel, log)
         self._watch_zygote()
         self._workers[number] = worker
-        self._reactor.watch(log.fd, lambda: self._read_log(log))
+        self._watch_log(log)
         self._reactor.watch(response_read, lambda: self._hear_starting(worker))
         self._reactor.after(self._start_timeout, lambda: self._check_started(number))
         return True
@@ -486,7 +497,7 @@ class Supervisor:
             self._start_failed(f"a worker can't be started: {error}")
 
     def _born(self, worker: Worker, pid: int, pidfd: int) -> None:
-        worker.log.label = f"worker {pid}"
+        worker.log.label = f"{self._label}worker {pid}"
         worker.log.pid = pid
         self.events.emit(WorkerStarted(pid))
         self.leases.adopt_pidfd(worker, pid, pidfd)
@@ -567,7 +578,7 @@ class Supervisor:
         now = time.monotonic()
         self._brake.failed(now)
         pause = self._brake.delay(now)
-        logger.error("%s%s", why, f"\nnext try in {pause:.1f} s" if pause else "")
+        self._log_failed_start(why, pause)
         if self._brake.engaged and not any(worker.ready for worker in self._workers.values()):
             first_line = why.splitlines()[0]
             self.leases.refuse(
@@ -577,15 +588,28 @@ class Supervisor:
                 )
             )
 
+    def _log_failed_start(self, why: str, pause: float) -> None:
+        """Tell of it, all of it once: what fails the same way over and over is counted."""
+        again = f"\nnext try in {pause:.1f} s" if pause else ""
+        said = _PIDS.sub("worker", why)
+        if said == self._last_failure:
+            self._same_failures += 1
+            first = why.splitlines()[0]
+            logger.error("%s%s (the same as before, %d times now)%s", self._label, first, self._same_failures, again)
+            return
+        self._last_failure, self._same_failures = said, 1
+        logger.error("%s%s%s", self._label, why, again)
+
     # -- ends ----------------------------------------------------------------------------------------
 
     def _bury(self, worker: Worker, status: int | None) -> None:
         """A worker has ended: log its last words, tell its holder, and see to its successor."""
         del self._workers[worker.number]
         self._ready_unborn.discard(worker)
-        for fd in (worker.channel.response_fd, worker.channel.request_fd, worker.log.fd, worker.pidfd or -1):
+        for fd in (worker.channel.response_fd, worker.channel.request_fd, *worker.log.fds, worker.pidfd or -1):
             self._reactor.unwatch(fd)
-        worker.log.close()
+        # Of a death in a job, or before the first one, somebody tells, with the last output.
+        worker.log.close(told=not worker.turn or (self.leases.is_leased(worker) and worker not in self._left))
         self.leases.bury(worker, status)
         if not self._stopping:
             self.events.deaths += worker not in self._retiring

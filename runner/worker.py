@@ -1,7 +1,7 @@
 """The child: one process that runs one job at a time, from fork to exit.
 
 `run` is what the zygote's fork calls. It takes on the worker's descriptors (requests on 3, responses on 4,
-cancels on 5, /dev/null on 0, the log pipe on 1 and 2), closes all else, sheds what belonged to the
+cancels on 5, /dev/null on 0, the log pipes on 1 and 2), closes all else, sheds what belonged to the
 zygote, loads the handler, says READY, and then serves jobs until the request pipe ends.
 """
 
@@ -33,8 +33,8 @@ REQUEST_FD: Final = 3
 RESPONSE_FD: Final = 4
 CANCEL_FD: Final = 5
 LAST_FD: Final = CANCEL_FD
-DESCRIPTORS: Final = 4
-"""How many descriptors come with a Spawn order: request pipe, response pipe, log pipe, cancel pipe."""
+DESCRIPTORS: Final = 5
+"""How many descriptors come with a Spawn order: request pipe, response pipe, stdout, stderr, cancel pipe."""
 
 _DESCRIPTOR_CEILING: Final = 1 << 20
 
@@ -156,11 +156,11 @@ def _take_descriptors(fds: list[int], inherited: frozenset[int], *, sandboxed: b
     that whoever shares one may change (open(2)). Only a preload of trusted code leaves some to its workers; a sandboxed
     worker has them anew.
     """
-    request_fd, response_fd, log_fd, cancel_fd = fds
+    request_fd, response_fd, out_fd, err_fd, cancel_fd = fds
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
-    os.dup2(log_fd, 1)
-    os.dup2(log_fd, 2)
+    os.dup2(out_fd, 1)
+    os.dup2(err_fd, 2)
     os.dup2(request_fd, REQUEST_FD, inheritable=False)
     os.dup2(response_fd, RESPONSE_FD, inheritable=False)
     os.dup2(cancel_fd, CANCEL_FD, inheritable=False)

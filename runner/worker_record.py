@@ -90,7 +90,7 @@ class Worker:
 
     def pipe_ends(self) -> list[int]:
         """The host's ends of its pipes that are open."""
-        return [fd for fd in (self.channel.request_fd, self.channel.response_fd, self.log.fd) if fd >= 0]
+        return [fd for fd in (self.channel.request_fd, self.channel.response_fd, *self.log.fds) if fd >= 0]
 
     def __repr__(self) -> str:
         return f"<Worker {self.number} pid={self.pid}>"

@@ -49,14 +49,20 @@ class ZygoteProcess:
         preamble = _preamble(path if config.sandbox is None else _trusted(host), config)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            log_read, log_write = make_pipe()
-            self.log = LogPipe(log_read, "zygote")
+            out_read, out_write = make_pipe()
+            try:
+                err_read, err_write = make_pipe()
+            except BaseException:
+                os.close(out_read)
+                os.close(out_write)
+                raise
+            self.log = LogPipe(out_read, err_read, "zygote")
             try:
                 self._process = subprocess.Popen(
                     _program(theirs.fileno()),
                     stdin=subprocess.PIPE,
-                    stdout=log_write,
-                    stderr=log_write,
+                    stdout=out_write,
+                    stderr=err_write,
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                     env=None if env is None else dict(env),
@@ -65,7 +71,8 @@ class ZygoteProcess:
                 self.log.close()
                 raise
             finally:
-                os.close(log_write)
+                os.close(out_write)
+                os.close(err_write)
         except BaseException:
             self._control.close()
             raise
@@ -73,7 +80,7 @@ class ZygoteProcess:
             theirs.close()
         self.pid = self._process.pid
         self.silent = False
-        self.log.label = f"zygote {self.pid}"
+        self.log.label = f"{config.label}{': ' if config.label else ''}zygote {self.pid}"
         try:
             self.pidfd = os.pidfd_open(self.pid)
         except OSError:

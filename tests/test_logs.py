@@ -56,14 +56,16 @@ def test_last_words_after_a_flood(start: Callable[..., Pool], log: pytest.LogCap
 def test_lines_that_come_in_pieces(log: pytest.LogCaptureFixture) -> None:
     """W9: a line is logged once it is whole; the last one also without its end; an endless one in parts."""
     read, write = make_pipe()
-    pipe = LogPipe(read, "worker 1")
+    err_read, err_write = os.pipe()
+    os.close(err_write)
+    pipe = LogPipe(read, err_read, "worker 1")
     for data in (b"one ", b"line\ntwo\r\n\nthr", b"ee"):
         os.write(write, data)
-        assert pipe.read()
+        assert read not in pipe.read()
     os.write(write, b"x" * 20_000)
     pipe.read()
     os.close(write)
-    assert not pipe.read()
+    assert read in pipe.read()
     pipe.job_id = "7"
     pipe.close()
     pipe.close()
