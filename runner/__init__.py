@@ -14,6 +14,8 @@ if sys.platform != "linux":
     raise ImportError(f"blastdoor needs Linux 5.9 or newer, and this is {sys.platform}: try it in a container")
 
 if TYPE_CHECKING:
+    __version__: str
+
     from .async_job import AsyncJob as AsyncJob
     from .errors import AbortHandler as AbortHandler
     from .errors import BlastdoorError as BlastdoorError

@@ -44,6 +44,7 @@ class Call:
         "method",
         "scope",
         "sent_at",
+        "target",
         "timeouts",
         "upload",
     )
@@ -59,6 +60,7 @@ class Call:
     ) -> None:
         self.asked_at = time.monotonic()
         self.method = request.method
+        self.target = request.target
         self.upload = upload
         self.lease_timeout = lease_timeout
         self.timeouts = timeouts
@@ -119,7 +121,10 @@ class Call:
         events = self._supervisor.events
         if events.subscribers:
             context, waited = self.context, time.monotonic() - self.asked_at
-            events.emit(JobRefused(context.job_id, context.provider, context.source, waited, str(error)))
+            refused = JobRefused(
+                context.job_id, context.provider, context.source, waited, str(error), self.method, self.target
+            )
+            events.emit(refused)
 
     def _let_go(self) -> None:
         """Whatever was raised: a worker that was leased, and that no job holds, goes back."""

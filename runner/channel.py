@@ -17,7 +17,7 @@ import time
 from typing import Final
 
 from .cancellation import pack_cancel
-from .durations import LONGEST_WAIT
+from .durations import MAIN_THREAD_WAIT, longest_wait
 from .frames import TO_HOST, Frame, FrameDecoder
 from .outgoing import Outgoing
 
@@ -141,10 +141,12 @@ class Channel:
                 self._poll.register(self.request_fd, select.POLLOUT)
             else:
                 self._poll.unregister(self.request_fd)
-        if timeout is not None and timeout > LONGEST_WAIT:
-            return self._wait_long(timeout, write=write)
+        if timeout is None or timeout > MAIN_THREAD_WAIT:
+            events = self._poll_long(math.inf if timeout is None else timeout)
+        else:
+            events = self._poll.poll(math.ceil(timeout * 1000))
         readable = writable = woken = False
-        for fd, event in self._poll.poll(None if timeout is None else math.ceil(timeout * 1000)):
+        for fd, event in events:
             if fd == self.response_fd:
                 readable = True
             elif fd == self._wake_fd:
@@ -157,12 +159,15 @@ class Channel:
                 writable = True
         return readable, writable, woken
 
-    def _wait_long(self, timeout: float, *, write: bool) -> tuple[bool, bool, bool]:
-        until = time.monotonic() + timeout
-        ready = (False, False, False)
-        while not any(ready) and (left := until - time.monotonic()) > 0:
-            ready = self.wait(min(left, LONGEST_WAIT), write=write)
-        return ready
+    def _poll_long(self, timeout: float) -> list[tuple[int, int]]:
+        longest = longest_wait()
+        if timeout <= longest:
+            return self._poll.poll(math.ceil(timeout * 1000))
+        events = self._poll.poll(longest * 1000)
+        until = time.monotonic() + timeout - longest
+        while not events and (left := until - time.monotonic()) > 0:
+            events = self._poll.poll(math.ceil(min(left, longest) * 1000))
+        return events
 
     def event_fd(self, *, write: bool = False) -> int:
         """A descriptor that is readable when `wait` would return at once: for event loops, which wait in their own way.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from typing import Final
 
@@ -13,6 +14,16 @@ LONGEST: Final = 1e9
 
 LONGEST_WAIT: Final = 3600.0
 """Seconds that a thread sleeps at most before it looks again: poll(2) takes no more than 2^31 milliseconds."""
+
+
+MAIN_THREAD_WAIT: Final = 1.0
+"""The same for the main thread. A signal that comes just before it sleeps, or to another thread, wakes nobody: its
+handler runs when the main thread looks up (signal(7); Python's `signal`)."""
+
+
+def longest_wait() -> float:
+    """Seconds that this thread sleeps at most before it looks again."""
+    return MAIN_THREAD_WAIT if threading.get_ident() == threading.main_thread().ident else LONGEST_WAIT
 
 
 def check_seconds(name: str, seconds: object, *, optional: bool = False, endless: bool = False) -> None:

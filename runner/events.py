@@ -82,6 +82,8 @@ class JobEnded(msgspec.Struct, frozen=True):
     outcome: Outcome
     seconds: float
     detail: str = ""
+    method: str = ""
+    target: str = ""
 
 
 class JobRefused(msgspec.Struct, frozen=True):
@@ -92,6 +94,8 @@ class JobRefused(msgspec.Struct, frozen=True):
     source: str
     waited: float
     detail: str
+    method: str = ""
+    target: str = ""
 
 
 Event = WorkerStarted | WorkerReady | WorkerEnded | JobStarted | JobAnswered | JobEnded | JobRefused
@@ -101,7 +105,7 @@ Subscriber = Callable[[Event], object]
 class WorkerInfo(msgspec.Struct, frozen=True):
     """One worker at this moment: `rss` in bytes, `cpu_seconds` used so far, `age` in seconds since it was ordered.
 
-    `node` is the address of its node in a cluster.
+    `node` is the address of its node in a cluster, `request` the method and the target of the job that it is at.
     """
 
     pid: int
@@ -112,6 +116,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     rss: int
     cpu_seconds: float
     node: str = ""
+    request: str = ""
 
 
 class PoolStats(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
-from .durations import sooner
+from .durations import longest_wait, sooner
 from .errors import LeaseTimeout, QueueFull, closed_by
 from .scope import CancelScope
 from .waiters import Caller, TaskWaiter, ThreadWaiter, Waiter
@@ -303,7 +303,7 @@ class Lender(ABC, Generic[Loan]):
         with self._quiet:
             self._hurry(timeout)
             while self._lent and (left := self._quiet_by - time.monotonic()) > 0:
-                self._quiet.wait(min(left, threading.TIMEOUT_MAX))
+                self._quiet.wait(min(left, longest_wait()))
 
     def hurry(self, timeout: float) -> None:
         """Have `wait_quiet`, which another thread may be in, end after `timeout` seconds at the latest."""

@@ -59,8 +59,9 @@ class Pool(Startable):
     how many processes there are (default: one per core). With `preload` the handler is imported once, in
     the process that forks the workers; with a list of names just these modules are. `env` is the workers' environment:
     None passes the host's on, with the thread counts of numeric libraries set where they are not; a mapping passes just
-    that. `path` are directories that the handler's modules are looked for in, before the host's `sys.path`; after it
-    the working directory is. `root_path` is the path that a WSGI or ASGI app lies under (SCRIPT_NAME, `root_path`).
+    that; `set_env` adds to either. `path` are directories that the handler's modules are looked for in, before the
+    host's `sys.path`; after it the working directory is. `root_path` is the path that a WSGI or ASGI app lies under
+    (SCRIPT_NAME, `root_path`).
     `spool_uploads` (bytes, or text such as "64MiB") has a WSGI app get each body of unknown length as a file with a
     CONTENT_LENGTH, which Django needs; a longer one is refused with a 413.
     `limits` are those of the workers and their jobs. `sandbox` says what the handler's code may reach; with one, `env`
@@ -97,6 +98,7 @@ class Pool(Startable):
         recycle: Recycle | None = None,
         preload: bool | Sequence[str] = False,
         env: Mapping[str, str] | None = None,
+        set_env: Mapping[str, str] | None = None,
         path: Sequence[str] = (),
         root_path: str = "",
         spool_uploads: int | str | None = None,
@@ -114,6 +116,7 @@ class Pool(Startable):
         least, most = workers if isinstance(workers, tuple) and len(workers) == 2 else (workers, workers)
         check_settings(kind, least, env, root_path)
         check_settings(kind, most, env, root_path)
+        check_settings(kind, most, set_env, root_path)
         check_admission(least, most, spares, queue, per_provider, overload)
         check_seconds("queue_timeout", queue_timeout, optional=True, endless=True)
         for name, seconds in (
@@ -158,6 +161,7 @@ class Pool(Startable):
             "overload": overload,
             "recycle": recycle,
             "env": None if env is None else dict(env),
+            "set_env": dict(set_env or {}),
             "grace": grace,
             "drain": drain,
             "start_timeout": start_timeout,
@@ -215,12 +219,13 @@ class Pool(Startable):
             if self._closed:
                 raise PoolClosed("the pool is closed: open a new one")
             if self._supervisor is None:
-                env = self._settings["env"]
+                env, more = self._settings["env"], self._settings["set_env"]
                 sandbox = self._config.sandbox
                 if env is None or sandbox is not None:
                     env = dict(os.environ) if sandbox is None else {**PLAIN_ENVIRONMENT, **(env or {})}
                     preload = self._config.preload or bool(self._config.modules)
                     share_cores(env, self._size.most, self._config.limits, preload=preload)
+                env = {**env, **more}
                 if sandbox is not None and sandbox.protect_host:
                     from . import linux  # ctypes is loaded where it is used
 

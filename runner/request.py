@@ -35,6 +35,10 @@ INLINE = 32 * 1024
 _TARGET = re.compile(r"/[\x21-\x22\x24-\x7e]*|\*")
 
 
+_SERVER = ("localhost", 80)
+_CLIENT = ("127.0.0.1", 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request.
@@ -50,8 +54,8 @@ class Request:
     headers: Sequence[Header] = ()
     body: Body = None
     scheme: str = "http"
-    server: tuple[str, int] = ("localhost", 80)
-    client: tuple[str, int] = ("127.0.0.1", 0)
+    server: tuple[str, int] = _SERVER
+    client: tuple[str, int] = _CLIENT
 
     def __post_init__(self) -> None:
         if not is_token(self.method):
@@ -69,9 +73,24 @@ class Request:
             raise InvalidRequest(str(error)) from None
         if headers is not self.headers:
             object.__setattr__(self, "headers", headers)
+        if self.server is not _SERVER:
+            _check_address("server", self.server)
+        if self.client is not _CLIENT:
+            _check_address("client", self.client)
         if type(self.method) is not str or type(self.target) is not str:  # a subclass: what it is as text
             object.__setattr__(self, "method", str.__str__(self.method))
             object.__setattr__(self, "target", str.__str__(self.target))
+
+
+def _check_address(name: str, address: object) -> None:
+    if not (
+        isinstance(address, tuple)
+        and len(address) == 2
+        and isinstance(address[0], str)
+        and isinstance(address[1], int)
+        and 0 <= address[1] <= 65535
+    ):
+        raise InvalidRequest(f"{name} is a host and a port, as in ('localhost', 80), not {address!r}")
 
 
 class Upload:

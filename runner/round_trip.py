@@ -114,6 +114,8 @@ class RoundTrip:
         "began",
         "head",
         "job_id",
+        "method",
+        "target",
     )
 
     head: ResponseHead
@@ -129,6 +131,7 @@ class RoundTrip:
         wall_seconds = supervisor.limits.wall_seconds
         self.job_id = job_id = context.job_id
         self._context = context
+        self.method, self.target = call.method, call.target
         sent_at = call.sent_at
         self.began = time.monotonic() if sent_at is None else sent_at
         self._outcome: Outcome = "left"
@@ -599,6 +602,8 @@ class RoundTrip:
                 self._outcome,
                 seconds,
                 self._what_went_wrong(),
+                self.method,
+                self.target,
             )
             events.emit(ended)
 

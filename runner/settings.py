@@ -31,6 +31,7 @@ class PoolOptions(TypedDict, total=False):
     recycle: Recycle | None
     preload: bool | Sequence[str]
     env: Mapping[str, str] | None
+    set_env: Mapping[str, str] | None
     path: Sequence[str]
     root_path: str
     spool_uploads: int | str | None

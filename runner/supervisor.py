@@ -22,6 +22,7 @@ import msgspec
 
 from .brake import RestartBrake
 from .channel import Channel, make_pipe
+from .durations import longest_wait
 from .errors import StartError, WorkersUnavailable
 from .events import Events, WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
 from .frames import FAULT, READY
@@ -152,7 +153,8 @@ class Supervisor:
 
     def wait_started(self) -> None:
         """Wait until all workers are ready. StartError if one is not; `stop` is then all there is to do."""
-        self._started.wait()
+        while not self._started.wait(longest_wait()):
+            pass  # signals are handled now and then
         if self._start_error:
             raise StartError(self._start_error)
 
@@ -204,6 +206,7 @@ class Supervisor:
             except psutil.Error:
                 continue  # it has ended meanwhile
             leased = self.leases.is_leased(worker)
+            job = worker.job() if leased and worker.job is not None else None
             found.append(
                 WorkerInfo(
                     worker.pid,
@@ -213,11 +216,14 @@ class Supervisor:
                     time.monotonic() - worker.ordered_at,
                     rss,
                     times.user + times.system,
+                    request="" if job is None else f"{job.method} {job.target}",
                 )
             )
         return found
 
     def _run(self) -> None:
+        # A signal to the process must not come here: it would interrupt no wait of the main thread (signal(7)).
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._reactor.run()
         self._started.set()
 

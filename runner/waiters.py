@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
+
+from .durations import longest_wait
 
 Loan = TypeVar("Loan")
 Given = TypeVar("Given", contravariant=True)
@@ -69,7 +72,10 @@ class ThreadWaiter(Waiter[Loan]):
 
     def wait(self, timeout: float | None) -> None:
         """Wait up to `timeout` seconds."""
-        self._ready.acquire(timeout=-1 if timeout is None else max(timeout, 0))
+        longest = longest_wait()
+        left = math.inf if timeout is None else max(timeout, 0)
+        while not self._ready.acquire(timeout=min(left, longest)) and left > longest:
+            left -= longest
 
 
 class TaskWaiter(Waiter[Loan]):

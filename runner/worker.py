@@ -28,6 +28,7 @@ from .messages import Ready, ZygoteConfig
 from .output import LogStream, Prints
 from .pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
 from .reports import report_on, report_on_start
+from .titles import set_title
 
 REQUEST_FD: Final = 3
 RESPONSE_FD: Final = 4
@@ -65,6 +66,7 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
     _shed(birth.parent, prints)
     disown_forks((REQUEST_FD, RESPONSE_FD, CANCEL_FD), pipes.sever)
     orphans.begin()
+    set_title("worker", config.label)
     _reseed()
     try:
         config.limits.apply()

@@ -33,6 +33,7 @@ from .handlers.load import HandlerError, load
 from .messages import Born, Died, Failed, Lacking, News, Noted, Spawn, Stopped, ZygoteConfig
 from .names import AppsFirst
 from .reports import report_on_start
+from .titles import set_title
 from .zygote_process import MAX_MESSAGE
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _fork_context = multiprocess.get_context("fork")
 
 def main() -> None:
     """Run a zygote until its control socket closes. The socket's descriptor is the first argument."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the thread that has started this one takes no signals
     control = socket.socket(fileno=int(sys.argv[1]))
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ZygoteConfig)
     sys.argv[1:] = []
@@ -57,6 +59,7 @@ def main() -> None:
     if config.taken:
         sys.meta_path.insert(0, AppsFirst(config.taken))
     linux.become_subreaper()
+    set_title("template", config.label)
     zygote = Zygote(control, config)
     if not zygote.prepare():
         os._exit(1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -230,6 +231,74 @@ def test_interrupts_belong_to_the_host(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (0, "interrupted hello\n", "")
+
+
+@pytest.mark.parametrize("waits_for", ["the answer", "a worker", "the start", "the end"])
+def test_a_signal_that_wakes_nobody(tmp_path: Path, waits_for: str) -> None:
+    """W11: one that comes just before the main thread sleeps, or to another thread, is heard within a second or so."""
+    out = run(
+        tmp_path,
+        f"""
+        import signal, threading, time
+        waits_for = {waits_for!r}
+
+        def interrupt():
+            time.sleep(0.5)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # as if the main thread was about to sleep
+
+        def slow(request, response):
+            time.sleep(60)
+
+        def hold():
+            try:
+                get(pool)
+            except Exception:
+                pass
+
+        handler = "tests.bad_handlers.hangs:app" if waits_for == "the start" else slow
+        pool = Pool(handler, workers=1, start_timeout=50)
+        interrupter = threading.Thread(target=interrupt)
+        try:
+            if waits_for == "the start":
+                interrupter.start()
+                pool.start()
+            pool.start()
+            if waits_for in ("a worker", "the end"):
+                job = threading.Thread(target=hold, daemon=True)
+                job.start()
+                while not pool.stats().busy:
+                    time.sleep(0.001)
+            interrupter.start()
+            if waits_for == "the end":
+                pool.close(drain=50)
+            get(pool)
+        except KeyboardInterrupt:
+            print("interrupted")
+        interrupter.join()
+        pool.close(drain=0)
+        if waits_for in ("a worker", "the end"):
+            job.join()
+        """,
+    )
+    assert out == "interrupted\n"
+
+
+def test_signals_are_the_main_thread_s(start: Callable[..., Pool]) -> None:
+    """W11: the supervisor's thread takes none; zygote and workers begin with none blocked."""
+    pool = start(workers=1)
+    assert pool._supervisor is not None
+    assert pool._supervisor._zygote is not None
+    bit = 1 << (signal.SIGINT - 1)
+    thread = pool._supervisor._thread.native_id
+    (worker,) = pool.workers()
+    for place, blocked in (
+        (f"/proc/self/task/{thread}", True),
+        (f"/proc/{pool._supervisor._zygote.pid}", False),
+        (f"/proc/{worker.pid}", False),
+    ):
+        status = Path(f"{place}/status").read_text()
+        mask = int(next(line for line in status.splitlines() if line.startswith("SigBlk")).split()[1], 16)
+        assert bool(mask & bit) == blocked, place
 
 
 def test_imports_stay_small() -> None:

@@ -295,7 +295,7 @@ def test_a_handler_that_does_not_listen(start: Callable[..., Pool], tmp_path: Pa
         caller = Caller(lambda pool=pool, target=target: get(pool, f"{target}?here={tmp_path / target[1:]}"))  # type: ignore[misc]
         wait_for(tmp_path / target[1:])
         caller.cancel()
-        wait_gone([pid], 5)
+        wait_gone([pid], 20)
         assert get(pool, "/hello") == b"hello"
 
 

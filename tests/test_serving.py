@@ -201,7 +201,7 @@ def test_reloads_under_load() -> None:
         assert set(statuses) == {200}
         assert len(statuses) > 50
         assert served.pool is not before
-        wait_until(lambda: len(children(os.getpid())) == 3)
+        wait_until(lambda: len(children(os.getpid())) == 3, 60)
 
 
 def test_callers_in_the_queue_move_on(tmp_path: Path) -> None:

@@ -94,6 +94,9 @@ def serve(
     env: Annotated[
         list[str] | None, _option("Variable that the workers see, and no others. Repeatable.", "NAME[=VALUE]")
     ] = None,
+    set_env: Annotated[
+        list[str] | None, _option("Variable that the workers see as well. Repeatable.", "NAME[=VALUE]")
+    ] = None,
     kind: HowCalled = None,
     factory: Factory = None,
     host: Annotated[str | None, _option("Address to listen at. [default: 127.0.0.1]", "HOST")] = None,
@@ -116,12 +119,14 @@ def serve(
     ] = None,
     debug: Annotated[bool | None, _option("For development: tell clients the tracebacks.", "", "--debug")] = None,
     access_log: Annotated[bool | None, _option("Log each request. [default: yes]", "")] = None,
+    access_log_queries: Annotated[bool | None, _option("With query strings. [default: yes]", "")] = None,
     log_level: Annotated[LogLevel | None, _option("What is logged. [default: info]")] = None,
     log_format: Annotated[LogFormat | None, _option("How: text, or an object a line. [default: text]")] = None,
 ) -> None:
     """Serve apps over HTTP, each request in a worker process.
 
-    SIGTERM drains and ends, SIGHUP reloads the handlers without dropping a request.
+    SIGTERM drains and ends, SIGHUP reloads the handlers without dropping a request. Settings come from variables too
+    (BLASTDOOR_PORT and so on; PORT, WEB_CONCURRENCY), which count more than the file and less than options.
     """
     from transport.cli.serve import serve_until_stopped
 

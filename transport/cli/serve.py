@@ -20,13 +20,20 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     except ModuleNotFoundError as error:
         raise ConfigurationError(missing("serving", error.name or "a library", "serve")) from error
     from transport.serving.log_format import make_formatter
-    from transport.serving.settings import load_settings, parse_mounts
+    from transport.serving.settings import Settings, load_settings, parse_mounts
 
     if apps:
         given["mounts"] = parse_mounts(apps)
     if "env" in given:
         given["env"] = _environment(given["env"])
-    settings = load_settings(config, given)
+    if "set_env" in given:
+        given["set_env"] = _environment(given["set_env"])
+    before = dict(os.environ)
+
+    def read() -> Settings:
+        return load_settings(config, given, before)
+
+    settings = read()
     level = getattr(logging, settings.log_level.upper())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(make_formatter(settings.log_format))
@@ -35,7 +42,7 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     logging.getLogger("watchfiles").setLevel(max(level, logging.WARNING))
     settings.connections = _make_room(settings.connections)
     try:
-        asyncio.run(Service(settings).run())
+        asyncio.run(Service(settings, read).run())
     except KeyboardInterrupt:
         pass  # before it had started: what it had begun is ended by now
 

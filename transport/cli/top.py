@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -29,10 +31,13 @@ def watch(url: str, *, once: bool) -> int:
             if once:
                 console.print(shown)
                 return 0
+            stopped = threading.Event()
+            # An exception might be raised where nobody passes it on; this is heard whatever runs.
+            signal.signal(signal.SIGINT, lambda *_: stopped.set())
             with Live(shown, console=console, screen=True, auto_refresh=False) as live:
-                while True:
-                    time.sleep(_INTERVAL)
+                while not stopped.wait(_INTERVAL):
                     live.update(render(_ask(session, url)), refresh=True)
+        return 0
     except KeyboardInterrupt:
         return 0
     except (requests.RequestException, ValueError, KeyError) as error:
@@ -60,14 +65,15 @@ def render(status: dict[str, Any]) -> Group:
 
 def _pool(path: str, pool: dict[str, Any]) -> Table:
     counts = ", ".join(f"{pool[name]} {name}" for name in ("busy", "idle", "starting", "waiting", "deaths"))
-    table = Table(title=Text(f"{path}: {counts}"), title_justify="left", expand=True)
-    for name in ("pid", "state", "job", "jobs", "age", "memory", "processor"):
-        table.add_column(name, justify="left" if name in ("state", "job") else "right")
+    table = Table(title=Text(f"{path} {pool['app']}: {counts}"), title_justify="left", expand=True)
+    for name in ("pid", "state", "job", "request", "jobs", "age", "memory", "processor"):
+        table.add_column(name, justify="left" if name in ("state", "job", "request") else "right")
     for worker in pool["workers"]:
         table.add_row(
             str(worker["pid"]),
             Text(worker["state"], "green" if worker["state"] == "idle" else "yellow"),
             Text(one_line(worker["job_id"])),
+            Text(one_line(worker["request"][:80])),
             str(worker["jobs"]),
             _time(worker["age"]),
             f"{worker['rss'] / (1 << 20):.1f} MiB",
@@ -78,12 +84,13 @@ def _pool(path: str, pool: dict[str, Any]) -> Table:
 
 def _faults(faults: list[dict[str, Any]]) -> Table:
     table = Table(title="last faults", title_justify="left", expand=True)
-    for name in ("at", "mount", "what", "job", "detail"):
+    for name in ("at", "mount", "what", "request", "job", "detail"):
         table.add_column(name)
     for fault in faults[:10]:
         at = time.strftime("%H:%M:%S", time.localtime(fault["at"]))
         outcome, detail = Text(one_line(fault["outcome"]), "red"), Text(one_line(fault["detail"]))
-        table.add_row(at, Text(one_line(fault["mount"])), outcome, Text(one_line(fault["job_id"])), detail)
+        mount, request = Text(one_line(fault["mount"])), Text(one_line(fault["request"][:80]))
+        table.add_row(at, mount, outcome, request, Text(one_line(fault["job_id"])), detail)
     return table
 
 

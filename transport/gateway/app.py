@@ -268,8 +268,8 @@ class _Service:
                 target,
                 headers,
                 scheme=scheme,
-                server=(server[0], server[1] or 0) if server else ("localhost", _PORTS[scheme]),
-                client=(client[0], client[1] or 0) if client else ("127.0.0.1", 0),
+                server=_address(server, ("localhost", _PORTS[scheme])),
+                client=_address(client, ("127.0.0.1", 0)),
             )
         except (TargetEscapes, InvalidRequest) as error:
             raise _Refused(400, str(error)) from error
@@ -385,6 +385,15 @@ class _Service:
                 next((value for name, value in self._headers if name == "x-request-id"), ""),
             )
         )
+
+
+def _address(told: Any, default: tuple[str, int]) -> tuple[str, int]:
+    """A host and a port as a server tells them: some give the port as text, or None on a unix socket."""
+    try:
+        host, port = told[0], int(told[1] or 0)
+    except (TypeError, ValueError, IndexError):
+        return default
+    return (str(host), port) if 0 <= port <= 65535 else default
 
 
 def _body_length(scope: Scope) -> int | None:

@@ -112,15 +112,18 @@ class AttendedCaller(Caller):
     async def listen(self) -> None:
         """Take what the client sends, until it goes away."""
         await self._wanted.wait()
+        more = True
         while not self.gone:
             self.asked = True
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 self.lost()
                 return
-            piece = message.get("body", b"")
+            if not more:
+                return  # a server that does not wait for the client to go: it is not heard of
+            piece, more = message.get("body", b""), message.get("more_body", False)
             self._waiting += len(piece)
-            self._pieces.append((piece, message.get("more_body", False)))
+            self._pieces.append((piece, more))
             self._arrived.set()
             while self._waiting > _AHEAD:
                 self._taken = anyio.Event()

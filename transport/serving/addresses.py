@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from pathlib import Path
 
 from runner.errors import ConfigurationError
+
+logger = logging.getLogger("blastdoor")
+
+_FIRST_INHERITED = 3
 
 
 def bind_port(host: str, port: int, option: str, where: str = "host") -> socket.socket:
@@ -60,6 +65,30 @@ def bind_path(path: str, mode: int | None = None) -> socket.socket:
         listener.close()
         raise ConfigurationError(f"{path!r} can't be listened at: {error}; choose another with --uds") from error
     return listener
+
+
+def inherited() -> list[socket.socket]:
+    """The sockets that systemd, or its like, has opened for this process (sd_listen_fds(3)). Nobody else inherits them.
+
+    ConfigurationError for what is no socket that listens.
+    """
+    told, meant_for = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if not told:
+        return []
+    if meant_for and meant_for != str(os.getpid()):
+        logger.warning("LISTEN_FDS=%s is meant for process %s, not for this one: it is ignored", told, meant_for)
+        return []
+    found = []
+    try:
+        for fd in range(_FIRST_INHERITED, _FIRST_INHERITED + int(told)):
+            os.set_inheritable(fd, False)
+            found.append(socket.socket(fileno=fd))
+            if not found[-1].getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise ConfigurationError(f"LISTEN_FDS: descriptor {fd} is a socket that does not listen")
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"LISTEN_FDS={told}: {error}") from error
+    return found
 
 
 def name_of(listener: socket.socket) -> str:

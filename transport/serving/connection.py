@@ -52,8 +52,16 @@ _RESET: Final = struct.pack("ii", 1, 0)
 class BoundedConnection(HttpToolsProtocol):
     """uvicorn's connection, bounded. What uvicorn gives comes after what is our own."""
 
-    def __init__(self, send_timeout: float, most: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        send_timeout: float,
+        most: int,
+        *args: Any,
+        told: Callable[[str, int, str], object] = lambda client, status, reason: None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._told = told
         self._send_timeout = send_timeout
         self._most = most
         self._stall: asyncio.TimerHandle | None = None
@@ -354,6 +362,7 @@ class BoundedConnection(HttpToolsProtocol):
                 self.transport.abort()
                 return
             cycle.disconnected = True  # it is the one that is refused, in the midst of its body
+        self._told(self.client[0] if self.client else "", status, detail)
         head, body = refusal(status, {"detail": detail}, [("connection", "close")])
         lines = [f"HTTP/1.1 {head.status} {head.reason}", *(f"{name}: {value}" for name, value in head.headers)]
         self.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)

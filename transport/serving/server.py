@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,21 +24,24 @@ from typing import TYPE_CHECKING, Any, Final
 import uvicorn
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 
-from runner.errors import BlastdoorError, StartError
+from runner.errors import BlastdoorError, ConfigurationError, StartError
+from runner.limits import Limits, parse_size
 from runner.metrics import PoolMetrics
 from runner.printable import one_line
+from runner.sandbox.profile import Sandbox
 from transport.gateway import Answered, Gateway
 from transport.gateway.app import BrokenOff
-from transport.serving.addresses import bind_path, bind_port, name_of
+from transport.serving.addresses import bind_path, bind_port, inherited, name_of
 from transport.serving.admin import make_admin
 from transport.serving.connection import BoundedConnection
 from transport.serving.forwarded import Forwarded
 from transport.serving.requests_metrics import RequestMetrics
+from transport.serving.settings import PoolSettings, Settings, parse_sandbox
 from transport.serving.status import Status
 
 if TYPE_CHECKING:
     from runner.protocols import AnyPool
-    from transport.serving.settings import MountSettings, Settings
+    from transport.serving.settings import MountSettings
 
 logger = logging.getLogger("blastdoor")
 access_logger = logging.getLogger("blastdoor.access")
@@ -49,6 +53,17 @@ _ADMIN_CONNECTIONS: Final = 32
 _ADMIN_PATIENCE: Final = 10.0
 """Connections to the admin address at once, and the seconds that one of them may take nothing of its answer."""
 
+_OF_MOUNTS: Final = ("provider", "root", "source", "key_id", "attribution", "trusted_headers")
+_OF_THE_SERVER: Final = tuple(
+    name for name in Settings.__struct_fields__ if name not in {*PoolSettings.__struct_fields__, "app", "mounts"}
+)
+"""What only a restart takes: of a mount, and of the server."""
+
+_ASGI_HINT: Final = (
+    "an ASGI app has as many requests at once as there are workers, streams too; the others wait, and get a 503 after "
+    "queue_timeout. Let the workers grow with the demand where it streams, as in --workers 4:64"
+)
+
 _SETTLE: Final = 5.0
 """Seconds for what is left to be sent once the jobs under way were ended."""
 
@@ -56,8 +71,9 @@ _SETTLE: Final = 5.0
 class Service:
     """All that one `blastdoor serve` runs. ConfigurationError, or OSError for an address that can't be had."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, reread: Callable[[], Settings] | None = None) -> None:
         self._settings = settings
+        self._reread = reread
         self._defaults = settings.defaults
         self._mounts = settings.all_mounts
         self.gateway = Gateway(
@@ -65,8 +81,10 @@ class Service:
             max_body=settings.max_body_bytes,
             body_timeout=settings.body_timeout,
         )
-        self._front = Forwarded(self.gateway, settings.trusted_proxies, unix=bool(settings.uds))
-        self.status = Status(self.gateway)
+        inherited_sockets = inherited()
+        unix = bool(settings.uds) or any(sock.family == socket.AF_UNIX for sock in inherited_sockets)
+        self._front = Forwarded(self.gateway, settings.trusted_proxies, unix=unix)
+        self.status = Status(self.gateway, apps={path: mount.app for path, mount in self._mounts.items()})
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -77,7 +95,7 @@ class Service:
         failed.set_function(lambda: bool(self.status.reload_error))
         RequestMetrics(self.gateway, self.registry)
         if settings.access_log:
-            self.gateway.subscribe(_log_access)
+            self.gateway.subscribe(functools.partial(_log_access, queries=settings.access_log_queries))
         self._ends: dict[str, list[Callable[[], None]]] = {}
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -86,12 +104,14 @@ class Service:
         self._path = settings.uds
         admin = settings.admin_address
         with contextlib.ExitStack() as stack:
-            made = (
-                bind_path(settings.uds, settings.uds_permissions)
-                if settings.uds
-                else bind_port(settings.host, settings.port, "port")
-            )
-            self.socket = stack.enter_context(made)
+            if inherited_sockets:
+                self._path = ""
+                self.sockets = [stack.enter_context(sock) for sock in inherited_sockets]
+            elif settings.uds:
+                self.sockets = [stack.enter_context(bind_path(settings.uds, settings.uds_permissions))]
+            else:
+                self.sockets = [stack.enter_context(bind_port(settings.host, settings.port, "port"))]
+            self.socket = self.sockets[0]
             self.admin_socket = None if admin is None else stack.enter_context(bind_port(*admin, "admin", "admin"))
             stack.pop_all()
 
@@ -123,7 +143,8 @@ class Service:
             logger.removeHandler(self.status.log)
             logging.getLogger("uvicorn.error").removeFilter(quiet)
             self._unlink()
-            self.socket.close()
+            for sock in self.sockets:
+                sock.close()
             if self.admin_socket is not None:
                 self.admin_socket.close()
             logger.info("stopped")
@@ -147,12 +168,41 @@ class Service:
     async def reload(self) -> bool:
         """Have new pools serve the mounts; whether all could be started. One reload at a time, none at the end."""
         async with self._reloading:
-            whole = True
+            whole = self._read_settings_again()
             for path, mount in self._mounts.items():
                 if self.status.draining or not self._servers:
                     return False
                 whole &= await self._reload(path, mount)
             return whole
+
+    def _read_settings_again(self) -> bool:
+        """Take what the file says now of the pools; whether it makes sense. What else has changed is told."""
+        if self._reread is None:
+            return True
+        try:
+            settings = self._reread()
+            mounts, defaults = settings.all_mounts, settings.defaults
+            for path, mount in mounts.items():
+                mount.pool_with(path, defaults)
+        except ConfigurationError as error:
+            logger.error("the settings can't be read again, those from before hold: %s", error)
+            self.status.reload_error = "the settings can't be read again, and those from before hold: the log says why"
+            return False
+        kept = set(mounts) & set(self._mounts)
+        waits = [f"mount {path}" for path in sorted(set(mounts) ^ set(self._mounts))]
+        waits += [
+            f"{name} of mount {path}"
+            for path in sorted(kept)
+            for name in _OF_MOUNTS
+            if getattr(mounts[path], name) != getattr(self._mounts[path], name)
+        ]
+        waits += [name for name in _OF_THE_SERVER if getattr(settings, name) != getattr(self._settings, name)]
+        if waits:
+            logger.warning("changed, and taken only by a restart: %s", ", ".join(waits))
+        self._defaults = defaults
+        self._mounts = {path: mounts.get(path, mount) for path, mount in self._mounts.items()}
+        self.status.apps = {path: mount.app for path, mount in self._mounts.items()}
+        return True
 
     async def _reload(self, path: str, mount: MountSettings) -> bool:
         began = time.monotonic()
@@ -190,13 +240,18 @@ class Service:
         main = _Server(
             self._config(
                 self._front,
-                http=functools.partial(BoundedConnection, settings.send_timeout, settings.connections),
+                http=functools.partial(
+                    BoundedConnection,
+                    settings.send_timeout,
+                    settings.connections,
+                    told=_log_refused if settings.access_log else lambda *_: None,
+                ),
                 limit_concurrency=settings.connections + 1,  # uvicorn counts the connection that asks
                 timeout_graceful_shutdown=settings.drain + _SETTLE,
             )
         )
         self._servers = [main]
-        running = [asyncio.create_task(main.serve(sockets=[self.socket]))]
+        running = [asyncio.create_task(main.serve(sockets=self.sockets))]
         if self.admin_socket is not None:
             host = self.admin_socket.getsockname()[0]
             app = make_admin(self.status, self.registry, host)
@@ -307,8 +362,13 @@ class Service:
             await self.reload()
 
     def _log_started(self) -> None:
+        for path, mount in self._mounts.items():
+            logger.info("%s: %s", path, _describe(mount, mount.with_defaults(self._defaults)))
+            pool = self.gateway.pools[path]
+            if getattr(pool, "kind", "") == "asgi":
+                logger.warning("%s: %s", path, _ASGI_HINT)
         apps = ", ".join(f"{path} {mount.app}" for path, mount in self._mounts.items())
-        logger.info("serving %s at %s", apps, name_of(self.socket))
+        logger.info("serving %s at %s", apps, ", ".join(map(name_of, self.sockets)))
         if self.admin_socket is not None:
             logger.info("status at %s/-/status", name_of(self.admin_socket))
 
@@ -352,8 +412,30 @@ def _shown(text: str) -> str:
     return one_line(text).replace("\\", "\\\\").replace('"', '\\"') if not text.isalnum() else text
 
 
-def _log_access(answered: Answered) -> None:
-    target = _shown(answered.target)
+def _describe(mount: MountSettings, settings: PoolSettings) -> str:
+    """What holds for a mount, in a line."""
+    sandbox = settings.sandbox if isinstance(settings.sandbox, Sandbox) else parse_sandbox(settings.sandbox or "none")
+    limits = Limits() if sandbox is None else sandbox.fill_in(Limits())
+    memory = settings.memory or limits.memory
+    said = [
+        mount.app,
+        f"workers {settings.workers or os.cpu_count() or 1}",
+        "no sandbox" if sandbox is None else f"sandbox {sandbox.profile}",
+        "memory unlimited" if not memory else f"memory {parse_size(memory) >> 20} MiB",
+        f"timeout {settings.timeout:g} s" if settings.timeout else "no timeout",
+    ]
+    return ", ".join(said)
+
+
+def _log_refused(client: str, status: int, reason: str) -> None:
+    """What was no request, or none that is taken, stands in the access log too."""
+    extra = {"client": client, "status": status, "reason": reason}
+    access_logger.info('%s "-" %d refused: %s', _shown(client) or "-", status, one_line(reason), extra=extra)
+
+
+def _log_access(answered: Answered, *, queries: bool = True) -> None:
+    asked = answered.target if queries else answered.target.partition("?")[0]
+    target = _shown(asked)
     access_logger.info(
         '%s "%s %s" %s %d %.1f ms%s%s',
         _shown(answered.client) or "-",
@@ -370,7 +452,7 @@ def _log_access(answered: Answered) -> None:
             "request_id": answered.request_id,
             "client": answered.client,
             "method": answered.method,
-            "target": answered.target,
+            "target": asked,
             "status": answered.status,
             "sent": answered.sent,
             "seconds": round(answered.seconds, 6),

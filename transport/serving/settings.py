@@ -82,6 +82,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     sandbox: str | Sandbox | UnsetType = UNSET
     preload: bool | list[str] | UnsetType = UNSET
     spool_uploads: int | str | UnsetType = UNSET
+    set_env: dict[str, str] | UnsetType = UNSET
     env: dict[str, str] | UnsetType = UNSET
     recycle: Recycle | UnsetType = UNSET
     grace: float | UnsetType = UNSET
@@ -95,7 +96,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
             if value is not UNSET and not 0 < value <= LONGEST:
                 raise ConfigurationError(f"{name} is a time in seconds above zero, not {value!r}")
 
-    def pool(self, app: str, root_path: str) -> AnyPool:
+    def pool(self, app: str, root_path: str, label: str) -> AnyPool:
         """A pool with these settings, which is not started: on the cluster at `cluster`, where that is given."""
         limits = _given(
             memory=self.memory, wall_seconds=self.timeout, cpu_seconds=self.cpu_seconds, open_files=self.open_files
@@ -109,7 +110,9 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
             queue_timeout=QUEUE_TIMEOUT if self.queue_timeout is UNSET else self.queue_timeout,
             limits=Limits(**limits),
             sandbox=None if self.sandbox is UNSET else parse_sandbox(self.sandbox),
+            label=label,
             **_given(
+                set_env=self.set_env,
                 kind=self.kind,
                 factory=self.factory,
                 spares=self.spares,
@@ -149,11 +152,20 @@ class MountSettings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit
 
     def pool_with(self, path: str, defaults: Mapping[str, Any]) -> AnyPool:
         """A new pool for this mount, with what it does not say from `defaults`."""
+        label = path
         if self.provider:
             path = Route(self.provider, self.source, self.root).mount
-        own = {name: getattr(self, name) for name in PoolSettings.__struct_fields__}
-        settings = PoolSettings(**{**defaults, **_given(**own)})
-        return settings.pool(self.app, "" if path == "/" else path)
+        try:
+            return self.with_defaults(defaults).pool(self.app, "" if path == "/" else path, label)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"mount {label!r}: {error}") from error
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> PoolSettings:
+        """The settings of its pool. Variables that are added add to those of the defaults."""
+        own = _given(**{name: getattr(self, name) for name in PoolSettings.__struct_fields__})
+        if "set_env" in own:
+            own["set_env"] = {**defaults.get("set_env", {}), **own["set_env"]}
+        return PoolSettings(**{**defaults, **own})
 
 
 class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -174,6 +186,7 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     connections: int = 1000
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")
     access_log: bool = True
+    access_log_queries: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
 
@@ -227,12 +240,36 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
         return None if self.max_body is None else parse_size(self.max_body)
 
 
-def load_settings(file: str | None, given: Mapping[str, Any]) -> Settings:
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What variables say: BLASTDOOR_PORT and its like; PORT and WEB_CONCURRENCY as platforms set them.
+
+    BLASTDOOR_APPS has the apps, separated by blanks; lists have commas. ConfigurationError for what makes no sense.
+    """
+    found: dict[str, Any] = {}
+    for name in Settings.__struct_fields__:
+        told = environ.get(f"BLASTDOOR_{name.upper()}", "") or environ.get(_USUAL.get(name, ""), "")
+        if told and name not in _NOT_FROM_VARIABLES:
+            found[name] = told.split(",") if name in ("preload", "trusted_proxies") else told
+    made = _made(found, Settings, "the environment: ", strict=False)
+    settings = {name: getattr(made, name) for name in found}
+    if apps := environ.get("BLASTDOOR_APPS", "").split():
+        settings["mounts"] = parse_mounts(apps)
+    return settings
+
+
+_USUAL: Final = {"port": "PORT", "workers": "WEB_CONCURRENCY"}
+_NOT_FROM_VARIABLES: Final = frozenset({"app", "mounts", "env", "set_env", "recycle"})
+
+
+def load_settings(file: str | None, given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
     """The settings of a file, or of the first of FILES that has some, with what was `given` instead.
+
+    Variables of `environ` stand between the two.
 
     Apps that are given take the place of all mounts of the file, and what is given of a pool holds for every mount.
     ConfigurationError names what is wrong, and where.
     """
+    given = {**from_environment(environ or {}), **given}
     where, found = (file, _read(Path(file))) if file is not None else _look_for()
     check_keys(found, Settings, where)
     if "mounts" in given:
@@ -285,10 +322,10 @@ def _keys_of(kind: Any) -> list[str]:
     return list(kind.__struct_fields__)
 
 
-def _made(table: Mapping[str, Any], kind: type[_T], where: str) -> _T:
+def _made(table: Mapping[str, Any], kind: type[_T], where: str, *, strict: bool = True) -> _T:
     """A table as a struct. ConfigurationError says what is wrong, and in which key."""
     try:
-        return msgspec.convert(table, kind)
+        return msgspec.convert(table, kind, strict=strict)
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}{error}") from error
     except msgspec.ValidationError as error:

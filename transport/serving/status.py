@@ -10,12 +10,14 @@ import statistics
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from runner import __version__
 from runner.events import Event, JobEnded, JobRefused
+from runner.printable import one_line
 from runner.round_trip import LAST_WORDS
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ _FAULTS: Final = 50
 _JOBS: Final = 100
 _LINES: Final = 100
 _LINE: Final = 2000
+_REQUEST: Final = 300
 
 
 class Second(msgspec.Struct):
@@ -61,6 +64,7 @@ class RecentFault(msgspec.Struct):
     detail: str
     seconds: float
     worker: int | None = None
+    request: str = ""
 
 
 class JobLog(logging.Handler):
@@ -114,8 +118,11 @@ def _entry(jobs: OrderedDict[str, deque[str]], job_id: str, lines: deque[str], m
 class Status:
     """Collects it, from any thread, and tells it as plain data."""
 
-    def __init__(self, gateway: Gateway, clock: Callable[[], float] = steady_time) -> None:
+    def __init__(
+        self, gateway: Gateway, clock: Callable[[], float] = steady_time, apps: Mapping[str, str] | None = None
+    ) -> None:
         self._gateway = gateway
+        self.apps = dict(apps or {})
         self._clock = clock
         self._began = clock()
         self._seconds: deque[Second] = deque()
@@ -146,6 +153,7 @@ class Status:
         return {
             "now": now,
             "uptime": self._clock() - self._began,
+            "version": __version__,
             "ready": self.ready,
             "draining": self.draining,
             "reload_error": self.reload_error,
@@ -153,7 +161,9 @@ class Status:
             "span": SPAN,
             "latency": _quantiles(latencies),
             "history": history,
-            "pools": {path: _tell_pool(pool) for path, pool in self._gateway.pools.items()},
+            "pools": {
+                path: {"app": self.apps.get(path, ""), **_tell_pool(pool)} for path, pool in self._gateway.pools.items()
+            },
             "faults": [
                 {**msgspec.structs.asdict(fault), "log": self.log.about(fault.job_id)} for fault in reversed(faults)
             ],
@@ -186,14 +196,22 @@ class Status:
                 event.detail,
                 event.seconds,
                 event.worker,
+                _request(event),
             )
         elif isinstance(event, JobRefused):
-            fault = RecentFault(at, mount, event.job_id, event.provider, "refused", event.detail, event.waited)
+            fault = RecentFault(
+                at, mount, event.job_id, event.provider, "refused", event.detail, event.waited, None, _request(event)
+            )
         else:
             return
         self.log.keep(event.job_id)
         with self._lock:
             self._faults.append(fault)
+
+
+def _request(event: JobEnded | JobRefused) -> str:
+    """What was asked, short."""
+    return one_line(f"{event.method} {event.target}"[:_REQUEST])
 
 
 def _in_short(second: Second, *, over: bool) -> dict[str, float]:
