@@ -33,6 +33,7 @@ from .messages import Born, Died, FaultReport, Lacking, Noted, Ready, Stopped, Z
 from .oversight import Oversight
 from .printable import one_line, quoted
 from .reactor import Reactor
+from .snapshot import make_snapshot
 from .worker_record import Worker
 from .zygote_process import ZygoteProcess
 
@@ -101,6 +102,7 @@ class Supervisor:
         self._size = size
         self._wanted = size.least + size.spares
         self._retiring: set[Worker] = set()
+        self._code_fd = make_snapshot() if config.by_name else -1
         self._last_failure = ""
         self._same_failures = 0
         self._label = f"{config.label}: " if config.label else ""
@@ -149,6 +151,7 @@ class Supervisor:
             self._thread.start()
         except RuntimeError:
             self._reactor.abandon()
+            self._close_snapshot()
             raise
 
     def wait_started(self) -> None:
@@ -185,6 +188,7 @@ class Supervisor:
         if self._zygote is not None:
             self._zygote.forget()
         self._reactor.forget()
+        self._close_snapshot()
 
     @property
     def starting(self) -> int:
@@ -225,13 +229,19 @@ class Supervisor:
         # A signal to the process must not come here: it would interrupt no wait of the main thread (signal(7)).
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._reactor.run()
+        self._close_snapshot()
         self._started.set()
+
+    def _close_snapshot(self) -> None:
+        if self._code_fd >= 0:
+            os.close(self._code_fd)
+            self._code_fd = -1
 
     # -- the zygote ----------------------------------------------------------------------------------
 
     def _start_zygote(self) -> None:
         try:
-            zygote = ZygoteProcess(self._config, self._env)
+            zygote = ZygoteProcess(self._config, self._env, self._code_fd)
         except Exception as error:  # noqa: BLE001 - whatever it was, those who wait for workers are told
             self._start_failed(f"the zygote process can't be started: {type(error).__name__}: {error}")
             self._respawn_after(1.0)

@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from . import linux, orphans
+from . import linux, orphans, snapshot
 from .cancellation import STACKS_SIGNAL, Cancellation
 from .forked import disown_forks, is_fork, leave
 from .frames import FAULT, READY, encode
@@ -45,12 +45,15 @@ _encode = msgspec.msgpack.Encoder().encode
 class Birth(msgspec.Struct, frozen=True):
     """How a worker is born: its parent's pid, its descriptors, and those that a preload had opened before.
 
+    `code_fd` is the snapshot of the app's code, -1 for none.
+
     Where it is sandboxed, `enter` shuts it in, and `nest` takes it into its own namespaces.
     """
 
     parent: int
     fds: list[int]
     inherited: frozenset[int]
+    code_fd: int
     enter: Callable[[], None] | None = None
     nest: Callable[[], None] | None = None
 
@@ -59,7 +62,8 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
     """The life of a worker. `handler` is given where the zygote has preloaded it."""
     if birth.nest is not None:
         birth.nest()
-    _take_descriptors(birth.fds, birth.inherited, sandboxed=birth.enter is not None)
+    code = snapshot.own_view(birth.code_fd)
+    _take_descriptors(birth.fds, birth.inherited, code, sandboxed=birth.enter is not None)
     cancellation = Cancellation(CANCEL_FD)
     prints = Prints()
     pipes = Pipes(REQUEST_FD, RESPONSE_FD, cancellation, prints)
@@ -73,7 +77,9 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
         if birth.enter is not None:
             birth.enter()
             sys.path[:] = config.path  # the app's directories too, now that its modules run in the cage
-        handler = handler or load(config)
+        handler = handler or _load(config, code)
+        if code >= 0:
+            os.close(code)
         life = _begin(handler, config, pipes, cancellation)
         pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
     except BaseException as error:  # noqa: BLE001 - a start that failed, whatever it raised, is reported
@@ -85,6 +91,15 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
     life()
     _wind_up()
     sys.exit(0)
+
+
+def _load(config: ZygoteConfig, code: int) -> Bridge | AsyncBridge:
+    """Load the handler, from the pool's snapshot of its code where there is one; else make that."""
+    fresh = config.by_name and not snapshot.use(code)
+    handler = load(config)
+    if fresh:
+        snapshot.keep(code)
+    return handler
 
 
 def _wind_up() -> None:
@@ -151,7 +166,7 @@ def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingRespons
         response.fail(report, implied=(200, []) if report.kind == "aborted" else None)
 
 
-def _take_descriptors(fds: list[int], inherited: frozenset[int], *, sandboxed: bool) -> None:
+def _take_descriptors(fds: list[int], inherited: frozenset[int], code: int, *, sandboxed: bool) -> None:
     """Put the job's descriptors on their numbers and close all that is not the handler's own.
 
     What has no number here is not shared with anybody: open file descriptions have a position, flags, locks and owners
@@ -169,7 +184,7 @@ def _take_descriptors(fds: list[int], inherited: frozenset[int], *, sandboxed: b
     if sandboxed:
         inherited = frozenset(fd for fd in inherited if linux.reopen(fd))
     start = LAST_FD + 1
-    for kept in sorted(fd for fd in inherited if fd > LAST_FD):
+    for kept in sorted(fd for fd in {*inherited, code} if fd > LAST_FD):
         os.closerange(start, kept)
         start = kept + 1
     os.closerange(start, _DESCRIPTOR_CEILING)

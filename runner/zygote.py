@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import multiprocess
 
-from . import linux, orphans, worker
+from . import linux, orphans, snapshot, worker
 from .forked import leave
 from .handlers.bridge import AsyncBridge, Bridge
 from .handlers.load import HandlerError, load
@@ -48,6 +48,10 @@ def main() -> None:
     """Run a zygote until its control socket closes. The socket's descriptor is the first argument."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the thread that has started this one takes no signals
     control = socket.socket(fileno=int(sys.argv[1]))
+    told = int(sys.argv[2])
+    code_fd = snapshot.own_view(told)
+    if told >= 0:
+        os.close(told)
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ZygoteConfig)
     sys.argv[1:] = []
     sys.stdin.close()
@@ -60,7 +64,7 @@ def main() -> None:
         sys.meta_path.insert(0, AppsFirst(config.taken))
     linux.become_subreaper()
     set_title("template", config.label)
-    zygote = Zygote(control, config)
+    zygote = Zygote(control, config, code_fd)
     if not zygote.prepare():
         os._exit(1)
     zygote.run()
@@ -77,7 +81,8 @@ def _is_stopped(pid: int) -> bool:
 class Zygote:
     """The workers that it has forked, and the loop that waits for orders and ends."""
 
-    def __init__(self, control: socket.socket, config: ZygoteConfig) -> None:
+    def __init__(self, control: socket.socket, config: ZygoteConfig, code_fd: int) -> None:
+        self._code_fd = code_fd
         self._control = control
         self._config = config
         self._cage: Cage | None = None
@@ -125,11 +130,14 @@ class Zygote:
 
     def _preload(self) -> None:
         """Import the handler here, or what it will import."""
+        fresh = not snapshot.use(self._code_fd)
         before = linux.open_descriptors()
         for name in self._config.modules:
             importlib.import_module(name)
         if self._config.preload:
             self._handler = load(self._config)
+            if fresh:
+                snapshot.keep(self._code_fd)
         threads = len(os.listdir("/proc/self/task"))
         if threads > 1:
             raise HandlerError(
@@ -195,7 +203,7 @@ class Zygote:
         cage = self._cage
         name = f"blastdoor-worker-{number}"
         if cage is None:
-            process = self._process(name, worker.Birth(os.getpid(), fds, self._inherited))
+            process = self._process(name, worker.Birth(os.getpid(), fds, self._inherited, self._code_fd))
             process.start()
             return process, process.pid, os.pidfd_open(process.pid)
         try:
@@ -206,7 +214,12 @@ class Zygote:
                 def begin(control: socket.socket) -> Any:
                     enter = functools.partial(cage.enter, seat, 1)
                     birth = worker.Birth(
-                        1, fds, self._inherited, enter, functools.partial(nest, control, network=cage.network)
+                        1,
+                        fds,
+                        self._inherited,
+                        self._code_fd,
+                        enter,
+                        functools.partial(nest, control, network=cage.network),
                     )
                     return self._process(name, birth)
 
@@ -214,7 +227,7 @@ class Zygote:
                 return nested, nested.worker_pid, nested.pidfd
             parent = os.getpid()
             enter = functools.partial(cage.enter, seat, parent)
-            process = self._process(name, worker.Birth(parent, fds, self._inherited, enter))
+            process = self._process(name, worker.Birth(parent, fds, self._inherited, self._code_fd, enter))
             process.start()
             return process, process.pid, os.pidfd_open(process.pid)
         except BaseException:

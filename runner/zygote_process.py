@@ -35,7 +35,7 @@ class ZygoteProcess:
     `silent` is set once its end of the control socket is closed: there will be no more news.
     """
 
-    def __init__(self, config: ZygoteConfig, env: Mapping[str, str] | None) -> None:
+    def __init__(self, config: ZygoteConfig, env: Mapping[str, str] | None, code_fd: int = -1) -> None:
         """Start it. Raises OSError where the machine has no process or descriptor to spare."""
         apps = [*(config.sandbox.path if config.sandbox is not None else ()), *config.path]
         host = [entry for entry in sys.path if isinstance(entry, str)]  # as the import system does
@@ -59,11 +59,11 @@ class ZygoteProcess:
             self.log = LogPipe(out_read, err_read, "zygote")
             try:
                 self._process = subprocess.Popen(
-                    _program(theirs.fileno()),
+                    _program(theirs.fileno(), code_fd),
                     stdin=subprocess.PIPE,
                     stdout=out_write,
                     stderr=err_write,
-                    pass_fds=(theirs.fileno(),),
+                    pass_fds=(theirs.fileno(), code_fd) if code_fd >= 0 else (theirs.fileno(),),
                     start_new_session=True,
                     env=None if env is None else dict(env),
                 )
@@ -139,10 +139,10 @@ class ZygoteProcess:
         os.close(self.pidfd)
 
 
-def _program(control_fd: int) -> list[str]:
-    """The command: this interpreter with this one's flags, told its control socket's descriptor."""
+def _program(control_fd: int, code_fd: int) -> list[str]:
+    """The command: this interpreter with this one's flags, told its control socket's descriptor and the snapshot's."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return [sys.executable, *flags, "-c", BOOTSTRAP, str(control_fd)]
+    return [sys.executable, *flags, "-c", BOOTSTRAP, str(control_fd), str(code_fd)]
 
 
 def _trusted(path: list[str]) -> list[str]:

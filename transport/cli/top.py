@@ -17,6 +17,7 @@ from rich.text import Text
 from runner.printable import one_line
 
 _INTERVAL = 1.0
+_PIPED_WIDTH = 200
 
 
 def watch(url: str, *, once: bool) -> int:
@@ -24,7 +25,7 @@ def watch(url: str, *, once: bool) -> int:
     if "://" not in url:
         url = f"http://{url}"
     url = f"{url.rstrip('/').removesuffix('/-/status')}/-/status.json"
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     try:
         with requests.Session() as session:
             shown = render(_ask(session, url))
