@@ -72,7 +72,7 @@ def exchange(served: Served, data: bytes) -> bytes:
 def test_the_app_s_own_reason(
     session_to: Callable[..., requests.Session], served: Callable[..., Served], status: str
 ) -> None:
-    """W1, T1, G2: a WSGI app's reason phrase reaches requests, httpx and the wire."""
+    """T11, G2: a WSGI app's reason phrase reaches requests, httpx and the wire."""
     reason = status.partition(" ")[2]
     session = session_to("phrases")
     response = session.get(URL, headers={"X-Status": status.encode("latin-1")})
@@ -89,13 +89,13 @@ def test_the_app_s_own_reason(
 
 
 def test_flask_s_own_phrases(session_to: Callable[..., requests.Session]) -> None:
-    """W1: as Flask spells them."""
+    """T11: as Flask spells them."""
     assert session_to("flask_app").get(URL + "/shouted").reason == "THIS IS NOT HERE"
 
 
 @pytest.mark.parametrize("reason", ["two\r\nX-Evil: 1", "nul\0", "\u20ac"])
 def test_a_reason_that_can_t_stand_in_a_message(start: Callable[..., Pool], reason: str) -> None:
-    """W1, F6: is the app's error, before anything is sent."""
+    """T11, F6: is the app's error, before anything is sent."""
 
     def app(environ: Any, start_response: Any) -> list[bytes]:
         start_response(f"200 {reason}", [])
@@ -106,14 +106,14 @@ def test_a_reason_that_can_t_stand_in_a_message(start: Callable[..., Pool], reas
 
 
 def test_headers_that_are_subclasses(session_to: Callable[..., requests.Session]) -> None:
-    """T1: of str and bytes, through requests, are sent as what they are."""
+    """R: of str and bytes, through requests, are sent as what they are."""
     session = session_to("phrases")
     headers: Any = {"X-Status": MyStr("299 Kept"), "X-More": MyBytes(b"b"), MyStr("X-Third"): "v"}
     assert session.get(URL, headers=headers).reason == "Kept"
 
 
 def test_what_is_no_plain_str_in_a_request() -> None:
-    """T1: method, target and headers of a request are plain, and headers have no blanks around their values."""
+    """R, H7: method, target and headers of a request are plain, and headers have no blanks around their values."""
     made = Request(MyStr("GET"), MyStr("/x"), [(MyStr("a"), MyStr("v")), ("b", " \t v\t ")])
     assert {type(made.method), type(made.target), *(type(part) for pair in made.headers for part in pair)} == {str}
     assert (made.method, made.target, made.headers) == ("GET", "/x", [("a", "v"), ("b", "v")])
@@ -122,7 +122,7 @@ def test_what_is_no_plain_str_in_a_request() -> None:
 
 
 def test_str_headers_of_an_asgi_app(session_to: Callable[..., requests.Session], log: pytest.LogCaptureFixture) -> None:
-    """W1: are sent as latin-1, with one line in the log; what is neither bytes nor str is the app's error."""
+    """H3: are sent as latin-1, with one line in the log; what is neither bytes nor str is the app's error."""
     session = session_to("str_headers")
     for _ in range(3):
         response = session.get(URL)
@@ -176,7 +176,7 @@ def test_a_method_that_the_server_does_not_know(served: Callable[..., Served], m
 def test_asking_whether_the_client_is_there(
     session_to: Callable[..., requests.Session], size: int, chunked: bool
 ) -> None:
-    """W7: a cancelled `receive` takes no message: Starlette's `is_disconnected` costs nothing of the body."""
+    """H3: a cancelled `receive` takes no message: Starlette's `is_disconnected` costs nothing of the body."""
     data: Any = b"x" * size
     if chunked:
         data = io_of(size)
@@ -185,7 +185,7 @@ def test_asking_whether_the_client_is_there(
 
 
 def test_a_cancelled_read_of_an_async_handler(start: Callable[..., Pool]) -> None:
-    """W7: takes nothing."""
+    """H3: takes nothing."""
     pool = start("tests.field_apps:polite_native", workers=1)
     with pool.open(Request("POST", "/", body=b"x" * 200_000)) as job:
         assert b"".join(job) == b"200000"
@@ -194,7 +194,7 @@ def test_a_cancelled_read_of_an_async_handler(start: Callable[..., Pool]) -> Non
 def test_a_body_that_is_there_has_a_length(
     session_to: Callable[..., requests.Session], served: Callable[..., Served]
 ) -> None:
-    """W1: for WSGI apps, though it came in chunks; one without a body has none."""
+    """H2, H6: for WSGI apps, though it came in chunks; one without a body has none."""
     app = served("lengths")
     data = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n3\r\nyou\r\n0\r\n\r\n"
     assert b"x-length: 8\r\nx-read: 8\r\n" in exchange(app, data).lower()
@@ -207,7 +207,7 @@ def test_a_body_that_is_there_has_a_length(
 def test_django_reads_what_is_spooled(
     session_to: Callable[..., requests.Session], served: Callable[..., Served]
 ) -> None:
-    """W1: with `spool_uploads` each body of unknown length has one; over it is a 413."""
+    """H2, H6: with `spool_uploads` each body of unknown length has one; over it is a 413."""
     session = session_to("django_app", spool_uploads="3MiB")
     for size in (1, 40_000, 2_500_000):
         assert session.post(URL + "/upload", data=io_of(size)).text == f"{size} bytes"
@@ -242,7 +242,7 @@ def test_a_close_that_fails(
     how: str,
     deed: str,
 ) -> None:
-    """W1, F1: the response is whole; what WSGI's `close` raises after it is logged, as background work is."""
+    """H2, F1: the response is whole; what WSGI's `close` raises after it is logged, as background work is."""
     session = session_to("flask_app")
     assert body_of(session.get(f"{URL}/close/{how}/{deed}")) == how
     told = {"raises": "raised at close", "exits": "SystemExit: 3", "dies": "SIGSEGV"}[deed]
@@ -258,7 +258,7 @@ def test_a_close_that_fails(
 def test_a_close_that_waits_for_its_client(
     session_to: Callable[..., requests.Session], served: Callable[..., Served], tmp_path: Path, how: str, method: str
 ) -> None:
-    """W1, W5: the client has its end first; the worker is busy until `close` returns, and takes the next job then."""
+    """H2: the client has its end first; the worker is busy until `close` returns, and takes the next job then."""
     app = served("flask_app")
     for number, base in enumerate((URL, app.url)):
         session = session_to("flask_app")
@@ -275,7 +275,7 @@ def test_a_close_that_waits_for_its_client(
 
 
 def test_limits_hold_for_a_close(session_to: Callable[..., requests.Session], tmp_path: Path) -> None:
-    """W1, W6: one that goes on over the pool's time limit is ended with its worker."""
+    """H2, F5: one that goes on over the pool's time limit is ended with its worker."""
     session = session_to("flask_app", limits=Limits(wall_seconds=0.5))
     deed = f"waits+{tmp_path}/here+{tmp_path}/go".replace("/", "|")
     assert body_of(session.get(f"{URL}/close/whole/{deed}")) == "whole"
@@ -287,7 +287,7 @@ def test_limits_hold_for_a_close(session_to: Callable[..., requests.Session], tm
 def test_an_iteration_that_fails_is_closed(
     session_to: Callable[..., requests.Session], log: pytest.LogCaptureFixture
 ) -> None:
-    """W1: its error is the response's, and `close` is called all the same (PEP 3333)."""
+    """H2: its error is the response's, and `close` is called all the same (PEP 3333)."""
     session = session_to("broken")
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
         session.get(URL)
@@ -345,7 +345,7 @@ def real() -> Iterator[str]:
 
 @pytest.mark.parametrize("path", ["/never", "/stall", "/broken"])
 def test_errors_of_requests_as_with_a_real_server(start: Callable[..., Pool], real: str, path: str) -> None:
-    """T1, T8: the same classes at each level, the same words to look for, and the same attributes."""
+    """R: the same classes at each level, the same words to look for, and the same attributes."""
     found = []
     with requests.Session() as session:
         session.mount(URL, Transport(start(as_a_real_server_has_it, workers=1)))
@@ -366,7 +366,7 @@ def test_errors_of_requests_as_with_a_real_server(start: Callable[..., Pool], re
 
 
 def test_errors_of_a_pool_as_of_a_server_that_is_not_there(start: Callable[..., Pool]) -> None:
-    """T1, T8: a closed pool refuses as a closed port does; a full one as a connect timeout."""
+    """R: a closed pool refuses as a closed port does; a full one as a connect timeout."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -389,7 +389,7 @@ def test_errors_of_a_pool_as_of_a_server_that_is_not_there(start: Callable[..., 
 
 @pytest.mark.parametrize(("prefix", "scheme"), [("app://", "http"), ("apps://", "https"), ("http+app://", "http")])
 def test_any_scheme_that_was_mounted(start: Callable[..., Pool], prefix: str, scheme: str) -> None:
-    """T1, H7: the handler sees http, or https where it ends in s; its own locations are under the caller's scheme."""
+    """R, H7: the handler sees http, or https where it ends in s; its own locations are under the caller's scheme."""
 
     def app(request: Any, response: Any) -> bytes:
         if request.path == "/away":
@@ -411,7 +411,7 @@ def test_any_scheme_that_was_mounted(start: Callable[..., Pool], prefix: str, sc
 
 @pytest.mark.parametrize("preload", [["numpy"], ["numpy.random"]])
 def test_numpy_preloaded(start: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch, preload: list[str]) -> None:
-    """W10: its threads are kept from starting in the template; each worker draws numbers of its own."""
+    """W2, W6: its threads are kept from starting in the template; each worker draws numbers of its own."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     pool = start("tests.field_apps:draw", workers=2, preload=preload)
@@ -425,7 +425,7 @@ def test_numpy_preloaded(start: Callable[..., Pool], monkeypatch: pytest.MonkeyP
 
 
 def test_threads_of_a_preload(start: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """W10: where the user wants them, the refusal names the way out."""
+    """W2, W6: where the user wants them, the refusal names the way out."""
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with pytest.raises(StartError, match="OMP_NUM_THREADS=1 and OPENBLAS_NUM_THREADS=1"):

@@ -349,7 +349,7 @@ def test_a_crash_s_stack_once(start: Callable[..., Pool], caplog: pytest.LogCapt
 def test_what_fails_over_and_over_is_counted(
     start: Callable[..., Pool], tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    """W8: a broken import is logged whole once, and counted then."""
+    """F8: a broken import is logged whole once, and counted then."""
     broken = tmp_path / "broken"
     (tmp_path / "breaks.py").write_text(
         f"import os\nif os.path.exists({str(broken)!r}):\n    raise RuntimeError('it is broken')\n"

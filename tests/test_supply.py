@@ -336,7 +336,7 @@ def test_chaos(start: Callable[..., Pool]) -> None:
 
 @pytest.mark.parametrize("preload", [False, ["json"]])
 def test_a_pool_that_fills_the_zygote_s_socket(start: Callable[..., Pool], preload: bool | list[str]) -> None:
-    """W8: the orders of many workers wait for room; the start waits for all of them."""
+    """W3: the orders of many workers wait for room; the start waits for all of them."""
     pool = start(workers=300, preload=preload)
     assert pool.stats().idle == 300
     assert pool.stats().deaths == 0
