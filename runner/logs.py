@@ -37,6 +37,7 @@ _LINE_COST: Final = 100
 """What a line costs beside its bytes: a record in the log is never smaller."""
 
 _CRASH: Final = "Fatal Python error: "
+_STACK: Final = "(most recent call first):"
 _FRAME: Final = '  File "'
 _OWN_FRAME: Final = re.compile(rf'  File "{re.escape(HOME)}/')
 
@@ -65,6 +66,7 @@ class LogPipe:
         "_crash",
         "_filled_at",
         "_in_own_frames",
+        "_in_stack",
         "_lock",
         "_null_fd",
         "_skipped",
@@ -88,7 +90,7 @@ class LogPipe:
         self._lock = threading.RLock()
         self._tail: deque[tuple[str, str]] = deque(maxlen=_TAIL)
         self._crash: list[tuple[str, str]] = []
-        self._in_own_frames = False
+        self._in_stack = self._in_own_frames = False
 
     @property
     def fds(self) -> list[int]:
@@ -213,18 +215,25 @@ class LogPipe:
     def _emit(self, stream: _Stream, line: bytes) -> None:
         text = printable(line[:_MAX_LINE].decode(errors="backslashreplace").rstrip("\r"))
         job_id = self.job_id
+        if stream.level == logging.WARNING and self._is_of_ours(text):
+            return
+        self._tail.append((job_id, text))
         if stream.level == logging.WARNING and (self._crash or text.startswith(_CRASH)):
-            self._emit_crash(job_id, text)
-            return
-        self._tail.append((job_id, text))
-        self._log(stream.level, job_id, text)
+            self._keep_of_crash(job_id, text)
+        else:
+            self._log(stream.level, job_id, text)
 
-    def _emit_crash(self, job_id: str, text: str) -> None:
-        """A line of a crash's stack, the innermost call first: from our first frame on it says nothing of the app."""
-        self._in_own_frames = text.startswith(_FRAME) and (self._in_own_frames or _OWN_FRAME.match(text) is not None)
-        if self._in_own_frames:
-            return
-        self._tail.append((job_id, text))
+    def _is_of_ours(self, text: str) -> bool:
+        """Whether this is a frame of a stack of faulthandler's, the innermost first, from our first one on."""
+        if text.endswith(_STACK):
+            self._in_stack, self._in_own_frames = True, False
+        elif self._in_stack:
+            self._in_stack = text.startswith(_FRAME)
+            self._in_own_frames = self._in_stack and (self._in_own_frames or _OWN_FRAME.match(text) is not None)
+        return self._in_own_frames
+
+    def _keep_of_crash(self, job_id: str, text: str) -> None:
+        """A line of a crash's stack, which is told with the death."""
         self._crash.append((job_id, text))
         if len(self._crash) > _TAIL:  # it goes on: it was no last word
             for job, line in self._crash:

@@ -242,6 +242,12 @@ def test_options_are_called_by_their_names() -> None:
         assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", [[], ["serve"], ["call"], ["check"], ["top"], ["doctor"]])
+def test_flags_show_no_type(command: list[str]) -> None:
+    """G11: what takes no value shows none."""
+    assert b"<bool>" not in blastdoor(*command, "--help").stdout
+
+
 def test_a_missing_extra_is_named() -> None:
     """G11: with ways to have it that work for a checkout, too."""
     for module, extra in (("transport.httpx2", "httpx2"), ("transport.httpx", "httpx")):

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Annotated, Any, Final, Literal
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from runner.errors import BlastdoorError, ConfigurationError, InvalidRequest
 from runner.messages import Kind
@@ -21,8 +22,29 @@ FAULT: Final = 1
 USAGE: Final = 2
 """Exit codes: it worked; the handler or its worker failed; what was asked for makes no sense."""
 
+
+class _PlainFlags:
+    """Shows no type for options that take no value, those of typer's own included."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)  # type: ignore[misc] # of a command
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class _Command(_PlainFlags, TyperCommand):
+    pass
+
+
+class _Group(_PlainFlags, TyperGroup):
+    pass
+
+
 app = typer.Typer(
     name="blastdoor",
+    cls=_Group,
     help="Run request handlers in worker processes that may crash without hurting you.",
     epilog="Exit codes: 0 it worked; 1 the handler or its worker failed; 2 what was asked for makes no sense.",
     no_args_is_help=True,
@@ -65,7 +87,7 @@ def options(
     pass
 
 
-@app.command()
+@app.command(cls=_Command)
 def serve(
     apps: Annotated[
         list[str] | None,
@@ -136,7 +158,7 @@ def serve(
         serve_until_stopped(apps or [], config, {name: value for name, value in given.items() if value is not None})
 
 
-@app.command()
+@app.command(cls=_Command)
 def call(
     handler: Handler,
     method: Annotated[str, typer.Argument(help="Such as POST. [default: GET]", show_default=False)] = "GET",
@@ -186,7 +208,7 @@ def call(
         )
 
 
-@app.command()
+@app.command(cls=_Command)
 def check(
     handler: Handler,
     kind: HowCalled = None,
@@ -200,7 +222,7 @@ def check(
         check_handler(handler, {"kind": kind or "auto", "factory": bool(factory), "debug": debug})
 
 
-@app.command()
+@app.command(cls=_Command)
 def doctor() -> None:
     """Say what this machine can enforce of a sandbox, and what each profile would give."""
     from runner.sandbox.doctor import examine
@@ -208,7 +230,7 @@ def doctor() -> None:
     raise typer.Exit(examine())
 
 
-@app.command()
+@app.command(cls=_Command)
 def top(
     url: Annotated[str, typer.Argument(help="The admin address of a `blastdoor serve`.")] = "http://127.0.0.1:9180",
     once: Annotated[bool, typer.Option("--once", help="Print it once and exit.", metavar="")] = False,
