@@ -102,7 +102,6 @@ class Supervisor:
         self._size = size
         self._wanted = size.least + size.spares
         self._retiring: set[Worker] = set()
-        self._code_fd = make_snapshot() if config.by_name else -1
         self._last_failure = ""
         self._same_failures = 0
         self._label = f"{config.label}: " if config.label else ""
@@ -136,6 +135,7 @@ class Supervisor:
         self._left = LeftJobs(self._reactor, leases, grace, config.limits.wall_seconds, background)
         self.oversight = Oversight(self._reactor, leases, self._left, config.limits, self._in_service)
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
+        self._code_fd = make_snapshot() if config.by_name else -1  # last: nothing after it fails
 
     # -- called from other threads -------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def test_call(tmp_path: Path) -> None:
     [
         (["GET", "/die"], 1, b"SIGSEGV"),
         (["GET", "/raise"], 1, b"boom from the handler"),
-        (["GET", "/never_read", "--timeout", "0.1"], 1, b"no progress"),
+        (["GET", "/never_read", "--timeout", "0.1"], 1, b"took longer"),
         (["GET", "no-path"], 2, b"begin with '/'"),
         (["GET", "/", "-H", "none"], 2, b"no colon"),
         (["GET", "/", "-d", "@/nowhere"], 2, b"can't be read"),
@@ -188,7 +189,9 @@ def test_live_top() -> None:
 
         served.service.status.tell = count  # type: ignore[method-assign]
         command = [str(Path(sys.executable).with_name("blastdoor")), "top", served.admin]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT) as process:
+        terminal, screen = pty.openpty()
+        with open(terminal, "rb"), subprocess.Popen(command, stdout=screen, cwd=ROOT) as process:
+            os.close(screen)
             assert all(asked.acquire(timeout=20) for _ in range(3))
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0

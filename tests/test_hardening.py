@@ -82,6 +82,7 @@ def test_terminals(tmp_path: Path) -> None:
     assert b"x-a: a\\x9b2J" in done.stderr
     assert b"\x1b[2J" not in done.stderr
     fault = {"at": 0, "mount": "/", "outcome": "died\x1b[2J", "job_id": "1\n2", "detail": "a\x1b[2J\nb", "seconds": 0}
+    fault["request"] = "GET /\x1b[2J"
     status: dict[str, Any] = {
         "now": 0, "uptime": 1, "ready": True, "draining": False, "reload_error": "", "active": 0,
         "latency": {"p50": 0, "p99": 0}, "history": [], "pools": {}, "faults": [fault],
@@ -231,7 +232,7 @@ def test_a_wall_clock_that_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before = steady_time()
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert steady_time() >= before
-    assert Status.__init__.__defaults__ == (steady_time,)
+    assert Status.__init__.__defaults__ == (steady_time, None)
 
 
 def test_few_descriptors(caplog: pytest.LogCaptureFixture) -> None:

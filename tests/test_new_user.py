@@ -219,7 +219,7 @@ def test_a_body_that_gives_no_bytes(pool: Pool) -> None:
     session.mount("http://app.local/", Transport(pool))
     body: Any = iter([5])
     with session, pytest.raises(TypeError, match="not bytes") as caught:
-        session.post("http://app.local/", data=body)
+        session.post("http://app.local/mirror", data=body)
     assert isinstance(caught.value, InvalidBody)
 
 
