@@ -70,12 +70,17 @@ HEALTH = {
 """The settings that the README advises: a node that is gone is found in seconds."""
 
 
+def _is_pool_s(process: psutil.Process) -> bool:
+    """Whether this is a zygote or a worker: by its title, or by its program as long as it has none."""
+    return any("zygote" in argument or argument.startswith("blastdoor: ") for argument in process.cmdline())
+
+
 def zygotes() -> set[int]:
-    """The zygotes below this process, which all belong to agents here."""
+    """The zygotes and workers below this process, which all belong to agents here."""
     found = set()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if any("zygote" in argument for argument in process.cmdline()):
+            if _is_pool_s(process):
                 found.add(process.pid)
     return found
 
@@ -158,7 +163,7 @@ def node_processes(node: Any) -> list[psutil.Process]:
 
 def is_ours(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
-        return any(any("zygote" in argument for argument in one.cmdline()) for one in [process, *process.parents()[:3]])
+        return any(_is_pool_s(one) for one in [process, *process.parents()[:3]])
     return False
 
 
