@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import HandlerAborted as HandlerAborted
     from .errors import HandlerRaised as HandlerRaised
     from .errors import InvalidBody as InvalidBody
+    from .errors import InvalidLength as InvalidLength
     from .errors import InvalidRequest as InvalidRequest
     from .errors import JobCancelled as JobCancelled
     from .errors import JobClosed as JobClosed
@@ -61,9 +62,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "errors": (
         "AbortHandler BlastdoorError BodyIncomplete ConfigurationError DeadlineExceeded HandlerAborted HandlerRaised "
-        "InvalidBody InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout MemoryExceeded NodeLost "
-        "PoolClosed PoolForked QueueFull ReadTimeout StartError WorkerDied WorkerMisbehaved WorkersUnavailable "
-        "WriteTimeout"
+        "InvalidBody InvalidLength InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout "
+        "MemoryExceeded NodeLost PoolClosed PoolForked QueueFull ReadTimeout StartError WorkerDied WorkerMisbehaved "
+        "WorkersUnavailable WriteTimeout"
     ),
     "async_job": "AsyncJob",
     "handlers.async_native": "AsyncHandlerRequest AsyncHandlerResponse",

@@ -45,6 +45,10 @@ class InvalidBody(InvalidRequest, TypeError):
     """A request's body is, or has given, what is no bytes."""
 
 
+class InvalidLength(InvalidRequest):
+    """A request's body has more bytes than its Content-Length announces, or fewer."""
+
+
 class PoolClosed(BlastdoorError):
     """The pool was closed: open a new one."""
 

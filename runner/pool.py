@@ -27,7 +27,7 @@ from .messages import JobContext, Kind, ZygoteConfig
 from .opened import Startable
 from .paths import check_paths
 from .recycle import Recycle
-from .request import Request, Upload
+from .request import Body, Request, Upload
 from .sandbox.profile import Profile, Sandbox
 from .settings import (
     PLAIN_ENVIRONMENT,
@@ -340,7 +340,7 @@ class Pool(Startable):
         PoolForked and StartError.
         """
         check_request(request)
-        upload = Upload(request.body)
+        upload = Upload(sized_body(request))
         return self._open(request, upload, context, self._next_job_id(), lease_timeout, read_timeout, write_timeout)
 
     def _open(
@@ -387,7 +387,7 @@ class Pool(Startable):
         supervisor = self._supervisor
         if supervisor is None or self._forked:
             supervisor = self._begin()
-        upload = load_async()[1](request.body)
+        upload = load_async()[1](sized_body(request))
         from .waiters import in_thread
 
         try:
@@ -426,6 +426,15 @@ class Pool(Startable):
 
 
 _ENDLESS = (None, None)
+
+
+def sized_body(request: Request) -> Body:
+    """A request's body, held to the length that its headers announce. InvalidLength for another."""
+    if request.body is None:
+        return None
+    from .body_length import held_to_length  # loaded where it is used
+
+    return held_to_length(request.body, request.headers)
 
 
 def check_request(request: object) -> None:

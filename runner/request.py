@@ -7,6 +7,7 @@ worker is leased.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -114,7 +115,7 @@ class Upload:
             return
         if type(body) is bytes and len(body) <= INLINE:
             self.inline = body
-        elif isinstance(body, (bytes, bytearray, memoryview, str)):
+        elif isinstance(body, (bytes, bytearray, memoryview, str, array)):
             data = as_bytes(body)
             if len(data) <= INLINE:
                 self.inline = data
@@ -187,6 +188,8 @@ def as_bytes(piece: object) -> bytes:
         return piece
     if isinstance(piece, (bytearray, memoryview)):
         return bytes(piece)
+    if isinstance(piece, array):
+        return piece.tobytes()
     if isinstance(piece, str):
         return piece.encode()
     raise InvalidBody(f"the request body gave a piece of type {type(piece).__name__}, not bytes")

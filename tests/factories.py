@@ -24,3 +24,8 @@ class Makers:
 
 
 application = create_app("the application")
+
+
+def echo_target(request: Any, response: Any) -> bytes:
+    target: str = request.target
+    return target.encode()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import array
 import ast
 import io
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx2
 import pytest
 import requests
 
-from runner import HandlerRaised, Limits, Pool, Request, StartError
+from runner import HandlerRaised, InvalidLength, Limits, Pool, Request, StartError
 from tests.field_apps import MyBytes, MyStr
 from tests.serving import Served, receive_all
 from tests.waiting import wait_until
@@ -292,6 +294,118 @@ def test_an_iteration_that_fails_is_closed(
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
         session.get(URL)
     wait_until(lambda: any("it was closed" in record.getMessage() for record in log.records))
+
+
+@pytest.mark.parametrize("client", ["requests", "httpx2", "open", "aopen"])
+@pytest.mark.parametrize("kind", ["bytes", "file", "pieces"])
+@pytest.mark.parametrize("says", [2, 4, 90_000])
+def test_a_body_that_is_not_as_long_as_announced(start: Callable[..., Pool], client: str, kind: str, says: int) -> None:
+    """H5, H6: is the caller's error, and never a finished upload for the handler."""
+    pool = start("tests.handlers:app", workers=1)
+    headers = {"Content-Length": str(says)}
+
+    def body() -> Any:
+        return {"bytes": b"abc", "file": io.BytesIO(b"abc"), "pieces": iter([b"a", b"bc"])}[kind]
+
+    if client == "requests":
+        with requests.Session() as session:
+            session.mount(URL, Transport(pool))
+            prepared = session.prepare_request(requests.Request("POST", URL + "/mirror", data=body()))
+            prepared.headers.pop("Transfer-Encoding", None)
+            prepared.headers.update(headers)
+            cut_off = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)  # before the head, or after
+            with pytest.raises(cut_off, match="Content-Length"):
+                session.send(prepared)
+    elif client == "httpx2":
+        with (
+            httpx2.Client(transport=httpx2_transport.Transport(pool)) as session2,
+            pytest.raises(httpx2.LocalProtocolError, match="Content-Length"),
+        ):
+            session2.post(URL + "/mirror", content=body(), headers=headers)
+    elif client == "open":
+        with pytest.raises(InvalidLength), pool.open(Request("POST", "/mirror", list(headers.items()), body())) as job:
+            list(job)  # the head may have been there before the error
+    else:
+
+        async def source() -> AsyncIterator[bytes]:
+            yield b"a"
+            yield b"bc"
+
+        async def main() -> None:
+            content = source() if kind == "pieces" else body()
+            request = Request("POST", "/mirror", list(headers.items()), content)
+            with pytest.raises(InvalidLength):
+                async with await pool.aopen(request) as job:
+                    async for _ in job:
+                        pass
+
+        anyio.run(main)
+    request = Request("POST", "/mirror", [("content-length", "3")], body())
+    with pool.open(request) as job:
+        assert b"".join(job) == b"abc"
+
+
+@pytest.mark.parametrize("bad", ["two\r\nlines", "beyond latin-1 \u20ac", 5])
+def test_bad_headers_are_told_while_the_app_runs(start: Callable[..., Pool], bad: Any) -> None:
+    """H2: at start_response (PEP 3333), so that the app, or its middleware, can still answer."""
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        import sys
+
+        try:
+            start_response("200 OK", [("X-Bad", bad)])
+        except Exception:
+            start_response("500 Oops", [("Content-Type", "text/plain")], sys.exc_info())
+            return [b"a page of its own"]
+        return [b"no error"]
+
+    with start(app, workers=1).open(Request("GET", "/")) as job:
+        assert (job.head.status, job.head.reason, b"".join(job)) == (500, "Oops", b"a page of its own")
+
+
+@pytest.mark.parametrize(
+    ("line", "target"),
+    [
+        (b"GET http://b.example HTTP/1.1", b"/"),
+        (b"GET http://b.example?q=1 HTTP/1.1", b"/?q=1"),
+        (b"GET http://b.example/echo HTTP/1.1", b"/echo"),
+    ],
+)
+def test_absolute_form(line: bytes, target: bytes) -> None:
+    """G2: RFC 9112, 3.2.2: a server takes it, also where it has no path, which is then /."""
+    with Served("tests.factories:echo_target", workers=1, drain=0) as served:
+        answer = exchange(served, line + b"\r\nHost: b.example\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.endswith(b"\r\n\r\n" + target)
+
+
+def test_a_url_without_a_host(pool: Pool) -> None:
+    """X: the client's own error, and nothing is run."""
+    with httpx2.Client(transport=httpx2_transport.Transport(pool)) as client:
+        for url in ("/x", "app.local/x"):
+            with pytest.raises(httpx2.UnsupportedProtocol, match="protocol"):
+                client.get(url)
+    assert not pool.stats().outcomes
+
+
+def test_head_of_a_full_pool(start: Callable[..., Pool]) -> None:
+    """R, F7: the answer to HEAD has no body, the pool's own 503 included; `raw` has urllib3's retries."""
+    pool = start(workers=1, queue_timeout=0.1, overload="answer")
+    with requests.Session() as session:
+        session.mount(URL, Transport(pool))
+        retries: Any = session.get(URL + "/hello").raw.retries
+        assert retries.history == ()
+        with pool.open(Request("GET", "/endless")):
+            response = session.head(URL + "/hello")
+        assert (response.status_code, response.content) == (503, b"")
+
+
+def test_an_array_as_body(pool: Pool) -> None:
+    """R, H6: is the bytes that it holds."""
+    with requests.Session() as session:
+        session.mount(URL, Transport(pool))
+        body: Any = array.array("B", b"abc")
+        assert session.post(URL + "/mirror", data=body).content == b"abc"
 
 
 # -- clients ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from runner.errors import (
     BlastdoorError,
     ConfigurationError,
     InvalidBody,
+    InvalidLength,
     InvalidRequest,
     JobClosed,
     JobFailed,
@@ -49,6 +50,7 @@ class Errors:
     read: type[Exception]
     read_timeout: type[Exception]
     remote_protocol: type[Exception]
+    unsupported_protocol: type[Exception]
     write_timeout: type[Exception]
 
 
@@ -171,6 +173,10 @@ class _Call:
             "write_timeout": math.inf if write is None else write,
         }
         url = request.url
+        if not url.scheme or not url.raw_host:
+            raise errors.unsupported_protocol(
+                "Request URL is missing an 'http://' or 'https://' protocol, or its host: give the client a base_url"
+            )
         scheme = scheme_for_handlers(url.scheme)
         self._scheme = url.scheme
         target = request.extensions.get("target", url.raw_path)
@@ -272,4 +278,6 @@ def _translated(error: BlastdoorError, errors: Errors) -> Exception:
         return errors.read(str(error))
     if isinstance(error, InvalidBody):
         return error
+    if isinstance(error, InvalidLength):
+        return errors.local_protocol(str(error))
     return errors.remote_protocol(f"peer closed connection without sending complete message body: {error}")

@@ -35,6 +35,7 @@ _ERRORS = Errors(
     read=httpx.ReadError,
     read_timeout=httpx.ReadTimeout,
     remote_protocol=httpx.RemoteProtocolError,
+    unsupported_protocol=httpx.UnsupportedProtocol,
     write_timeout=httpx.WriteTimeout,
 )
 

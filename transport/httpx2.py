@@ -35,6 +35,7 @@ _ERRORS = Errors(
     read=httpx2.ReadError,
     read_timeout=httpx2.ReadTimeout,
     remote_protocol=httpx2.RemoteProtocolError,
+    unsupported_protocol=httpx2.UnsupportedProtocol,
     write_timeout=httpx2.WriteTimeout,
 )
 

@@ -25,11 +25,12 @@ from requests.exceptions import ConnectTimeout, InvalidHeader, InvalidURL, ReadT
 from requests.utils import get_encoding_from_headers, requote_uri
 from urllib3 import HTTPHeaderDict, HTTPResponse
 from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError, ProtocolError, ReadTimeoutError
-from urllib3.util import Timeout
+from urllib3.util import Retry, Timeout
 
 from runner.errors import (
     BlastdoorError,
     InvalidBody,
+    InvalidLength,
     InvalidRequest,
     JobClosed,
     JobFailed,
@@ -107,6 +108,8 @@ class Transport(BaseAdapter):
                 raise
         except InvalidBody:
             raise  # a TypeError, as of http.client's
+        except InvalidLength as error:
+            raise RequestsConnectionError(ProtocolError(str(error), error), request=request) from error
         except InvalidRequest as error:
             raise InvalidURL(error, request=request) from error
         except LeaseTimeout as error:
@@ -114,6 +117,7 @@ class Transport(BaseAdapter):
                 reason = ConnectTimeoutError(f"Connection timed out. (connect timeout={connect}) {error}")
                 raise ConnectTimeout(self._given_up(request, reason), request=request) from error
             head, content = problem(error, debug=self._pool.debug)
+            content = b"" if outgoing.method == "HEAD" else content
             return self._respond(request, head, RawResponse(head, io.BytesIO(content), outgoing))
         except JobReadTimeout as error:
             raise ReadTimeout(_read_timeout(_pool_of(request), read, error), request=request) from error
@@ -202,6 +206,7 @@ class RawResponse(HTTPResponse):
             original_response=_OriginalResponse(head.headers),  # type: ignore[arg-type]
             request_method=request.method,
             request_url=request.target,
+            retries=Retry(0, read=False),
         )
         self.served_target = request.target
         # The job itself holds the body to its Content-Length, and its end is more than the last byte.

@@ -21,7 +21,7 @@ from ..errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from ..events import Events, PoolStats, WorkerInfo
 from ..messages import JobContext
 from ..opened import Startable
-from ..pool import Pool, check_timeouts, endless, restore_pool
+from ..pool import Pool, check_timeouts, endless, restore_pool, sized_body
 from ..request import Request, Upload
 from ..settings import PoolOptions
 from . import session
@@ -223,7 +223,7 @@ class ClusterPool(Startable):
 
         As `runner.Pool.open`; raises NodeLost too.
         """
-        upload = Upload(request.body)
+        upload = Upload(sized_body(request))
         try:
             self._start_if_needed()
             return ClusterJob.open(
@@ -246,7 +246,7 @@ class ClusterPool(Startable):
         from ..async_upload import upload_of  # anyio is loaded where it is used
         from ..waiters import in_thread
 
-        upload = upload_of(request.body)
+        upload = upload_of(sized_body(request))
         try:
             if self._fleet is None or self._forked:
                 await in_thread(self._start_if_needed)

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Final, cast
 from urllib.parse import unquote_to_bytes
 
-from ..headers import check_phrase, content_length
+from ..headers import check_phrase, content_length, plain_headers
 from ..messages import MOST_PHRASE, PHRASES, Header
 from ..pipes import IncomingRequest, OutgoingResponse
 from ..response_frames import with_length
@@ -98,8 +98,11 @@ class _StartedResponse:
         code, _, reason = status.partition(" ")
         if not (len(code) == 3 and code.isascii() and code.isdigit()):
             raise ValueError(f"the status must begin with three digits, as in '200 OK', not {status!r}")
+        # PEP 3333: errors in headers are found here, while the app can still answer otherwise.
+        headers = plain_headers(list(headers))
+        content_length(headers)
         self._status = int(code)
-        self._headers = list(headers)
+        self._headers = headers
         if reason != PHRASES.get(self._status):
             reason = str.__str__(reason).strip(" \t")
             check_phrase(reason)

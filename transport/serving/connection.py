@@ -296,7 +296,11 @@ class BoundedConnection(HttpToolsProtocol):
             return
         _, mark, rest = self.url.partition(b"://")
         if mark:
-            authority = re.split(b"[/?#]", rest, maxsplit=1)[0].rpartition(b"@")[2]
+            place = re.split(b"[/?#]", rest, maxsplit=1)[0]
+            if not rest[len(place) :].startswith(b"/"):  # no path: RFC 9112, 3.2.4, and RFC 9110, 4.2.3
+                whole = self.parser.get_method() == b"OPTIONS" and len(place) == len(rest)
+                self.url = b"*" if whole else b"/" + rest[len(place) :]
+            authority = place.rpartition(b"@")[2]
             self.headers[:] = [(b"host", authority), *(pair for pair in self.headers if pair[0] != b"host")]
 
     def _is_idle(self) -> bool:
