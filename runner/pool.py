@@ -182,7 +182,7 @@ class Pool(Startable):
         self._start_lock = threading.Lock()
         self._closed = False
         self._forked = False
-        self._job_prefix = self._token[:8]
+        self.job_prefix = self._token[:8]
         self._job_numbers = itertools.count(1)
         _pools[self._token] = self
 
@@ -404,7 +404,7 @@ class Pool(Startable):
             raise
 
     def _next_job_id(self) -> str:
-        return f"{self._job_prefix}-{next(self._job_numbers)}"
+        return f"{self.job_prefix}-{next(self._job_numbers)}"
 
     def _call(
         self,

@@ -513,6 +513,8 @@ def test_log_lines_of_mounts() -> None:
     ) as served:
         requests.get(f"{served.url}/two/print_id", timeout=20)
         assert "/two: worker " in served.wait_for("printed in")
+        requests.get(f"{served.url}/one/raise", timeout=20)
+        assert " ERROR /one: job " in served.wait_for("the handler raised")
 
 
 def test_version() -> None:

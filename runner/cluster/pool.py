@@ -92,7 +92,7 @@ class ClusterPool(Startable):
         self._start_lock = threading.Lock()
         self._closed = False
         self._numbers = itertools.count(1)
-        self._prefix = token[:8]
+        self.job_prefix = token[:8]
         self._forked = False
         _pools[token] = self
 
@@ -274,7 +274,7 @@ class ClusterPool(Startable):
         if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
             lease_timeout = self._queue_timeout
         timeouts = endless(read_timeout), endless(read_timeout if write_timeout is None else write_timeout)
-        job_id = f"{self._prefix}-{next(self._numbers)}"
+        job_id = f"{self.job_prefix}-{next(self._numbers)}"
         return Call(request, upload, context, job_id, endless(lease_timeout), timeouts)
 
 

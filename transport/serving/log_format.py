@@ -12,6 +12,32 @@ _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asc
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
+_mounts: dict[str, str] = {}
+
+
+def know_mount(job_prefix: str, mount: str) -> None:
+    """What is told of jobs whose ids begin so is told of this mount."""
+    if job_prefix:
+        _mounts[job_prefix] = mount
+
+
+def _mount_of(record: logging.LogRecord) -> str:
+    return _mounts.get(getattr(record, "job_id", "").partition("-")[0], "")
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level and message, with the mount that it is about."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The record's line."""
+        mount = _mount_of(record) if record.name == "blastdoor" else ""
+        return f"{record.asctime} {record.levelname} {mount}{': ' if mount else ''}{record.message}"
+
+    def usesTime(self) -> bool:  # noqa: N802
+        """Always."""
+        return True
+
+
 class JSONFormatter(logging.Formatter):
     """A record as an object: time (RFC 3339, UTC), level, logger, message, and each attribute given with it."""
 
@@ -26,6 +52,8 @@ class JSONFormatter(logging.Formatter):
         told |= {
             name: value for name, value in vars(record).items() if name not in _STANDARD and value not in ("", None)
         }
+        if mount := _mount_of(record):
+            told.setdefault("mount", mount)
         if record.exc_info:
             told["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
@@ -35,4 +63,4 @@ class JSONFormatter(logging.Formatter):
 
 def make_formatter(kind: str) -> logging.Formatter:
     """How records are written: "text" or "json"."""
-    return JSONFormatter() if kind == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    return JSONFormatter() if kind == "json" else TextFormatter()

@@ -35,6 +35,7 @@ from transport.serving.addresses import bind_path, bind_port, inherited, name_of
 from transport.serving.admin import make_admin
 from transport.serving.connection import BoundedConnection
 from transport.serving.forwarded import Forwarded
+from transport.serving.log_format import know_mount
 from transport.serving.requests_metrics import RequestMetrics
 from transport.serving.settings import PoolSettings, Settings, parse_sandbox
 from transport.serving.status import Status
@@ -341,6 +342,7 @@ class Service:
             Path(path).unlink(missing_ok=True)
 
     def _watch(self, path: str, pool: AnyPool) -> None:
+        know_mount(getattr(pool, "job_prefix", ""), path)
         ends = [self.status.watch(path, pool), self._metrics.watch(path, pool)]
         if "opentelemetry.trace" in sys.modules:
             from runner.traces import trace_jobs
