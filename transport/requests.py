@@ -306,6 +306,8 @@ class _JobBody(io.RawIOBase):
             data = self._job.read()
         except JobReadTimeout as error:
             raise _read_timeout(self._pool, self._timeout, error) from error
+        except InvalidBody:
+            raise
         except BlastdoorError as error:
             raise ProtocolError(f"Connection broken: {error}", error) from error
         if not data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -15,10 +16,11 @@ _encode = msgspec.json.Encoder(enc_hook=str).encode
 _mounts: dict[str, str] = {}
 
 
-def know_mount(job_prefix: str, mount: str) -> None:
-    """What is told of jobs whose ids begin so is told of this mount."""
+def know_mount(job_prefix: str, mount: str) -> Callable[[], object]:
+    """What is told of jobs whose ids begin so is told of this mount; gives what ends that."""
     if job_prefix:
         _mounts[job_prefix] = mount
+    return lambda: _mounts.pop(job_prefix, None)
 
 
 def _mount_of(record: logging.LogRecord) -> str:

@@ -97,7 +97,7 @@ class Service:
         RequestMetrics(self.gateway, self.registry)
         if settings.access_log:
             self.gateway.subscribe(functools.partial(_log_access, queries=settings.access_log_queries))
-        self._ends: dict[str, list[Callable[[], None]]] = {}
+        self._ends: dict[str, list[Callable[[], object]]] = {}
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._servers: list[_Server] = []
@@ -329,7 +329,7 @@ class Service:
         for pool in [*self.gateway.pools.values(), *self._retired]:
             await pool.aclose(drain=0)
 
-    async def _retire(self, pool: AnyPool, ends: list[Callable[[], None]]) -> None:
+    async def _retire(self, pool: AnyPool, ends: list[Callable[[], object]]) -> None:
         """Let the jobs of a pool that was replaced come to their ends, however long they take."""
         await pool.aclose(drain=_PATIENCE)
         self._retired.discard(pool)
@@ -342,8 +342,8 @@ class Service:
             Path(path).unlink(missing_ok=True)
 
     def _watch(self, path: str, pool: AnyPool) -> None:
-        know_mount(getattr(pool, "job_prefix", ""), path)
-        ends = [self.status.watch(path, pool), self._metrics.watch(path, pool)]
+        known = know_mount(getattr(pool, "job_prefix", ""), path)
+        ends: list[Callable[[], object]] = [known, self.status.watch(path, pool), self._metrics.watch(path, pool)]
         if "opentelemetry.trace" in sys.modules:
             from runner.traces import trace_jobs
 
@@ -351,7 +351,7 @@ class Service:
         self._ends[path] = ends
 
     @staticmethod
-    def _unwatch(ends: list[Callable[[], None]]) -> None:
+    def _unwatch(ends: list[Callable[[], object]]) -> None:
         for end in ends:
             end()
 
