@@ -164,6 +164,8 @@ class Channel:
         if timeout <= longest:
             return self._poll.poll(math.ceil(timeout * 1000))
         events = self._poll.poll(longest * 1000)
+        if events:
+            return events
         until = time.monotonic() + timeout - longest
         while not events and (left := until - time.monotonic()) > 0:
             events = self._poll.poll(math.ceil(min(left, longest) * 1000))

@@ -430,8 +430,8 @@ _ENDLESS = (None, None)
 
 def sized_body(request: Request) -> Body:
     """A request's body, held to the length that its headers announce. InvalidLength for another."""
-    if request.body is None:
-        return None
+    if request.body is None or not request.headers:
+        return request.body
     from .body_length import held_to_length  # loaded where it is used
 
     return held_to_length(request.body, request.headers)
