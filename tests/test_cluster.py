@@ -806,11 +806,11 @@ from runner.cluster import ClusterPool
 with ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1, name="shop") as pool:
     print("started", flush=True)
     sys.stdin.readline()
-    with pool.open(Request("GET", "/hello"), lease_timeout=20) as job:
+    with pool.open(Request("GET", "/hello"), lease_timeout=60) as job:
         print(b"".join(job).decode(), flush=True)
 """
     with ClusterPool(HANDLER, address=cluster.address, workers=1, name="shop") as pool:
-        host = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+        host = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True)
         try:
             assert host.stdout is not None
             assert host.stdout.readline() == "started\n"
@@ -819,8 +819,8 @@ with ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1, name="shop
             host.send_signal(signal.SIGSTOP)
             time.sleep(6)
             host.send_signal(signal.SIGCONT)
-            out, _ = host.communicate("go\n", timeout=30)
-            assert out == "hello\n"
+            out, err = host.communicate("go\n", timeout=90)
+            assert out == "hello\n", err
             until.touch()
             assert b"".join(job).endswith(b" done")
         finally:
