@@ -16,12 +16,12 @@ if sys.platform != "linux":
 if TYPE_CHECKING:
     __version__: str
 
-    from .async_job import AsyncJob as AsyncJob
     from .errors import AbortHandler as AbortHandler
     from .errors import BlastdoorError as BlastdoorError
     from .errors import BodyIncomplete as BodyIncomplete
     from .errors import ConfigurationError as ConfigurationError
     from .errors import DeadlineExceeded as DeadlineExceeded
+    from .errors import Fault as Fault
     from .errors import HandlerAborted as HandlerAborted
     from .errors import HandlerRaised as HandlerRaised
     from .errors import InvalidBody as InvalidBody
@@ -43,41 +43,41 @@ if TYPE_CHECKING:
     from .errors import WorkerMisbehaved as WorkerMisbehaved
     from .errors import WorkersUnavailable as WorkersUnavailable
     from .errors import WriteTimeout as WriteTimeout
-    from .handlers.async_native import AsyncHandlerRequest as AsyncHandlerRequest
-    from .handlers.async_native import AsyncHandlerResponse as AsyncHandlerResponse
-    from .handlers.native import HandlerRequest as HandlerRequest
-    from .handlers.native import HandlerResponse as HandlerResponse
-    from .headers import Headers as Headers
-    from .job import Job as Job
-    from .limits import Limits as Limits
-    from .messages import Fault as Fault
-    from .messages import JobContext as JobContext
-    from .messages import ResponseHead as ResponseHead
+    from .jobs.async_job import AsyncJob as AsyncJob
+    from .jobs.job import Job as Job
+    from .model.limits import Limits as Limits
+    from .model.recycle import Recycle as Recycle
+    from .model.request import Request as Request
+    from .model.sandbox import Sandbox as Sandbox
+    from .model.scope import CancelScope as CancelScope
     from .pool import Pool as Pool
-    from .recycle import Recycle as Recycle
-    from .request import Request as Request
-    from .sandbox.profile import Sandbox as Sandbox
-    from .scope import CancelScope as CancelScope
+    from .wire.headers import Headers as Headers
+    from .wire.messages import JobContext as JobContext
+    from .wire.messages import ResponseHead as ResponseHead
+    from .worker.handlers.async_native import AsyncHandlerRequest as AsyncHandlerRequest
+    from .worker.handlers.async_native import AsyncHandlerResponse as AsyncHandlerResponse
+    from .worker.handlers.native import HandlerRequest as HandlerRequest
+    from .worker.handlers.native import HandlerResponse as HandlerResponse
 
 _HOMES = {
     "errors": (
-        "AbortHandler BlastdoorError BodyIncomplete ConfigurationError DeadlineExceeded HandlerAborted HandlerRaised "
-        "InvalidBody InvalidLength InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut LeaseTimeout "
-        "MemoryExceeded NodeLost PoolClosed PoolForked QueueFull ReadTimeout StartError WorkerDied WorkerMisbehaved "
-        "WorkersUnavailable WriteTimeout"
+        "AbortHandler BlastdoorError BodyIncomplete ConfigurationError DeadlineExceeded Fault HandlerAborted "
+        "HandlerRaised InvalidBody InvalidLength InvalidRequest JobCancelled JobClosed JobFailed JobTimedOut "
+        "LeaseTimeout MemoryExceeded NodeLost PoolClosed PoolForked QueueFull ReadTimeout StartError WorkerDied "
+        "WorkerMisbehaved WorkersUnavailable WriteTimeout"
     ),
-    "async_job": "AsyncJob",
-    "handlers.async_native": "AsyncHandlerRequest AsyncHandlerResponse",
-    "handlers.native": "HandlerRequest HandlerResponse",
-    "headers": "Headers",
-    "job": "Job",
-    "limits": "Limits",
-    "messages": "Fault JobContext ResponseHead",
+    "jobs.async_job": "AsyncJob",
+    "jobs.job": "Job",
+    "model.limits": "Limits",
+    "model.recycle": "Recycle",
+    "model.request": "Request",
+    "model.sandbox": "Sandbox",
+    "model.scope": "CancelScope",
     "pool": "Pool",
-    "recycle": "Recycle",
-    "request": "Request",
-    "sandbox.profile": "Sandbox",
-    "scope": "CancelScope",
+    "wire.headers": "Headers",
+    "wire.messages": "JobContext ResponseHead",
+    "worker.handlers.async_native": "AsyncHandlerRequest AsyncHandlerResponse",
+    "worker.handlers.native": "HandlerRequest HandlerResponse",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -9,10 +9,27 @@ Three families: what the caller did wrong (`ConfigurationError`, `InvalidRequest
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Literal
 
-if TYPE_CHECKING:
-    from .messages import Fault
+import msgspec
+
+FaultKind = Literal["raised", "aborted", "incomplete", "died", "memory", "timeout", "protocol", "unavailable", "lost"]
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a job ended badly.
+
+    `detail` is one sentence that may be shown to anybody; `error` (the exception's own words) and `traceback`
+    are not for strangers. `exit_code` or `signal` is set where a worker died.
+    """
+
+    kind: FaultKind
+    detail: str
+    job_id: str
+    exit_code: int | None = None
+    signal: str | None = None
+    error: str = ""
+    traceback: str = ""
 
 
 class AbortHandler(BaseException):
@@ -27,6 +44,10 @@ class JobCancelled(BaseException):
 
     A `BaseException`, so that `except Exception` does not swallow it.
     """
+
+
+class PlainError(Exception):
+    """An error whose words say all: where it was raised helps nobody."""
 
 
 class BlastdoorError(Exception):

@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from .messages import FaultKind
+from .errors import FaultKind
 
 logger = logging.getLogger("blastdoor")
 

@@ -15,7 +15,15 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from .events import Event, JobAnswered, JobEnded, JobRefused, JobStarted, WorkerEnded, WorkerReady
+from .events import (
+    Event,
+    JobAnswered,
+    JobEnded,
+    JobRefused,
+    JobStarted,
+    WorkerEnded,
+    WorkerReady,
+)
 
 if TYPE_CHECKING:
     from .protocols import AnyPool

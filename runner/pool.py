@@ -16,20 +16,19 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 
-from .call import Call, load_async
-from .durations import check_seconds
+from .control.orders import ZygoteConfig
 from .errors import PoolClosed, PoolForked, StartError
 from .events import Events, PoolStats, WorkerInfo
-from .job import Job
-from .leases import Admission, Leases
-from .limits import Limits, parse_size, share_cores
-from .messages import JobContext, Kind, ZygoteConfig
-from .opened import Startable
-from .paths import check_paths
-from .recycle import Recycle
-from .request import Body, Request, Upload
-from .sandbox.profile import Profile, Sandbox
-from .settings import (
+from .jobs.dispatch import Call, load_async
+from .jobs.job import Job
+from .model.durations import check_seconds
+from .model.limits import Limits, parse_size, share_cores
+from .model.paths import check_paths
+from .model.recycle import Recycle
+from .model.request import Body, Request, Upload
+from .model.sandbox import Profile, Sandbox
+from .pool_base import Startable
+from .pool_options import (
     PLAIN_ENVIRONMENT,
     check_admission,
     check_kinds,
@@ -39,10 +38,12 @@ from .settings import (
     check_settings,
     portable,
 )
-from .supervisor import Size, Supervisor
+from .wire.messages import JobContext, Kind
+from .workers.leases import Admission, Leases
+from .workers.supervisor import Size, Supervisor
 
 if TYPE_CHECKING:
-    from .async_job import AsyncJob
+    from .jobs.async_job import AsyncJob
 
 logger = logging.getLogger("blastdoor")
 
@@ -227,7 +228,7 @@ class Pool(Startable):
                     share_cores(env, self._size.most, self._config.limits, preload=preload)
                 env = {**env, **more}
                 if sandbox is not None and sandbox.protect_host:
-                    from . import linux  # ctypes is loaded where it is used
+                    from .platform import linux  # ctypes is loaded where it is used
 
                     linux.set_dumpable(dumpable=False)
                 try:
@@ -388,7 +389,7 @@ class Pool(Startable):
         if supervisor is None or self._forked:
             supervisor = self._begin()
         upload = load_async()[1](sized_body(request))
-        from .waiters import in_thread
+        from .workers.waiters import in_thread
 
         try:
             call = self._call(request, upload, context, self._next_job_id(), lease_timeout, read_timeout, write_timeout)
@@ -432,7 +433,7 @@ def sized_body(request: Request) -> Body:
     """A request's body, held to the length that its headers announce. InvalidLength for another."""
     if request.body is None or not request.headers:
         return request.body
-    from .body_length import held_to_length  # loaded where it is used
+    from .jobs.body_length import held_to_length  # loaded where it is used
 
     return held_to_length(request.body, request.headers)
 

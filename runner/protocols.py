@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from .events import PoolStats, Subscriber, WorkerInfo
-from .messages import JobContext, ResponseHead
-from .request import Request
+from .model.request import Request
+from .wire.messages import JobContext, ResponseHead
 
 
 class OpenJob(Protocol):

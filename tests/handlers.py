@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from urllib.parse import parse_qs
 
 from runner import AbortHandler, HandlerRequest, HandlerResponse
-from runner.frames import BODY, END, HEAD, encode
+from runner.wire.frames import BODY, END, HEAD, encode
 
 
 def app(request: HandlerRequest, response: HandlerResponse) -> bytes | None:

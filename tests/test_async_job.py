@@ -1,4 +1,4 @@
-"""runner.async_job: Pool.aopen on asyncio and trio, and what a cancel leaves at every await."""
+"""runner.jobs.async_job: Pool.aopen on asyncio and trio, and what a cancel leaves at every await."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""runner.handlers.async_native: `async def handler(request, response)`."""
+"""runner.worker.handlers.async_native: `async def handler(request, response)`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""runner.brake: a budget, then growing pauses."""
+"""runner.workers.backoff: a budget, then growing pauses."""
 
 from __future__ import annotations
 
-from runner.brake import RestartBrake
+from runner.workers.backoff import RestartBrake
 
 
 def test_the_budget_costs_no_pause() -> None:

@@ -13,14 +13,22 @@ from typing import Any
 import msgspec
 import pytest
 
-from runner.cancellation import SIGNAL, Cancellation, pack_cancel
-from runner.exchange import ResponseExchange
-from runner.frames import BODY, END, REQUEST, TO_HOST, FrameDecoder, encode
-from runner.handlers.native import HandlerRequest, HandlerResponse, NativeBridge
-from runner.messages import JobContext, RequestHead
-from runner.output import Prints
-from runner.pipes import OutgoingResponse, Pipes
-from runner.worker import run_job
+from runner.control.signals import SIGNAL, pack_cancel
+from runner.wire.exchange import ResponseExchange
+from runner.wire.frames import (
+    BODY,
+    END,
+    REQUEST,
+    TO_HOST,
+    FrameDecoder,
+    encode,
+)
+from runner.wire.messages import JobContext, RequestHead
+from runner.worker.cancellation import Cancellation
+from runner.worker.handlers.native import HandlerRequest, HandlerResponse, NativeBridge
+from runner.worker.main import run_job
+from runner.worker.pipes import OutgoingResponse, Pipes
+from runner.worker.stdio import Prints
 
 HANDLE_SIGNALS = ("CALL", "RESUME", "JUMP_BACKWARD")
 """Bytecodes after which signals are handled (CPython's eval breaker)."""

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from runner import CancelScope, ConfigurationError, Limits, Pool, Recycle, Request, Sandbox
+from runner import (
+    CancelScope,
+    ConfigurationError,
+    Limits,
+    Pool,
+    Recycle,
+    Request,
+    Sandbox,
+)
 from tests.waiting import wait_until
 
 NO_TIMES: list[Any] = [math.nan, -1, -0.001, "5", True, 1e10, [1]]

@@ -8,7 +8,14 @@ from collections.abc import Callable
 import pytest
 
 from runner import JobContext, JobFailed, Pool, Request
-from runner.events import Event, JobEnded, JobStarted, WorkerEnded, WorkerReady, WorkerStarted
+from runner.events import (
+    Event,
+    JobEnded,
+    JobStarted,
+    WorkerEnded,
+    WorkerReady,
+    WorkerStarted,
+)
 
 
 def get(pool: Pool, target: str) -> bytes:

@@ -1,4 +1,4 @@
-"""runner.exchange: what may come next, to the last branch."""
+"""runner.wire.exchange: what may come next, to the last branch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from runner.exchange import NEXT, ResponseExchange, State
-from runner.failures import response_failure
-from runner.frames import BODY, BUSY, END, FAULT, HEAD, IDLE, INVALID, PRINTED, READY, Frame
-from runner.messages import FaultReport, ResponseHead
+from runner.jobs.failures import response_failure
+from runner.wire.exchange import NEXT, ResponseExchange, State
+from runner.wire.frames import (
+    BODY,
+    BUSY,
+    END,
+    FAULT,
+    HEAD,
+    IDLE,
+    INVALID,
+    PRINTED,
+    READY,
+    Frame,
+)
+from runner.wire.messages import FaultReport, ResponseHead
 
 encode = msgspec.msgpack.encode
 

@@ -18,7 +18,14 @@ import httpx2
 import pytest
 import requests
 
-from runner import HandlerRaised, InvalidLength, Limits, Pool, Request, StartError
+from runner import (
+    HandlerRaised,
+    InvalidLength,
+    Limits,
+    Pool,
+    Request,
+    StartError,
+)
 from tests.field_apps import MyBytes, MyStr
 from tests.serving import Served, receive_all
 from tests.waiting import wait_until

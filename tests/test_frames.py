@@ -1,4 +1,4 @@
-"""runner.frames: bytes to frames, whatever the split and whatever the bytes."""
+"""runner.wire.frames: bytes to frames, whatever the split and whatever the bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.frames import (
+from runner.wire.frames import (
     BODY,
     END,
     FAULT,

@@ -15,8 +15,18 @@ import requests
 from requests.exceptions import ChunkedEncodingError
 
 from runner import JobFailed, Pool, Request, WorkerDied, WorkerMisbehaved
-from runner.frames import BODY, END, FAULT, HEAD, MAX_BODY, MAX_HEAD, READY, encode, pack_header
-from runner.messages import ResponseHead
+from runner.wire.frames import (
+    BODY,
+    END,
+    FAULT,
+    HEAD,
+    MAX_BODY,
+    MAX_HEAD,
+    READY,
+    encode,
+    pack_header,
+)
+from runner.wire.messages import ResponseHead
 from tests.processes import is_gone
 from transport.requests import Transport
 

@@ -1,4 +1,4 @@
-"""runner.limits and runner.inspection: what a worker and its jobs may use, and what happens past it."""
+"""runner.model.limits and runner.workers.sampler: what a worker and its jobs may use, and what happens past it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ import pytest
 import requests
 from requests.exceptions import ChunkedEncodingError
 
-from runner import ConfigurationError, JobTimedOut, Limits, MemoryExceeded, Pool, Request
-from runner.limits import parse_size
+from runner import (
+    ConfigurationError,
+    JobTimedOut,
+    Limits,
+    MemoryExceeded,
+    Pool,
+    Request,
+)
+from runner.model.limits import parse_size
 from transport.requests import Transport
 
 URL = "http://app.local"

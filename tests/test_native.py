@@ -1,4 +1,4 @@
-"""runner.handlers.native: what a native handler sees and what its writes become."""
+"""runner.worker.handlers.native: what a native handler sees and what its writes become."""
 
 from __future__ import annotations
 

@@ -22,7 +22,16 @@ import pytest
 import requests
 
 import runner
-from runner import ConfigurationError, InvalidBody, InvalidRequest, Limits, Pool, Recycle, Request, Sandbox
+from runner import (
+    ConfigurationError,
+    InvalidBody,
+    InvalidRequest,
+    Limits,
+    Pool,
+    Recycle,
+    Request,
+    Sandbox,
+)
 from tests.serving import ROOT, Process, Served, receive_all
 from tests.test_cli import blastdoor
 from tests.test_pool import get
@@ -349,7 +358,7 @@ def test_a_crash_s_stack_once(start: Callable[..., Pool], caplog: pytest.LogCapt
     text = caplog.text
     assert text.count("Fatal Python error: Segmentation fault") == 1
     assert "do_die" in text
-    assert '/runner/worker.py"' not in text
+    assert "/runner/worker/" not in text
 
 
 def test_what_fails_over_and_over_is_counted(

@@ -23,9 +23,17 @@ from runner.cluster.messages import (
     error_of,
 )
 from runner.cluster.placement import Node, Placement, Seat
-from runner.errors import HandlerRaised, JobFailed, LeaseTimeout, NodeLost, PoolClosed, ReadTimeout, WorkersUnavailable
+from runner.errors import (
+    Fault,
+    HandlerRaised,
+    JobFailed,
+    LeaseTimeout,
+    NodeLost,
+    PoolClosed,
+    ReadTimeout,
+    WorkersUnavailable,
+)
 from runner.events import JobStarted, WorkerEnded
-from runner.messages import Fault
 from scripts.trials.thousand_nodes import Case, simulate
 from tests.waiting import wait_until
 

@@ -1,4 +1,4 @@
-"""runner.request and runner.headers: what can be sent, and how a body is read."""
+"""runner.model.request and runner.wire.headers: what can be sent, and how a body is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from runner import ConfigurationError, Headers, InvalidRequest, Pool, Request
-from runner.request import INLINE, PIECE, Upload
+from runner.model.request import INLINE, PIECE, Upload
 
 
 @pytest.mark.parametrize(

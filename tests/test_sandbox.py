@@ -16,7 +16,16 @@ import psutil
 import pytest
 import trustme
 
-from runner import ConfigurationError, HandlerRaised, Pool, Recycle, Request, Sandbox, StartError, WorkerDied
+from runner import (
+    ConfigurationError,
+    HandlerRaised,
+    Pool,
+    Recycle,
+    Request,
+    Sandbox,
+    StartError,
+    WorkerDied,
+)
 from runner.events import Event, WorkerEnded
 from runner.sandbox import machine
 from tests.processes import kill, wait_gone
@@ -222,7 +231,8 @@ def with_suppressed(step: Callable[[], object]) -> None:
 IN_A_CONTAINER = """
 import errno, logging, os, sys
 import pyseccomp
-from runner import Pool, Request, Sandbox, StartError, linux
+from runner import Pool, Request, Sandbox, StartError
+from runner.platform import linux
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
 linux.set_no_new_privs()
 filters = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
@@ -280,7 +290,7 @@ def test_going_without_a_layer(denied: str | int, error: str, profile: str, word
 
 
 def test_the_probe_finds_a_hole(start: Callable[..., Pool]) -> None:
-    """S: a cage that does not hold, for whatever reason, takes no job: here a trusted module has broken Landlock."""
+    """S: a sandbox that does not hold, for whatever reason, takes no job: here a trusted module has broken Landlock."""
     with pytest.raises(StartError, match="the sandbox does not hold: it can list /"):
         start(CONFINED, workers=1, sandbox=Sandbox.default(), preload=["tests.hostile.saboteur"])
 
@@ -325,7 +335,7 @@ def test_modules_of_the_app_never_run_outside(tmp_path: Path, name: str) -> None
     (directory / "planted.py").write_text("def app(request, response): return b'planted'")
     code = (
         "import sys, dill, psutil; from runner import Pool, Request, Sandbox\n"
-        "import runner.pool, runner.supervisor\n"
+        "import runner.pool, runner.workers.supervisor\n"
         f"sys.path.insert(0, {str(directory)!r})\n"
         "with Pool('planted:app', workers=1, sandbox=Sandbox.default()) as pool:\n"
         "    with pool.open(Request('GET', '/')) as job: print(b''.join(job))"
@@ -390,7 +400,7 @@ def test_a_preload_that_makes_no_sense(preload: Any) -> None:
 def test_the_host_is_protected(start: Callable[..., Pool]) -> None:
     """S: others of its user can't look into it, unless that was declined."""
     code = (
-        "from runner import Pool, Sandbox, linux\n"
+        "from runner import Pool, Sandbox\nfrom runner.platform import linux\n"
         "for protect in (False, True):\n"
         f"    with Pool({CONFINED!r}, workers=1, sandbox=Sandbox.default(protect_host=protect)):\n"
         "        print(linux.is_dumpable())"

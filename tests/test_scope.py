@@ -1,4 +1,4 @@
-"""runner.scope and what cancelling does: who is freed when, what the handler sees, and whose worker dies."""
+"""runner.model.scope and what cancelling does: who is freed when, what the handler sees, and whose worker dies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ import requests
 from requests.exceptions import ChunkedEncodingError, ReadTimeout
 from requests.exceptions import ConnectionError as RequestsConnectionError
 
-from runner import CancelScope, ConfigurationError, DeadlineExceeded, JobClosed, Pool, Request
+from runner import (
+    CancelScope,
+    ConfigurationError,
+    DeadlineExceeded,
+    JobClosed,
+    Pool,
+    Request,
+)
 from tests.processes import is_gone, wait_gone
 from transport.requests import Transport
 

@@ -12,7 +12,16 @@ from collections.abc import Callable
 
 import pytest
 
-from runner import CancelScope, JobClosed, LeaseTimeout, Limits, Pool, Request, Sandbox, WorkerDied
+from runner import (
+    CancelScope,
+    JobClosed,
+    LeaseTimeout,
+    Limits,
+    Pool,
+    Request,
+    Sandbox,
+    WorkerDied,
+)
 from tests.processes import is_gone, kill, wait_gone
 from tests.waiting import wait_until
 

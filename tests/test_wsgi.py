@@ -1,4 +1,4 @@
-"""runner.handlers.wsgi: PEP 3333, and a real framework."""
+"""runner.worker.handlers.wsgi: PEP 3333, and a real framework."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ clients, in threads and in tasks.
 
 import transport._beside  # noqa: F401 - first: it finds the `runner` that belongs here
 from runner.errors import BlastdoorError
-from runner.scope import CancelScope
+from runner.model.scope import CancelScope
 from transport.errors import MissingIdentity, TargetEscapes, UnknownProvider
 from transport.factory import TransportFactory
 from transport.identity import attribution, delegated_api_key_id

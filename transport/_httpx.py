@@ -26,8 +26,8 @@ from runner.errors import (
     WorkersUnavailable,
     WriteTimeout,
 )
-from runner.messages import JobContext, ResponseHead
-from runner.request import Body, Request
+from runner.model.request import Body, Request
+from runner.wire.messages import JobContext, ResponseHead
 from transport.errors import TargetEscapes, check_pool
 from transport.faults import problem
 from transport.route import Route, scheme_for_handlers, under_scheme

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Final
 
 from runner.errors import JobFailed, LeaseTimeout, QueueFull, WorkersUnavailable
-from runner.messages import Header, ResponseHead
+from runner.wire.messages import Header, ResponseHead
 
 STATUS: Final[dict[str, int]] = {
     "raised": 500,

@@ -41,9 +41,9 @@ from runner.errors import (
     WorkersUnavailable,
 )
 from runner.errors import ReadTimeout as JobReadTimeout
-from runner.headers import check_headers
-from runner.messages import Header, JobContext, ResponseHead
-from runner.request import Request
+from runner.model.request import Request
+from runner.wire.headers import check_headers
+from runner.wire.messages import Header, JobContext, ResponseHead
 from transport.errors import TargetEscapes, check_pool
 from transport.faults import problem
 from transport.route import Route, scheme_for_handlers, under_scheme

@@ -11,7 +11,7 @@ from typing import Final, Literal
 from urllib.parse import unquote
 
 from runner.errors import ConfigurationError
-from runner.messages import Header, JobContext
+from runner.wire.messages import Header, JobContext
 from transport.errors import TargetEscapes
 from transport.identity import current_attribution, current_key_id
 

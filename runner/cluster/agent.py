@@ -25,11 +25,11 @@ import msgspec
 import ray
 
 from ..errors import BlastdoorError, JobClosed
-from ..job import Job
-from ..messages import JobContext, RequestHead
+from ..jobs.job import Job
+from ..model.request import Request, Upload
+from ..model.scope import CancelScope
 from ..pool import Pool
-from ..request import Request, Upload
-from ..scope import CancelScope
+from ..wire.messages import JobContext, RequestHead
 from .messages import (
     Delivery,
     Ending,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from anyio.lowlevel import checkpoint
 
 from ..errors import LeaseTimeout, WorkersUnavailable
-from ..opened import AsyncReadable, Readable
-from ..waiters import TaskWaiter
+from ..jobs.readable import AsyncReadable, Readable
+from ..workers.waiters import TaskWaiter
 from .round_trip import ClusterRoundTrip, Host, PlaceAnew, left
 
 if TYPE_CHECKING:
-    from ..call import Call
+    from ..jobs.dispatch import Call
 
 
 class ClusterJob(ClusterRoundTrip, Readable):

@@ -12,6 +12,7 @@ import msgspec
 
 from ..errors import (
     BlastdoorError,
+    Fault,
     InvalidRequest,
     JobFailed,
     LeaseTimeout,
@@ -20,8 +21,8 @@ from ..errors import (
     WriteTimeout,
 )
 from ..events import WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
-from ..failures import failure
-from ..messages import Fault, ResponseHead
+from ..jobs.failures import failure
+from ..wire.messages import ResponseHead
 
 
 class Order(msgspec.Struct, array_like=True, frozen=True):

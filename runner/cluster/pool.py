@@ -16,14 +16,14 @@ from typing import Any, Final, Self, Unpack
 
 import msgspec
 
-from ..call import Call
 from ..errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from ..events import Events, PoolStats, WorkerInfo
-from ..messages import JobContext
-from ..opened import Startable
+from ..jobs.dispatch import Call
+from ..model.request import Request, Upload
 from ..pool import Pool, check_timeouts, endless, restore_pool, sized_body
-from ..request import Request, Upload
-from ..settings import PoolOptions
+from ..pool_base import Startable
+from ..pool_options import PoolOptions
+from ..wire.messages import JobContext
 from . import session
 from .fleet import Agents, Fleet
 from .job import ClusterAsyncJob, ClusterJob
@@ -243,8 +243,8 @@ class ClusterPool(Startable):
         write_timeout: float | None = None,
     ) -> ClusterAsyncJob:
         """The async twin of `open`, for tasks of asyncio and trio: the event loop is never blocked."""
-        from ..async_upload import upload_of  # anyio is loaded where it is used
-        from ..waiters import in_thread
+        from ..jobs.async_upload import upload_of  # anyio is loaded where it is used
+        from ..workers.waiters import in_thread
 
         upload = upload_of(sized_body(request))
         try:

@@ -19,15 +19,38 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from ..errors import JobClosed, JobFailed, LeaseTimeout, PoolClosed, WorkersUnavailable, closed_by
-from ..events import Events, JobAnswered, JobEnded, JobRefused, JobStarted, Outcome
-from ..failures import failure
-from ..messages import Fault, ResponseHead
-from .messages import Delivery, Ending, Order, decode, encode, error_of, lost
+from ..errors import (
+    Fault,
+    JobClosed,
+    JobFailed,
+    LeaseTimeout,
+    PoolClosed,
+    WorkersUnavailable,
+    closed_by,
+)
+from ..events import (
+    Events,
+    JobAnswered,
+    JobEnded,
+    JobRefused,
+    JobStarted,
+    Outcome,
+)
+from ..jobs.failures import failure
+from ..wire.messages import ResponseHead
+from .messages import (
+    Delivery,
+    Ending,
+    Order,
+    decode,
+    encode,
+    error_of,
+    lost,
+)
 from .placement import PATIENCE
 
 if TYPE_CHECKING:
-    from ..call import Call
+    from ..jobs.dispatch import Call
     from .link import Link
     from .placement import Placement, Seat
 

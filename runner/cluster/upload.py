@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ..request import Upload
+from ..model.request import Upload
 
 
 class FedUpload(Upload):

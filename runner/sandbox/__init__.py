@@ -1,5 +1,5 @@
 """What an untrusted handler is shut into: profiles, their layers, and what a machine can enforce."""
 
-from .profile import Sandbox
+from ..model.sandbox import Sandbox
 
 __all__ = ["Sandbox"]

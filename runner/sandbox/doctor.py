@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 
+from ..model.sandbox import Sandbox
 from . import cgroup, machine
-from .cage import wanted_layers
-from .profile import Sandbox
+from .runtime import wanted_layers
 
 
 def examine() -> int:

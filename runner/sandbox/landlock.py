@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from .. import linux
+from ..platform import linux
 
 _CREATE_RULESET: Final = 444
 _ADD_RULE: Final = 445

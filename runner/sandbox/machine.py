@@ -11,8 +11,9 @@ from typing import Final
 
 import msgspec
 
-from .. import linux
-from . import landlock, seccomp, stage
+from ..platform import linux
+from . import landlock, seccomp
+from . import mounts as stage
 
 OWN_USER: Final = "own user"
 FILES: Final = "files"

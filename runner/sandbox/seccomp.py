@@ -16,7 +16,7 @@ import sys
 import tempfile
 from typing import Any, Final
 
-from .. import linux
+from ..platform import linux
 
 _SECCOMP: Final = {"x86_64": 317, "aarch64": 277}
 _SET_MODE_FILTER: Final = 1

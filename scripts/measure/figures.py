@@ -17,9 +17,16 @@ import psutil
 import requests
 from requests.adapters import BaseAdapter
 
-from runner import CancelScope, JobClosed, Pool, Recycle, Request, WorkerDied
-from runner.channel import make_pipe
+from runner import (
+    CancelScope,
+    JobClosed,
+    Pool,
+    Recycle,
+    Request,
+    WorkerDied,
+)
 from runner.events import Event, WorkerReady
+from runner.workers.channel import make_pipe
 from transport.requests import Transport
 
 SMALL = b"x" * 256

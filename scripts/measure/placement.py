@@ -15,9 +15,16 @@ from contextlib import contextmanager
 import msgspec
 
 from runner import Pool, Request
-from runner.channel import make_pipe
-from runner.frames import BODY, END, HEAD, HEADER_SIZE, REQUEST, pack_header
-from runner.messages import JobContext, RequestHead, ResponseHead
+from runner.wire.frames import (
+    BODY,
+    END,
+    HEAD,
+    HEADER_SIZE,
+    REQUEST,
+    pack_header,
+)
+from runner.wire.messages import JobContext, RequestHead, ResponseHead
+from runner.workers.channel import make_pipe
 from scripts.measure.figures import SMALL, Floor, Row, interleave, middle
 
 Call = Callable[[], None]

@@ -23,10 +23,20 @@ from urllib.parse import unquote
 
 import atheris
 
-with atheris.instrument_imports(include=["runner.frames", "runner.exchange", "runner.headers", "transport.route"]):
-    from runner.exchange import NEXT, ResponseExchange, State
-    from runner.frames import BODY, HEADER_SIZE, INVALID, MAX_HEAD, TO_HOST, Frame, FrameDecoder
-    from runner.headers import check_headers
+with atheris.instrument_imports(
+    include=["runner.wire.frames", "runner.wire.exchange", "runner.wire.headers", "transport.route"]
+):
+    from runner.wire.exchange import NEXT, ResponseExchange, State
+    from runner.wire.frames import (
+        BODY,
+        HEADER_SIZE,
+        INVALID,
+        MAX_HEAD,
+        TO_HOST,
+        Frame,
+        FrameDecoder,
+    )
+    from runner.wire.headers import check_headers
     from transport.errors import TargetEscapes
     from transport.route import Route
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from runner.cluster.fleet import BEAT
 from runner.cluster.link import GIVE_UP, SILENT
 from runner.cluster.placement import PATIENCE, Node, Placement, Seat
-from runner.waiters import Waiter
+from runner.workers.waiters import Waiter
 
 ONE_WAY: Final = 0.0005
 """Seconds that a message takes between a host and an agent."""

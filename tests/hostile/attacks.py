@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from runner import HandlerRequest, HandlerResponse
-from runner.frames import BODY, END, HEAD, READY, pack_header
+from runner.wire.frames import BODY, END, HEAD, READY, pack_header
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long

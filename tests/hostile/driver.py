@@ -16,8 +16,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from runner import CancelScope, JobFailed, Limits, Pool, Request, Sandbox
-from runner.sandbox.stage import Stage
+from runner import (
+    CancelScope,
+    JobFailed,
+    Limits,
+    Pool,
+    Request,
+    Sandbox,
+)
+from runner.sandbox.mounts import Stage
 
 USER = 54321
 SECRET = "the-host-s-own-secret"

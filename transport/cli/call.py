@@ -9,11 +9,11 @@ from typing import Any
 
 from runner.errors import InvalidRequest
 from runner.events import WorkerReady
-from runner.limits import Limits
-from runner.messages import Header, JobContext
+from runner.model.limits import Limits
+from runner.model.request import Body, Request
 from runner.pool import Pool
-from runner.printable import one_line
-from runner.request import Body, Request
+from runner.wire.messages import Header, JobContext
+from runner.wire.printable import one_line
 from transport.errors import MissingIdentity
 from transport.route import Route
 from transport.serving.settings import parse_sandbox

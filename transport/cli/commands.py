@@ -12,8 +12,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from runner.errors import BlastdoorError, ConfigurationError, InvalidRequest
-from runner.messages import Kind
-from runner.printable import printable
+from runner.wire.messages import Kind
+from runner.wire.printable import printable
 from transport.errors import MissingIdentity, TargetEscapes
 from transport.route import DEFAULT_ROOT
 

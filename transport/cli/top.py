@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from runner.printable import one_line
+from runner.wire.printable import one_line
 
 _INTERVAL = 1.0
 _PIPED_WIDTH = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from runner.messages import Header, ResponseHead
+from runner.wire.messages import Header, ResponseHead
 from transport.gateway.caller import Message
 
 Send = Callable[[Message], Awaitable[None]]

@@ -30,8 +30,8 @@ from runner.errors import (
     StartError,
     WorkersUnavailable,
 )
-from runner.messages import JobContext, ResponseHead
-from runner.request import INLINE, Request
+from runner.model.request import INLINE, Request
+from runner.wire.messages import JobContext, ResponseHead
 from transport.errors import TargetEscapes
 from transport.faults import problem, refusal
 from transport.gateway.answer import MOST, Answer, Send, end_to_end

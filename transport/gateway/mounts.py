@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from runner.errors import ConfigurationError
-from runner.headers import is_token
-from runner.messages import Header, JobContext
+from runner.wire.headers import is_token
+from runner.wire.messages import Header, JobContext
 
 if TYPE_CHECKING:
     from runner.protocols import AnyPool

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runner.messages import Header, JobContext
+    from runner.wire.messages import Header, JobContext
 
 
 class Span:

@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 import msgspec
 from msgspec import UNSET
 
-from runner.recycle import Recycle
-from runner.sandbox.profile import Sandbox
+from runner.model.recycle import Recycle
+from runner.model.sandbox import Sandbox
 from transport.serving.settings import MountSettings, PoolSettings, Settings, TrustedHeadersSettings
 
 WORDS: Final = {

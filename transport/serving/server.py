@@ -25,10 +25,10 @@ import uvicorn
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 
 from runner.errors import BlastdoorError, ConfigurationError, StartError
-from runner.limits import Limits, parse_size
 from runner.metrics import PoolMetrics
-from runner.printable import one_line
-from runner.sandbox.profile import Sandbox
+from runner.model.limits import Limits, parse_size
+from runner.model.sandbox import Sandbox
+from runner.wire.printable import one_line
 from transport.gateway import Answered, Gateway
 from transport.gateway.app import BrokenOff
 from transport.serving.addresses import bind_path, bind_port, inherited, name_of

@@ -19,14 +19,14 @@ from typing import Any, Final, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from runner.durations import LONGEST
 from runner.errors import ConfigurationError
-from runner.limits import Limits, parse_size
-from runner.messages import Kind
+from runner.model.durations import LONGEST
+from runner.model.limits import Limits, parse_size
+from runner.model.recycle import Recycle
+from runner.model.sandbox import Sandbox
 from runner.pool import Pool
 from runner.protocols import AnyPool
-from runner.recycle import Recycle
-from runner.sandbox.profile import Sandbox
+from runner.wire.messages import Kind
 from transport.gateway.mounts import Mount, TrustedHeaders, plain_path
 from transport.route import DEFAULT_ROOT, Route
 

@@ -17,8 +17,8 @@ import msgspec
 
 from runner import __version__
 from runner.events import Event, JobEnded, JobRefused
-from runner.printable import one_line
-from runner.round_trip import LAST_WORDS
+from runner.jobs.round_trip import LAST_WORDS
+from runner.wire.printable import one_line
 
 if TYPE_CHECKING:
     from runner.protocols import AnyPool

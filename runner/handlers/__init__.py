@@ -1,1 +1,0 @@
-"""How handlers are found and called: `load` finds one, and a bridge per kind (`native`, `wsgi`) calls it."""

@@ -1,0 +1,654 @@
+"""One round trip seen from the host: what is sent, what came back, and how the worker is let go. It never waits.
+
+`Job` and `AsyncJob` drive it: they wait for the pipes, and call it when there is something to do. Whoever waits for
+the response serves the upload meanwhile, as the worker takes it; a response that comes first goes first, and
+one that ends early stops the upload.
+
+A job holds its worker until it settles, exactly once, in one of three ways:
+
+- the response ended: the worker is given back;
+- the job was left early, or has background work to do: the worker goes to the supervisor;
+- the worker broke or died: it is discarded.
+
+The thread or task that is between `_take_channel` and `_release_channel` settles the job; `close` from elsewhere
+only wakes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from ..errors import (
+    JobClosed,
+    JobFailed,
+    JobTimedOut,
+    ReadTimeout,
+    WorkerDied,
+    WriteTimeout,
+    closed_by,
+)
+from ..events import JobAnswered, JobEnded, JobStarted, Outcome
+from ..model.durations import sooner
+from ..model.limits import over_wall_time
+from ..model.scope import CancelScope, Watcher
+from ..wire.exchange import ResponseExchange
+from ..wire.frames import (
+    BODY,
+    END,
+    STOP,
+    Frame,
+    encode,
+    pack_header,
+)
+from ..wire.messages import ResponseHead
+from ..wire.printable import quoted
+from ..workers.abandoned import Rest, log_background_failure
+from .failures import over_limit, response_failure, worker_death
+
+if TYPE_CHECKING:
+    from ..workers.record import Worker
+    from ..workers.supervisor import Supervisor
+    from .dispatch import Call
+
+logger = logging.getLogger("blastdoor")
+
+EXIT_LIMIT: Final = 5.0
+"""Seconds to wait for the death of a worker whose stream has ended, and that was killed."""
+
+TAIL_PATIENCE: Final = 0.005
+"""Seconds that the end of a complete body is waited for: the worker is mostly about to be free."""
+
+LAST_WORDS: Final = "; its last output:\n"
+"""In the log, between how a worker has died in its job and what it had printed."""
+
+NOTHING: Final[list[Frame]] = []
+"""Instead of frames: there are none yet."""
+
+_CLOSER: Final = object()
+"""Uses the channel where `close` ends a job that nobody reads at the moment."""
+
+Timeouts = tuple[float | None, float | None]
+"""Seconds to wait for progress of the response, and of the request's body; None for ever."""
+
+
+def job_number(jobs: int) -> int:
+    """The number that the frames of a worker's job carry: how many it has had, in four bytes."""
+    return jobs & 0xFFFFFFFF
+
+
+class NeverTaken(Exception):
+    """The worker was gone before it took a byte of the request: another worker may have it.
+
+    `error` is what to raise where no other worker is tried; None where nothing was written at all.
+    """
+
+    def __init__(self, error: WorkerDied | None) -> None:
+        super().__init__()
+        self.error = error
+
+
+class RoundTrip:
+    """A request in a worker, and its response."""
+
+    __slots__ = (
+        "__weakref__",
+        "_channel",
+        "_closed_by",
+        "_context",
+        "_ending",
+        "_exchange",
+        "_expires",
+        "_lock",
+        "_number",
+        "_outcome",
+        "_owes_end",
+        "_read_timeout",
+        "_scope",
+        "_settled",
+        "_supervisor",
+        "_upload",
+        "_uploading",
+        "_user",
+        "_wall_seconds",
+        "_worker",
+        "_write_timeout",
+        "began",
+        "head",
+        "job_id",
+        "method",
+        "target",
+    )
+
+    head: ResponseHead
+
+    def __init__(
+        self,
+        worker: Worker,
+        supervisor: Supervisor,
+        call: Call,
+    ) -> None:
+        self._settled = True  # until the last line: whoever leased the worker sees to it
+        context = call.context
+        wall_seconds = supervisor.limits.wall_seconds
+        self.job_id = job_id = context.job_id
+        self._context = context
+        self.method, self.target = call.method, call.target
+        sent_at = call.sent_at
+        self.began = time.monotonic() if sent_at is None else sent_at
+        self._outcome: Outcome = "left"
+        self._scope = call.scope
+        self._worker = worker
+        self._channel = worker.channel
+        self._supervisor = supervisor
+        self._upload = call.upload
+        self._read_timeout, self._write_timeout = call.timeouts
+        # Reentrant: a signal's handler may close the job in the midst of anything that its thread does.
+        self._lock = threading.RLock()
+        self._user: object = None
+        self._ending = False
+        self._closed_by: BaseException | None = None
+        worker.jobs += 1
+        worker.log.job_id = job_id
+        self._number = job_number(worker.jobs)
+        self._expires = None if wall_seconds is None else self.began + wall_seconds
+        self._wall_seconds = wall_seconds or 0.0
+        self._exchange = ResponseExchange(self._number, call.method)
+        if sent_at is None:
+            self._channel.begin()
+            self._uploading = False
+        else:
+            self._uploading = self._upload.lazy or not self._channel.flushed
+        self._owes_end = self._upload.lazy
+        reference = weakref.ref(self)
+        # From here on the job is the one that has to let the worker go. No signal is handled within this line.
+        self._settled, worker.job = False, reference
+        if self._upload.lazy:
+            self._upload.on_ready(_waker(self))
+        if supervisor.events.subscribers:
+            waited = self.began - call.asked_at
+            supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
+
+    def __del__(self) -> None:
+        if not getattr(self, "_settled", True) and not self._supervisor.forgotten:
+            try:
+                warnings.warn(
+                    f"job {self.job_id} was dropped before its end: read it to the end, or close it",
+                    ResourceWarning,
+                    stacklevel=2,
+                    source=self,
+                )
+            finally:
+                self.close()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
+        return self._settled
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is done for the job any more: its worker is let go, or was forgotten, by an interrupt."""
+        if self._ending:
+            return False
+        return self._settled or (self._closed_by is not None and self._user in (None, _CLOSER))
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The process that does the job."""
+        return self._worker.pid
+
+    @property
+    def finished(self) -> bool:
+        """Whether the response has ended well, and all of its body was read."""
+        return self._settled and self._outcome == "ok" and not self._exchange.body
+
+    def _answered(self, head: ResponseHead) -> None:
+        """The head is there: hand it out, and tell of it where the body is still to come."""
+        self.head = head
+        events = self._supervisor.events
+        if events.subscribers and not self._settled:
+            context, seconds = self._context, time.monotonic() - self.began
+            events.emit(
+                JobAnswered(self.job_id, context.provider, context.source, self._worker.pid, head.status, seconds)
+            )
+
+    def _watch_scope(self, scope: CancelScope) -> None:
+        scope.watch(id(self), _closer(self))
+
+    def _next_piece(self) -> bytes | None:
+        """A piece of the body that is there, b"" at its end; None where it has to be waited for."""
+        if self._closed_by is not None:
+            raise self._closed()
+        exchange = self._exchange
+        if exchange.body:
+            return exchange.body.popleft()
+        if exchange.open:
+            return None
+        if self._outcome != "ok":
+            self._check_end()
+        return b""
+
+    def close(self, cause: BaseException | None = None) -> None:
+        """End the job; from any thread. A thread that is blocked in `read` is freed at once, with JobClosed.
+
+        Nothing happens where the response has ended. Otherwise the handler has the pool's grace time to end,
+        and then its worker is killed; nobody waits for that here.
+        """
+        if self._settled or self._supervisor.forgotten:
+            return  # it is over; or this is a forked child, and the job is the parent's
+        with self._lock:
+            if self._settled or self._closed_by is not None:
+                return
+            self._closed_by = cause or JobClosed("close() was called")
+            if self._user is not None:
+                self._channel.wake()
+                return
+            self._user = _CLOSER
+        self._leave()
+
+    def _fail_to_open(self, error: BaseException) -> None:
+        """End a job whose opening has raised this, if it has begun to be one."""
+        if not getattr(self, "_settled", True):
+            self.close(error)
+
+    def over_time(self, detail: str) -> None:
+        """End the job, which is over a time limit of the pool, with these words."""
+        self.close(over_limit("timeout", detail, self.job_id))
+
+    def _wake(self) -> None:
+        """The upload has something to send: have whoever waits for the channel look."""
+        with self._lock:
+            if self._user is not None and not self._settled:
+                self._channel.wake()
+
+    # -- sending -------------------------------------------------------------------------------------
+
+    def _send_request(self, call: Call) -> None:
+        upload = self._upload
+        channel = self._channel
+        try:
+            if call.sent_at is None:
+                call.send(channel, self._number)
+            elif channel.torn:
+                # Whoever sent it was interrupted. What the worker has read of it, if anything, its end will show.
+                self._supervisor.leases.kill(self._worker)
+            call.sent_at = None
+        except BrokenPipeError:
+            self._outcome = "not taken"
+            self._discard()
+            raise NeverTaken(None) from None
+        self._uploading = upload.lazy or not channel.flushed
+
+    def _push_upload(self) -> None:
+        """Send on: what is left over, then one more piece of the source."""
+        channel = self._channel
+        upload = self._upload
+        try:
+            channel.flush()
+            if channel.flushed and upload.lazy and upload.ready:
+                piece = upload.pull()
+                if piece:
+                    channel.send(pack_header(BODY, self._number, len(piece)), piece)
+                else:
+                    self._end_upload(END)
+        except BrokenPipeError:
+            # The worker takes no more: its answer, or its death, tells the rest.
+            channel.drop_outgoing()
+            self._close_upload()
+        self._uploading = upload.lazy or not channel.flushed
+
+    def _close_upload(self) -> None:
+        try:
+            self._upload.close()
+        except Exception:
+            logger.exception("job %s: closing the request body failed", self.job_id)
+
+    def _stop_upload(self) -> None:
+        """End an upload that has not come to its end: complete the frame that is under way, then STOP."""
+        if self._uploading or (self._owes_end and self._channel.written):
+            self._uploading = False
+            self._close_upload()
+            if self._owes_end:
+                try:
+                    self._end_upload(STOP)
+                except BrokenPipeError:
+                    self._channel.drop_outgoing()
+
+    def _end_upload(self, kind: int) -> None:
+        """Send the frame that ends the request: once, or the stream counts as torn."""
+        frame = encode(kind, self._number)
+        self._channel.torn, self._owes_end = True, False
+        self._channel.send(frame)
+
+    # -- receiving -----------------------------------------------------------------------------------
+
+    def _take_channel(self, step: object) -> None:
+        """Become the one that uses the channel, for this step. Raises what the job was closed with."""
+        with self._lock:
+            if self._settled or self._closed_by is not None:
+                raise self._closed()
+            if self._user is not None:
+                raise RuntimeError(f"job {self.job_id} is being read already: one thread or task reads at a time")
+            self._user = step
+            if self._closed_by is not None:  # by a signal's handler, just now
+                raise self._closed()
+
+    def _break_off(self, step: object, error: BaseException) -> None:
+        """The step has raised: the job is over, where it had the channel."""
+        if self._user is step:
+            self._closed_by = self._closed_by or error
+            if not self._settled:
+                self._leave()
+
+    def _release_channel(self, step: object) -> bool:
+        """Use the channel no more; whether a close came meanwhile, which has been seen to."""
+        with self._lock:
+            if self._user is not step:
+                return False
+            leave = self._closed_by is not None and not self._settled
+            if not leave:
+                self._user = None
+        if leave:
+            self._leave()
+        return leave
+
+    def _forget_user(self, step: object) -> None:
+        """The step has raised and is over, whatever has become of letting the channel go."""
+        if self._user is step:
+            self._user = _CLOSER
+
+    @property
+    def _wants_write(self) -> bool:
+        """Whether there is something to send, once the worker takes more."""
+        return self._uploading and (self._upload.ready or not self._channel.flushed)
+
+    def _patience(self) -> float | None:
+        """How long to wait for the channel now, in seconds."""
+        if self._worker.dead:
+            return 0
+        if self._exchange.complete and not self._uploading:
+            return TAIL_PATIENCE
+        timeout = self._write_timeout if self._wants_write else None if self._uploading else self._read_timeout
+        if self._scope is not None:
+            timeout = sooner(timeout, self._scope.deadline)
+        if self._expires is not None:
+            timeout = sooner(timeout, self._expires)
+        return timeout
+
+    def _look(self, ready: tuple[bool, bool, bool], dead: bool) -> list[Frame] | None:
+        """Do what the channel is ready for: (readable, writable, woken), none of them where the time is up.
+
+        Gives the next frames, None at the end of the worker's stream, and NOTHING where there is more to wait for.
+        """
+        readable, writable, woken = ready
+        if readable:
+            frames = self._channel.receive()
+            if frames is None or frames:
+                return frames
+        elif dead:
+            return None  # what the handler has started may hold the pipe open: there is no other end
+        elif writable:
+            self._push_upload()
+        elif not woken:
+            self._time_is_up()
+        return NOTHING
+
+    def _time_is_up(self) -> None:
+        if self._exchange.complete and not self._uploading:
+            self._let_tail_go()
+            return
+        if self._expires is not None and time.monotonic() >= self._expires:
+            raise over_limit("timeout", over_wall_time(self._wall_seconds), self.job_id)
+        if self._scope is not None and self._scope.cancelled:
+            return  # its time is up, and this job was closed by it
+        if self._wants_write:
+            if self._write_timeout is not None:
+                raise WriteTimeout(
+                    f"job {self.job_id} took nothing of its request body for {self._write_timeout} s and was ended: "
+                    f"allow more time, or look at why its handler does not read"
+                )
+        elif self._read_timeout is not None and not self._uploading:
+            raise ReadTimeout(
+                f"job {self.job_id} made no progress for {self._read_timeout} s and was ended: "
+                f"allow more time, or look at what its handler waits for"
+            )
+
+    def _receive(self, frames: list[Frame]) -> None:
+        """Take the next frames of the response."""
+        self._exchange.receive(frames)
+        if not self._exchange.open and not self._settled:
+            self._settle()
+
+    def _let_tail_go(self) -> None:
+        """The body is complete, and the worker is not done: nobody waits for that here."""
+        if not self._worker.dead:
+            self._stop_upload()
+        self._exchange.conclude()
+        self._outcome = "ok"
+        if self._channel.torn:
+            self._discard()
+        else:
+            self._end(self._hand_tail_over)
+
+    def _mourn(self) -> None:
+        """The worker's stream ended inside the job, and it is dead, or will not die: raise why."""
+        worker = self._worker
+        if self._exchange.complete:
+            self._let_tail_go()
+            return
+        never_taken = (
+            self._exchange.head is None
+            and not self._upload.pulled
+            and not self._upload.closed
+            and worker.dead
+            and self._channel.unread() >= self._channel.written
+        )
+        tail = worker.log.tail(self.job_id)
+        self._outcome = "not taken" if never_taken else "memory" if worker.verdict else "died"
+        self._discard()
+        death = worker_death(worker.status, self.job_id)
+        if never_taken:
+            raise NeverTaken(death)
+        self._close_upload()
+        if worker.verdict:
+            raise over_limit("memory", worker.verdict, self.job_id)
+        logger.error(
+            "job %s: worker %s: %s%s",
+            self.job_id,
+            worker.pid,
+            death.fault.detail,
+            f"{LAST_WORDS}{quoted(tail)}" if tail else "",
+            extra=self._extra(),
+        )
+        raise death
+
+    def _check_end(self) -> None:
+        """Raise what a response that did not end well ended with."""
+        failure = response_failure(self._exchange, self.job_id)
+        if failure is not None:
+            raise failure
+        if self._exchange.open and self._closed_by is not None:
+            raise self._closed()
+
+    def _extra(self) -> dict[str, object]:
+        """What a log record about this job carries, for structured logs."""
+        context = self._context
+        return {
+            "job_id": context.job_id,
+            "provider": context.provider,
+            "source": context.source,
+            "worker": self._worker.pid,
+        }
+
+    def _closed(self) -> BaseException:
+        """What a read of a job that was ended raises: the fault that ended it, or that it was closed."""
+        if isinstance(self._closed_by, JobFailed):
+            return self._closed_by
+        return closed_by(self._closed_by or JobClosed("it is over"), f"job {self.job_id}")
+
+    # -- settling ------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """The response has ended, well or not: let the worker go on to its next job, if it is fit to."""
+        exchange = self._exchange
+        channel = self._channel
+        if exchange.violation or not channel.clean:
+            logger.error(
+                "job %s: worker %s broke the protocol and is killed: %s",
+                self.job_id,
+                self._worker.pid,
+                exchange.violation or "half a frame after the end of the response",
+                extra=self._extra(),
+            )
+            self._close_upload()
+            self._outcome = "protocol"
+            self._discard()
+            return
+        report = exchange.report
+        if report is not None and exchange.whole:
+            log_background_failure(self._worker, self.job_id, report)
+            report = None
+        self._outcome = "ok"
+        if exchange.missing:
+            self._outcome = "incomplete"
+        elif report is not None and report.kind != "cancelled":
+            self._outcome = report.kind
+        if exchange.printed:
+            self._worker.log.read()  # so that the next job's lines are not taken for this one's
+        if report is not None and report.kind in ("raised", "memory"):
+            text = quoted(report.traceback)
+            if self._worker.log.charge(len(text.encode())):
+                logger.error("job %s: the handler raised\n%s", self.job_id, text, extra=self._extra())
+        try:
+            self._stop_upload()
+        except BaseException:
+            self._discard()  # its upload has no end: the next request would be taken for the rest of it
+            raise
+        channel = self._channel
+        if channel.torn:
+            self._end(self._supervisor.leases.discard)
+        elif channel.flushed and not exchange.background:
+            self._end(self._supervisor.leases.give_back)
+        else:
+            self._end(self._hand_over)
+
+    def _leave(self) -> None:
+        """Hand the worker, with a response that nobody waits for any more, to the supervisor."""
+        try:
+            self._ending = True
+            if isinstance(self._closed_by, JobFailed):
+                self._outcome = self._closed_by.fault.kind
+            try:
+                self._stop_upload()
+            except BaseException:
+                self._discard()
+                raise
+            channel = self._channel
+            if channel.torn:
+                self._end(self._supervisor.leases.discard)  # nobody knows what it has heard
+            elif channel.written or not channel.flushed:
+                self._end(self._hand_over)
+            else:
+                self._end(self._supervisor.leases.give_back)  # it has not heard of this job
+        finally:
+            self._ending = False
+
+    def _end(self, let_go: Callable[[Worker], object]) -> None:
+        """The job is over: tell of it, and let the worker go, whatever whoever is told raises."""
+        # Under the lock, before the worker is let go: `close` wakes a channel only while it is held.
+        with self._lock:
+            self._settled = True
+        try:
+            self._ending = True
+            try:
+                self._tell_of_end()
+            finally:
+                let_go(self._worker)
+        finally:
+            self._ending = False
+
+    def _hand_over(self, worker: Worker) -> None:
+        """Let the supervisor see to the rest of the job."""
+        exchange = self._exchange
+        error = self._closed_by
+        rest = Rest(
+            ResponseExchange.of_background(exchange.job) if exchange.background else exchange,
+            timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
+            expires=self._expires,
+        )
+        self._supervisor.adopt(worker, rest)
+
+    def _hand_tail_over(self, worker: Worker) -> None:
+        tail = ResponseExchange.of_tail(self._exchange.job)
+        self._supervisor.adopt(worker, Rest(tail, timed_out="", expires=self._expires))
+
+    def _discard(self) -> None:
+        self._end(self._supervisor.leases.discard)
+
+    def _tell_of_end(self) -> None:
+        if self._scope is not None:
+            self._scope.unwatch(id(self))
+        events = self._supervisor.events
+        events.count(self._outcome)
+        if events.subscribers:
+            head, context = self._exchange.head, self._context
+            seconds = time.monotonic() - self.began
+            status = None if head is None else head.status
+            ended = JobEnded(
+                self.job_id,
+                context.provider,
+                context.source,
+                self._worker.pid,
+                status,
+                self._outcome,
+                seconds,
+                self._what_went_wrong(),
+                self.method,
+                self.target,
+            )
+            events.emit(ended)
+
+    def _what_went_wrong(self) -> str:
+        if self._outcome == "ok":
+            return ""
+        if self._outcome in ("died", "not taken"):
+            return worker_death(self._worker.status, self.job_id).fault.detail
+        if self._outcome == "memory" and self._worker.verdict:
+            return self._worker.verdict
+        report = self._exchange.report
+        if report is not None and report.kind == "raised":
+            return f"the handler raised {report.exception}"
+        failure = response_failure(self._exchange, self.job_id)
+        if failure is None and isinstance(self._closed_by, JobFailed):
+            failure = self._closed_by
+        if failure is not None:
+            return failure.fault.detail
+        return "" if self._closed_by is None else str(self._closed_by)
+
+
+def _waker(job: RoundTrip) -> Callable[[], None]:
+    """Wakes the job, without keeping it alive."""
+    reference = weakref.ref(job)
+
+    def wake() -> None:
+        if (found := reference()) is not None:
+            found._wake()
+
+    return wake
+
+
+def _closer(job: RoundTrip) -> Watcher:
+    """Closes the job when its scope is cancelled, without keeping it alive."""
+    reference = weakref.ref(job)
+
+    def close(cause: BaseException) -> None:
+        if (found := reference()) is not None:
+            found.close(cause)
+
+    return close

@@ -1,0 +1,1 @@
+"""What users say of a pool and a request, as data: limits, recycling, sandboxes, requests, cancel scopes."""

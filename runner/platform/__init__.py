@@ -1,0 +1,1 @@
+"""Linux, and what the standard library lacks of it."""

@@ -1,0 +1,106 @@
+"""Native handlers that are coroutines: `async def handler(request, response)`, the native interface with `await`.
+
+    async def handler(request, response):
+        async for piece in request.body:
+            await response.write(piece)
+
+When the caller leaves, the handler's task is cancelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from ...wire.messages import Header
+from ...wire.response_frames import Data, with_length
+from ..async_pipes import AsyncRequest, AsyncResponse
+from .adapter import AsyncBridge
+from .native import FreezingHeaders, RequestView, log_line
+
+AsyncHandler = Callable[["AsyncHandlerRequest", "AsyncHandlerResponse"], Awaitable[bytes | None]]
+"""A native handler that is a coroutine function."""
+
+
+class AsyncBody:
+    """A request's body: iterate for its pieces as they come, or read all of it."""
+
+    __slots__ = ("_incoming",)
+
+    def __init__(self, incoming: AsyncRequest) -> None:
+        self._incoming = incoming
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while piece := await self._incoming.read_piece():
+            yield piece
+
+    async def read(self) -> bytes:
+        """All that is left of it. OSError where it was cut off."""
+        return b"".join([piece async for piece in self])
+
+
+class AsyncHandlerRequest(RequestView):
+    """The request that an async native handler is given: as `HandlerRequest`, but for its `body`."""
+
+    __slots__ = ("body",)
+
+    def __init__(self, incoming: AsyncRequest) -> None:
+        super().__init__(incoming)
+        self.body = AsyncBody(incoming)
+
+
+class AsyncHandlerResponse(FreezingHeaders):
+    """The response that an async native handler writes: as `HandlerResponse`, to be awaited."""
+
+    __slots__ = ("_outgoing",)
+
+    def __init__(self, outgoing: AsyncResponse) -> None:
+        super().__init__()
+        self._outgoing = outgoing
+
+    async def write_header(self, status: int) -> None:
+        """Send the head with this status and the headers set so far. A second head is ignored, with a log line.
+
+        TypeError or ValueError for a status or a header that HTTP does not allow.
+        """
+        if self._outgoing.started:
+            log_line(f"a second head, with status {status!r}, was ignored: the first one stands")
+            return
+        await self._outgoing.start(status, self.freeze())
+
+    async def write(self, data: Data) -> None:
+        """Send body bytes; they are on their way when it returns. OSError once the caller has left."""
+        size = memoryview(data).nbytes
+        if self._outgoing.started:
+            await self._outgoing.write(data)
+        elif size:
+            await self._outgoing.start_with(200, self.freeze(), data)
+        else:
+            await self._outgoing.start(200, self.freeze())
+
+    async def flush(self) -> None:
+        """Do nothing: every write is sent at once. It is here for code that looks for it."""
+
+    async def finish(self, data: bytes, *, sized: bool = False) -> None:
+        """Send the rest and the end; with a Content-Length where that is the whole body."""
+        headers: list[Header] = []
+        if not self._outgoing.started:
+            headers = self.freeze()
+            if sized:
+                headers = with_length(200, headers, len(data))
+        await self._outgoing.finish(200, headers, data)
+
+
+class AsyncNativeBridge(AsyncBridge):
+    """Calls an async native handler."""
+
+    kind = "native"
+
+    def __init__(self, handler: AsyncHandler) -> None:
+        self._handler = handler
+
+    async def __call__(self, request: AsyncRequest, response: AsyncResponse) -> None:
+        outgoing = AsyncHandlerResponse(response)
+        result: object = await self._handler(AsyncHandlerRequest(request), outgoing)
+        if result is not None and not isinstance(result, bytes):
+            raise TypeError(f"the handler returned a {type(result).__name__}: it may return its body as bytes, or None")
+        await outgoing.finish(result or b"", sized=result is not None and request.head.method != "HEAD")

@@ -1,0 +1,191 @@
+"""The worker's loop for handlers that are coroutines: one event loop for its whole life.
+
+What an app has left running on the loop, a poller that its start-up began, say, runs on between jobs. A cancel is
+heard by the loop: the job's number comes over the cancel pipe. The handler is asked first, where it has ears for that
+(ASGI's `http.disconnect`), and then its task is cancelled, both within the pool's grace time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from ..control.signals import SIGNAL, STACKS_SIGNAL, read_cancel
+from ..errors import AbortHandler
+from ..wire.messages import FaultReport, Header
+from . import orphans
+from .async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
+from .fault_report import describe, report_on
+from .forks import is_fork, leave, leave_with_result
+from .handlers.adapter import AsyncBridge
+from .pipes import HostGone
+from .stdio import Prints
+from .task_stacks import print_stacks
+
+_ASKING_SHARE: Final = 0.2
+"""The share of the grace time that an app has to end by itself, before its task is cancelled."""
+
+_IMPLIED_HEAD: Final[tuple[int, list[Header]]] = (200, [])
+
+
+class AsyncWorker:
+    """One worker's event loop. `start`, then `serve`; both in the main thread."""
+
+    def __init__(self, handler: AsyncBridge, fds: tuple[int, int, int], prints: Prints, grace: float) -> None:
+        self._handler = handler
+        self._request_fd, self._response_fd, self._cancel_fd = fds
+        self._prints = prints
+        self._asking = grace * _ASKING_SHARE
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        self._pipes: AsyncPipes | None = None
+        self._reaping = False
+        self._cancelled_early: int | None = None
+        self._job: tuple[AsyncRequest, AsyncResponse] | None = None
+        self._task: asyncio.Task[FaultReport | None] | None = None
+
+    def start(self) -> None:
+        """Get the handler ready; raises what it raises."""
+        os.register_at_fork(after_in_child=self._sever)
+        signal.signal(SIGNAL, signal.SIG_IGN)  # the cancel pipe says it all
+        faulthandler.unregister(STACKS_SIGNAL)  # or it would take the next line's handler for its own work
+        signal.signal(STACKS_SIGNAL, lambda number, frame: print_stacks(self._loop, sys.stderr))
+        faulthandler.register(STACKS_SIGNAL, 2, all_threads=True, chain=True)
+        self._run(self._handler.start())
+
+    def serve(self) -> None:
+        """Run one job after another; at the end of the request pipe stop the handler."""
+        self._run(self._serve())
+        self._run(self._handler.stop())
+        self._run(self._wind_up())
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        while True:
+            try:
+                return self._loop.run_until_complete(task)
+            except (SystemExit, KeyboardInterrupt) as error:
+                if is_fork():
+                    leave(error)
+                if task.done():
+                    raise
+                # Some other task's, which has come through the loop: it ends that task, not the worker.
+                traceback.print_exc()
+
+    def _sever(self) -> None:
+        """This process is a handler's fork: the loop is the parent's, so that what comes back to it leaves."""
+        if self._pipes is not None:
+            self._pipes.sever()
+        loop: Any = self._loop
+        ready = getattr(loop, "_ready", None)
+        if isinstance(ready, deque):
+            ready.clear()  # what asyncio would go on with comes after what is to leave; uvloop has none such
+        loop.call_soon(leave)
+        with contextlib.suppress(AttributeError):
+            loop.call_soon_threadsafe = leave_with_result
+
+    def _look_for_orphans(self) -> None:
+        orphans.reap()
+        self._reaping = orphans.possible
+        if orphans.possible:
+            self._loop.call_later(orphans.LOOK_SECONDS, self._look_for_orphans)
+
+    async def _serve(self) -> None:
+        pipes = self._pipes = AsyncPipes(self._request_fd, self._response_fd, self._prints)
+        os.set_blocking(self._cancel_fd, False)
+        self._loop.add_reader(self._cancel_fd, self._hear)
+        try:
+            while True:
+                request = await pipes.next_request()
+                await self._run_job(request, AsyncResponse(pipes, request))
+                await request.skip()
+                if orphans.possible and not self._reaping:
+                    self._look_for_orphans()
+        except HostGone:
+            pass
+
+    async def _run_job(self, request: AsyncRequest, response: AsyncResponse) -> None:
+        self._begin(request, response)
+        task = self._task = self._loop.create_task(self._call(request, response))
+        if request.cancelled:
+            task.cancel()
+        try:
+            report = await task
+        except asyncio.CancelledError:  # before its first step
+            report = FaultReport("cancelled", "CancelledError")
+        self._task = self._job = None
+        aborted = report is not None and report.kind == "aborted"
+        response.close(report, _IMPLIED_HEAD if aborted else None)
+        request.conclude()
+
+    async def _call(self, request: AsyncRequest, response: AsyncResponse) -> FaultReport | None:
+        try:
+            await self._handler(request, response)
+        except BaseException as error:  # noqa: BLE001 - it ends the job, not the worker
+            if is_fork():
+                leave(error)
+            if request.cancelled:
+                return FaultReport("cancelled", *describe(error))
+            return report_on(_unwrapped(error))
+        if is_fork():
+            leave()
+        if request.cancelled and not response.ended:
+            return FaultReport("cancelled")
+        return None
+
+    # -- cancelling ----------------------------------------------------------------------------------
+
+    def _begin(self, request: AsyncRequest, response: AsyncResponse) -> None:
+        self._hear()  # cancels of the job before, or of this one already
+        self._job = request, response
+        if self._cancelled_early == request.number:
+            request.cancel()
+
+    def _hear(self) -> None:
+        """Read the cancel pipe: the job under way is told; a later one, when it begins."""
+        try:
+            number = read_cancel(self._cancel_fd)
+        except EOFError:
+            self._loop.remove_reader(self._cancel_fd)  # the end of the request pipe tells the rest
+            return
+        if number is None:
+            return
+        job = self._job
+        if job is None or number != job[0].number:
+            self._cancelled_early = number
+        elif not job[1].ended:
+            self._cancel(job[0])
+
+    def _cancel(self, request: AsyncRequest) -> None:
+        task = self._task
+        request.cancel()
+        if task is not None:
+            if self._handler.asks_first and self._asking:
+                self._loop.call_later(self._asking, task.cancel)  # does nothing once the task is done
+            else:
+                task.cancel()
+
+    async def _wind_up(self) -> None:
+        """Cancel what is still running, and close what is open, as asyncio.run does."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """An AbortHandler or MemoryError, also where task groups have wrapped it alone; else the error as it is."""
+    inner = error
+    while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
+        inner = inner.exceptions[0]
+    return inner if isinstance(inner, (AbortHandler, MemoryError)) else error

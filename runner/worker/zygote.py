@@ -1,0 +1,305 @@
+"""The process that forks the workers, and reports their ends.
+
+One per pool, started with `subprocess`, so that the caller's `__main__` is never run again and nothing
+but standard input, the log pipe and the control socket is inherited. It is single-threaded, which makes
+forking safe; it is the parent of every worker, so that their parent-death signal is tied to a thread that
+lasts; and it is a subreaper: what a dead worker leaves behind becomes its child, and is killed.
+
+It takes `Spawn` orders over the control socket, each with the descriptors of a new worker, and answers
+`Born` with the worker's pidfd and `Died` with its exit status. When the control socket closes, because
+the pool closed or because the host is gone, it kills all that it has started and exits.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import multiprocess
+
+from ..control import snapshot
+from ..control.names import AppsFirst
+from ..control.orders import (
+    Born,
+    Died,
+    Failed,
+    Lacking,
+    News,
+    Noted,
+    Spawn,
+    Stopped,
+    ZygoteConfig,
+)
+from ..platform import linux
+from ..workers.zygote_client import MAX_MESSAGE
+from . import main as worker
+from . import orphans
+from .fault_report import report_on_start
+from .forks import leave
+from .handlers.adapter import AsyncBridge, Bridge
+from .handlers.load import HandlerError, load
+from .titles import set_title
+
+if TYPE_CHECKING:
+    from ..sandbox.runtime import Cage
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_order = msgspec.msgpack.Decoder(Spawn).decode
+_fork_context = multiprocess.get_context("fork")
+
+
+def main() -> None:
+    """Run a zygote until its control socket closes. The socket's descriptor is the first argument."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the thread that has started this one takes no signals
+    control = socket.socket(fileno=int(sys.argv[1]))
+    told = int(sys.argv[2])
+    code_fd = snapshot.own_view(told)
+    if told >= 0:
+        os.close(told)
+    config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ZygoteConfig)
+    sys.argv[1:] = []
+    sys.stdin.close()
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != 0:
+        os.dup2(null, 0)
+        os.close(null)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open
+    if config.taken:
+        sys.meta_path.insert(0, AppsFirst(config.taken))
+    linux.become_subreaper()
+    set_title("template", config.label)
+    zygote = Zygote(control, config, code_fd)
+    if not zygote.prepare():
+        os._exit(1)
+    zygote.run()
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether this child was stopped since the last look. A nested worker's first process is not the worker."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG) is not None
+    except ChildProcessError:
+        return False
+
+
+class Zygote:
+    """The workers that it has forked, and the loop that waits for orders and ends."""
+
+    def __init__(self, control: socket.socket, config: ZygoteConfig, code_fd: int) -> None:
+        self._code_fd = code_fd
+        self._control = control
+        self._config = config
+        self._cage: Cage | None = None
+        self._handler: Bridge | AsyncBridge | None = None
+        self._workers: dict[int, tuple[int, Any]] = {}
+        self._kept: frozenset[int] = frozenset()
+        self._inherited: frozenset[int] = frozenset()
+        # The workers' descriptors get fixed numbers; nothing that a preload opens may sit on them.
+        while (fd := os.dup(0)) <= worker.LAST_FD:
+            pass
+        os.close(fd)
+
+    def prepare(self) -> bool:
+        """Do once what is for all workers; False after telling the host why that failed."""
+        config = self._config
+        orphans.note_starts()  # before anything of the app's is imported
+        if config.modules or config.preload:
+            pid = os.getpid()
+            try:
+                self._preload()
+                if os.getpid() != pid:
+                    leave()  # the import has forked: this is no zygote
+            except BaseException as error:  # noqa: BLE001 - whatever the import raised is the host's to know
+                if os.getpid() != pid:
+                    leave(error)
+                report = report_on_start(error, debug=config.debug)
+                why = f"the handler can't be preloaded:\n{report.traceback}" if report.traceback else report.message
+                self._send(Failed(why))
+                return False
+        if config.sandbox is not None:
+            from ..sandbox.runtime import Cage, CageError  # loaded where it is used
+
+            try:
+                self._cage = Cage(
+                    config.sandbox, "" if config.pickle else config.handler, config.path, config.limits.memory_bytes
+                )
+            except (CageError, OSError) as error:
+                self._send(Failed(str(error)))
+                return False
+            if self._cage.lacking:
+                self._send(Lacking(self._cage.lacking))
+            if self._cage.notes:
+                self._send(Noted(self._cage.notes))
+        return True
+
+    def _preload(self) -> None:
+        """Import the handler here, or what it will import."""
+        fresh = not snapshot.use(self._code_fd)
+        before = linux.open_descriptors()
+        for name in self._config.modules:
+            importlib.import_module(name)
+        if self._config.preload:
+            self._handler = load(self._config)
+            if fresh:
+                snapshot.keep(self._code_fd)
+        threads = len(os.listdir("/proc/self/task"))
+        if threads > 1:
+            raise HandlerError(
+                f"importing the handler started {threads - 1} thread(s), which a fork would lose: start the pool with "
+                f"preload=False; or, where they are a numeric library's, with OMP_NUM_THREADS=1 and "
+                f"OPENBLAS_NUM_THREADS=1 in its environment"
+            )
+        self._inherited = frozenset(linux.open_descriptors() - before)
+        self._kept = frozenset(linux.children())
+
+    def run(self) -> None:
+        """Fork, reap and report, until the control socket closes; then kill everything and exit."""
+        # After a preload: the handler's import may have set signals for purposes of its own.
+        child_ended, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        gc.collect()
+        gc.freeze()
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(child_ended, select.POLLIN)
+        try:
+            while True:
+                ready = dict(poll.poll())
+                if child_ended in ready:
+                    os.read(child_ended, 4096)
+                    self._reap()
+                if self._control.fileno() in ready and not self._take_order():
+                    break
+        except OSError:
+            traceback.print_exc()
+        finally:
+            self._end()
+
+    def _take_order(self) -> bool:
+        data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, worker.DESCRIPTORS)
+        if not data:
+            return False
+        try:
+            self._fork(_decode_order(data), fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _fork(self, order: Spawn, fds: list[int]) -> None:
+        try:
+            child, pid, pidfd = self._start(order.worker, fds)
+        except OSError as error:  # no more processes or memory: the host counts it as a death in start-up
+            print(f"worker {order.worker} can't be forked: {error}", file=sys.stderr, flush=True)
+            self._send(Died(order.worker, 1))
+            return
+        self._workers[child.pid] = (order.worker, child)
+        try:
+            self._send(Born(order.worker, pid), pidfd)
+        finally:
+            os.close(pidfd)
+        self._reap()  # start() polls its other children itself, and a SIGCHLD may be used up
+
+    def _start(self, number: int, fds: list[int]) -> tuple[Any, int, int]:
+        """Fork a worker; what tells its end, its pid, and its pidfd."""
+        cage = self._cage
+        name = f"blastdoor-worker-{number}"
+        if cage is None:
+            process = self._process(name, worker.Birth(os.getpid(), fds, self._inherited, self._code_fd))
+            process.start()
+            return process, process.pid, os.pidfd_open(process.pid)
+        try:
+            seat = cage.seat(number)
+            if cage.nested:
+                from ..sandbox.namespaces import Nested, nest  # loaded where it is used
+
+                def begin(control: socket.socket) -> Any:
+                    enter = functools.partial(cage.enter, seat, 1)
+                    birth = worker.Birth(
+                        1,
+                        fds,
+                        self._inherited,
+                        self._code_fd,
+                        enter,
+                        functools.partial(nest, control, network=cage.network),
+                    )
+                    return self._process(name, birth)
+
+                nested = Nested(begin)
+                return nested, nested.worker_pid, nested.pidfd
+            parent = os.getpid()
+            enter = functools.partial(cage.enter, seat, parent)
+            process = self._process(name, worker.Birth(parent, fds, self._inherited, self._code_fd, enter))
+            process.start()
+            return process, process.pid, os.pidfd_open(process.pid)
+        except BaseException:
+            self._clear(number)
+            raise
+
+    def _clear(self, number: int) -> None:
+        """Remove what was a worker's own; what can't be removed costs no other worker its life."""
+        assert self._cage is not None
+        try:
+            self._cage.clear(number)
+        except OSError:
+            traceback.print_exc()
+
+    def _process(self, name: str, birth: worker.Birth) -> Any:
+        return _fork_context.Process(target=worker.run, args=(self._config, self._handler, birth), name=name)
+
+    def _reap(self) -> None:
+        """Report the workers that have ended, and kill and reap what they left behind."""
+        unreaped = linux.children()
+        for pid, (number, process) in list(self._workers.items()):
+            status = process.exitcode
+            if status is not None or pid not in unreaped:
+                del self._workers[pid]
+                if self._cage is not None:
+                    self._clear(number)
+                self._send(Died(number, status))
+            elif _is_stopped(pid):
+                self._send(Stopped(number))
+        for pid in linux.children():
+            if pid not in self._workers and pid not in self._kept:
+                self._kill(pid)
+
+    @staticmethod
+    def _kill(pid: int) -> None:
+        # A child's pid is not used again before we have reaped it, so the number is safe here.
+        os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            pass
+
+    def _send(self, message: News, *fds: int) -> None:
+        data = _encode(message)
+        try:
+            if fds:
+                socket.send_fds(self._control, [data], fds)
+            else:
+                self._control.send(data)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the host is gone; the loop ends at its next look
+
+    def _end(self) -> None:
+        """Kill and reap every child, and what becomes a child by that, then exit."""
+        while pids := linux.children():
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                break
+        os._exit(0)

@@ -1,0 +1,244 @@
+"""Workers whose callers have left them, and what becomes of them; all of it in the supervisor's thread.
+
+Either the caller left in the middle of a job. Then the worker is read, and its last frame of upload completed, until
+its response ends; its handler is told meanwhile. Within the grace time it goes back to work, after it it is killed.
+Or the response is whole and the handler has background work to do. Then the worker goes back to work when that
+has ended, and is killed when the job is over the pool's time limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import selectors
+import time
+from typing import Final
+
+import msgspec
+
+from ..control.orders import describe_exit
+from ..model.limits import over_wall_time
+from ..wire.exchange import ResponseExchange
+from ..wire.messages import FaultReport
+from ..wire.printable import quoted
+from .leases import Leases
+from .reactor import Reactor
+from .record import Worker
+
+logger = logging.getLogger("blastdoor")
+
+STACKS_LIMIT: Final = 0.05
+"""Seconds that a worker has to print its stacks where there is no grace time."""
+
+
+class Rest(msgspec.Struct, frozen=True):
+    """What is left of a job: the frames still to come, and the time limit in words that it was over, if it was.
+
+    `expires` is when it is over the pool's time limit, on the clock of `time.monotonic`.
+    """
+
+    exchange: ResponseExchange
+    timed_out: str
+    expires: float | None
+
+
+class LeftJobs:
+    """The workers that were left, by their `LeftJob`."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        leases: Leases,
+        grace: float,
+        wall_seconds: float | None,
+        background_seconds: float | None,
+    ) -> None:
+        self._background_seconds = background_seconds
+        self._reactor = reactor
+        self._leases = leases
+        self._grace = grace
+        self._wall_seconds = wall_seconds
+        self._jobs: dict[Worker, LeftJob] = {}
+
+    def __contains__(self, worker: Worker) -> bool:
+        return worker in self._jobs
+
+    def holds(self, job: LeftJob) -> bool:
+        """Whether this is the job of its worker still."""
+        return self._jobs.get(job.worker) is job
+
+    def of(self, worker: Worker) -> LeftJob | None:
+        """The job that this worker was left with."""
+        return self._jobs.get(worker)
+
+    def take(self, worker: Worker, rest: Rest) -> None:
+        """Take over a worker."""
+        job = self._jobs[worker] = LeftJob(worker, rest, self)
+        exchange = rest.exchange
+        background = exchange.background
+        grace = self._grace or (STACKS_LIMIT if rest.timed_out else 0)
+        if worker.dead:
+            self.worker_ended(worker)
+            return
+        if not grace and not background:
+            self.settle(job)
+            return
+        # First of all the end of it: whatever happens to what follows, the worker is not held for ever.
+        self._await_expiry(job)
+        if not background:
+            self._reactor.after(grace, lambda: self._give_up(job))
+        channel = worker.channel
+        self._reactor.watch(channel.response_fd, job.look)
+        if not channel.flushed:
+            self._reactor.watch(channel.request_fd, job.look, selectors.EVENT_WRITE)
+        job.look()
+        if not self.holds(job) or not exchange.open:
+            return  # its end was there already
+        if rest.timed_out:
+            self._leases.dump_stacks(worker)
+        if not self._leases.cancel(worker, exchange.job):
+            logger.warning("job %s: worker %s does not take its cancel, and is killed", job.job_id, worker.pid)
+            self.settle(job)
+
+    def flushed(self, worker: Worker) -> None:
+        """All that was sent to the worker is in its pipe."""
+        self._reactor.unwatch(worker.channel.request_fd)
+
+    def worker_ended(self, worker: Worker) -> None:
+        """The worker is dead."""
+        if (job := self._jobs.get(worker)) is None:
+            return
+        if job.exchange.background:
+            job_id = worker.log.job_id
+            words = worker.verdict or f"its worker {worker.pid} {describe_exit(worker.status)[0]}"
+            logger.error("job %s: %s during its background work%s", job_id, words, _last_words(worker))
+        self.settle(job)
+
+    def settle(self, job: LeftJob, *, healthy: bool = False) -> None:
+        """The worker goes back to work, or it is discarded."""
+        worker = job.worker
+        if not self.holds(job):
+            return  # settled before; a timer may come late, when the worker was left once more
+        del self._jobs[worker]
+        try:
+            self._reactor.unwatch(worker.channel.response_fd)
+            self._reactor.unwatch(worker.channel.request_fd)
+            worker.log.read()  # so that the next job's lines are not taken for this one's
+            if job.timed_out:
+                logger.error("job %s: %s%s", worker.log.job_id, job.timed_out, _last_words(worker))
+            report = job.exchange.report
+            if report is not None and job.exchange.whole:
+                log_background_failure(worker, worker.log.job_id, report)
+        except BaseException:
+            healthy = False
+            raise
+        finally:
+            if healthy:
+                self._leases.give_back(worker)
+            else:
+                self._leases.discard(worker)
+
+    def drop(self, worker: Worker) -> None:
+        """Something has failed that should not: the worker goes, whatever it was at."""
+        if (job := self._jobs.get(worker)) is not None:
+            self.settle(job)
+        else:
+            self._leases.discard(worker)
+
+    def stream_ended(self, job: LeftJob) -> None:
+        """The worker has closed its pipe, or died."""
+        if job.exchange.background:
+            self._reactor.unwatch(job.worker.channel.response_fd)
+            self._leases.kill(job.worker)  # `worker_ended` tells of it
+        else:
+            self.settle(job)
+
+    def _await_expiry(self, job: LeftJob) -> None:
+        if job.expires is not None and not job.timed_out:
+            assert self._wall_seconds is not None
+            words = over_wall_time(self._wall_seconds)
+            self._reactor.after(max(job.expires - time.monotonic(), 0), lambda: self.over_time(job, words))
+        if self._background_seconds is not None:
+            limit = self._background_seconds
+            # From when it was left: its response may end within the grace time, and its background work begin.
+            self._reactor.after(
+                limit, lambda: self.over_time(job, f"the job went on for {limit:g} s after its response")
+            )
+
+    def _give_up(self, job: LeftJob) -> None:
+        if not self.holds(job) or job.exchange.background:  # its response did come to its end
+            return
+        logger.warning(
+            "job %s: %s, and its handler did not end within %s s: worker %s is killed",
+            job.job_id,
+            job.timed_out or "its caller has left",
+            self._grace,
+            job.worker.pid,
+        )
+        self.settle(job)
+
+    def over_time(self, job: LeftJob, words: str) -> None:
+        """It is over a time limit: it has a moment to say where it stands."""
+        if self.holds(job) and not job.timed_out:
+            job.timed_out = f"in its background work {words}" if job.exchange.background else words
+            self._leases.dump_stacks(job.worker)
+            self._reactor.after(STACKS_LIMIT, lambda: self.settle(job))
+
+
+class LeftJob:
+    """A worker, and the frames that nobody waits for."""
+
+    __slots__ = ("_jobs", "exchange", "expires", "job_id", "timed_out", "worker")
+
+    began = math.inf  # its wall time is not for the inspection to look at: timers run
+
+    def __init__(self, worker: Worker, rest: Rest, jobs: LeftJobs) -> None:
+        self.worker = worker
+        self.timed_out = rest.timed_out
+        self.exchange = rest.exchange
+        self.expires = rest.expires
+        self.job_id = worker.log.job_id
+        self._jobs = jobs
+
+    @property
+    def settled(self) -> bool:
+        """Whether its worker is held no more."""
+        return not self._jobs.holds(self)
+
+    def over_time(self, detail: str) -> None:
+        """End it: it is over a time limit of the pool, with these words."""
+        self._jobs.over_time(self, detail)
+
+    def look(self) -> None:
+        """Read and write what can be, and settle where that brings the end."""
+        channel, exchange = self.worker.channel, self.exchange
+        try:
+            channel.flush()
+        except BrokenPipeError:
+            channel.drop_outgoing()
+        frames = channel.receive() if exchange.unfinished else []
+        if frames is None:
+            self._jobs.stream_ended(self)
+            return
+        exchange.receive(frames)
+        exchange.body.clear()
+        if exchange.violation:
+            self._jobs.settle(self)
+        elif channel.flushed:
+            self._jobs.flushed(self.worker)
+            if not exchange.unfinished:
+                self._jobs.settle(self, healthy=channel.clean)
+
+
+def log_background_failure(worker: Worker, job_id: str, report: FaultReport) -> None:
+    """Tell of what a handler raised after the end of its response: nobody else hears of it."""
+    if report.kind not in ("raised", "memory"):
+        return  # it has cut its own end off
+    text = quoted(report.traceback)
+    if worker.log.charge(len(text.encode())):
+        logger.error("job %s: its background work raised\n%s", job_id, text)
+
+
+def _last_words(worker: Worker) -> str:
+    tail = worker.log.tail(worker.log.job_id)
+    return f"; what it printed last:\n{quoted(tail)}" if tail else ""

@@ -1,0 +1,169 @@
+"""Looking after jobs under way: which of them is over a limit of memory, processor time or wall time.
+
+Nothing tells when a process grows or a clock runs out, so this is looked at every so often, but only while
+jobs run and limits are set. A caller that waits sees its job's wall time by itself; this is for the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+import psutil
+
+from ..model.limits import Limits, over_wall_time
+from ..platform import linux
+from .record import Worker
+
+IDLE_SECONDS: Final = 0.5
+"""Processor time in seconds that a sandboxed worker may use between two jobs, where it should do nothing."""
+
+
+class Subject(Protocol):
+    """A job that is looked after: of a caller, or of nobody any more."""
+
+    @property
+    def job_id(self) -> str: ...
+
+    @property
+    def began(self) -> float: ...
+
+    @property
+    def settled(self) -> bool: ...
+
+    def over_time(self, detail: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Excess:
+    """A worker's job is over a limit: which one, and in words."""
+
+    worker: Worker
+    job: Subject
+    kind: Literal["memory", "timeout"]
+    detail: str
+
+    def words(self) -> tuple[str, str, int | None]:
+        """Job id, what it is over, and the worker's pid, for the log."""
+        return self.job.job_id, self.detail, self.worker.pid
+
+
+class Inspector:
+    """Finds jobs that are over their limits."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._began: dict[int, tuple[str, float]] = {}
+        self._idle: dict[int, tuple[float, float]] = {}
+
+    def look(self, jobs: Iterable[tuple[Worker, Subject]]) -> list[Excess]:
+        """Which of these jobs is over a limit now."""
+        found = []
+        jobs = list(jobs)
+        present = {worker.number for worker, _ in jobs}
+        self._began = {number: began for number, began in self._began.items() if number in present}
+        for worker, job in jobs:
+            if worker.pid is None or worker.dead:
+                continue
+            try:
+                excess = self._look_at(worker, job, psutil.Process(worker.pid))
+            except psutil.Error:
+                continue  # it has ended meanwhile, which is told elsewhere
+            if excess is not None:
+                found.append(excess)
+        return found
+
+    def look_at_idle(self, workers: Iterable[Worker]) -> list[tuple[Worker, float, str]]:
+        """Which of these workers, that have no job, do what only a job may; with since when it is idle, and words."""
+        found = []
+        seen: dict[int, tuple[float, float]] = {}
+        for worker in workers:
+            if worker.pid is None or worker.dead:
+                continue
+            since = worker.idle_since
+            try:
+                process = psutil.Process(worker.pid)
+                if process.status() == psutil.STATUS_STOPPED:
+                    found.append((worker, since, "was stopped"))
+                    continue
+                used = _processor_time(process)
+                limit = self._limits.memory_bytes
+                taken = _memory(process, limit) if limit is not None else 0
+            except psutil.Error:
+                continue
+            known, before = self._idle.get(worker.number, (since, used))
+            seen[worker.number] = since, used if known != since else before
+            if limit is not None and taken > limit:
+                found.append((worker, since, f"took {taken >> 20} MiB of memory"))
+            elif known == since and used - before > IDLE_SECONDS:
+                found.append((worker, since, f"used more than {IDLE_SECONDS} s of processor time"))
+        self._idle = seen
+        return found
+
+    def _look_at(self, worker: Worker, job: Subject, process: psutil.Process) -> Excess | None:
+        limits = self._limits
+        # First what is ended at once: of two limits that were passed between two looks this one hurts others.
+        limit = limits.memory_bytes
+        if limit is not None and (taken := _memory(process, limit)) > limit:
+            detail = f"the job took {taken >> 20} MiB of memory, over its limit of {limit >> 20} MiB"
+            return Excess(worker, job, "memory", detail)
+        if limits.wall_seconds is not None and time.monotonic() > job.began + limits.wall_seconds:
+            return Excess(worker, job, "timeout", over_wall_time(limits.wall_seconds))
+        if limits.cpu_seconds is not None:
+            used = _processor_time(process)
+            job_id, before = self._began.get(worker.number, ("", 0.0))
+            if job_id != job.job_id:
+                self._began[worker.number] = (job.job_id, used)
+            elif used - before > limits.cpu_seconds:
+                detail = f"the job used more than {limits.cpu_seconds} s of processor time"
+                return Excess(worker, job, "timeout", detail)
+        return None
+
+
+def _processor_time(process: psutil.Process) -> float:
+    """What a worker and all below it have used, in seconds; children that were waited for are in their parents'."""
+    used = 0.0
+    for member in _family(process):
+        try:
+            used += sum(member.cpu_times()[:4])
+        except psutil.NoSuchProcess:
+            continue
+    return used
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    """A worker and all below it."""
+    family = [process]
+    for pid in linux.descendants(process.pid):
+        try:
+            family.append(psutil.Process(pid))
+        except psutil.NoSuchProcess:
+            continue
+    return family
+
+
+def _memory(process: psutil.Process, limit: int) -> int:
+    """What a worker and all below it take, in bytes; shared pages are shared out where that decides (PSS)."""
+    family = _family(process)
+    taken = sum(_rss(member) for member in family)
+    if taken > limit:
+        taken = sum(_pss(member) for member in family)
+    return taken
+
+
+def _rss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.NoSuchProcess:
+        return 0
+    except psutil.AccessDenied:  # a sandboxed worker lets nobody of its user look into it (prctl(2), PR_SET_DUMPABLE)
+        return _rss(process)

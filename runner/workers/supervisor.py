@@ -1,0 +1,700 @@
+"""Births and deaths: one thread per pool that keeps the wanted number of workers alive.
+
+It stands beside the lane, never on it. Its loop waits for the zygote's news (births, exits), for the
+response pipes of workers that start (READY) or that were left by their callers (the end of the job,
+within the grace time), for the log pipes, and for orders from other threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from ..control.orders import (
+    Born,
+    Died,
+    Lacking,
+    Noted,
+    Stopped,
+    ZygoteConfig,
+    describe_exit,
+)
+from ..control.snapshot import make_snapshot
+from ..errors import StartError, WorkersUnavailable
+from ..events import Events, WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
+from ..model.durations import longest_wait
+from ..wire.frames import FAULT, READY
+from ..wire.messages import FaultReport, Ready
+from ..wire.printable import one_line, quoted
+from .abandoned import LeftJobs, Rest
+from .backoff import RestartBrake
+from .channel import Channel, make_pipe
+from .leases import Leases
+from .logs import LogPipe
+from .reactor import Reactor
+from .record import Worker
+from .watchdog import Oversight
+from .zygote_client import ZygoteProcess
+
+logger = logging.getLogger("blastdoor")
+
+_decode_ready = msgspec.msgpack.Decoder(Ready).decode
+_decode_report = msgspec.msgpack.Decoder(FaultReport).decode
+
+_SETTLED: Final = 2.0
+"""Seconds that a worker has to live after READY to count as a start that has succeeded."""
+
+_SHORTEST_LOOK: Final = 0.02
+
+_STATUS_LIMIT: Final = 1.0
+"""Seconds that the zygote has to tell how a worker has ended."""
+
+_SILENCE_LIMIT: Final = 5.0
+"""Seconds that the zygote may say nothing while it owes us news."""
+
+_PIDS: Final = re.compile(r"worker \d+|line \d+")
+
+_EXIT_LIMIT: Final = 1.0
+"""Seconds that the zygote has to exit by itself when a pool closes."""
+
+
+class Size(msgspec.Struct, frozen=True, kw_only=True):
+    """How many workers there are: from `least` to `most` by demand, and `spares` that are warm beyond that.
+
+    A worker that has been idle for `shrink_after` seconds goes, where there are more than the least.
+    """
+
+    least: int
+    most: int
+    spares: int = 0
+    shrink_after: float = 10.0
+
+    @property
+    def look_after(self) -> float:
+        """Seconds between two looks for a worker that may go."""
+        return max(self.shrink_after / 4, _SHORTEST_LOOK)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers follows the demand."""
+        return self.most > self.least
+
+
+class Supervisor:
+    """Starts workers, hands the ready ones to `leases`, notes their ends, and starts new ones."""
+
+    def __init__(
+        self,
+        leases: Leases,
+        events: Events,
+        config: ZygoteConfig,
+        size: Size,
+        env: Mapping[str, str] | None,
+        grace: float,
+        start_timeout: float,
+        stop_timeout: float,
+    ) -> None:
+        self.limits = config.limits
+        self.leases = leases
+        self.events = events
+        self._config = config
+        self._size = size
+        self._wanted = size.least + size.spares
+        self._retiring: set[Worker] = set()
+        self._last_failure = ""
+        self._same_failures = 0
+        self._label = f"{config.label}: " if config.label else ""
+        self._growth_is_due = False
+        self._orders_are_held = False
+        leases.retire = lambda worker: self._reactor.call(lambda: self._retire(worker))
+        if size.elastic:
+            leases.pressed = self._note_pressure
+        self._env = env
+        self._start_timeout = start_timeout
+        self._stop_timeout = stop_timeout
+        self._brake = RestartBrake()
+        self._workers: dict[int, Worker] = {}
+        self._numbers = itertools.count(1)
+        self._ready_unborn: set[Worker] = set()
+        self._zygote: ZygoteProcess | None = None
+        self._zygote_heard_at = math.inf
+        self._zygote_is_watched = False
+        self._zygote_owes_since = 0.0
+        self._unreported: set[int] = set()
+        self._started = threading.Event()
+        self._start_error = ""
+        self._zygote_error = ""
+        self._closing = False
+        self._stopping = False
+        self._respawn_is_due = False
+        self.forgotten = False
+        self.kind = ""
+        self._reactor = Reactor()
+        background = None if config.sandbox is None else config.sandbox.background_seconds
+        self._left = LeftJobs(self._reactor, leases, grace, config.limits.wall_seconds, background)
+        self.oversight = Oversight(self._reactor, leases, self._left, config.limits, self._in_service)
+        self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
+        self._code_fd = make_snapshot() if config.by_name else -1  # last: nothing after it fails
+
+    # -- called from other threads -------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Begin to start the workers. Where one does not start, `leases` refuses callers with a StartError.
+
+        RuntimeError where the system gives no thread.
+        """
+        self._reactor.call(self._start_zygote)
+        if self._config.sandbox is not None:
+            self._reactor.call(self.oversight.look_at_idle)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._reactor.abandon()
+            self._close_snapshot()
+            raise
+
+    def wait_started(self) -> None:
+        """Wait until all workers are ready. StartError if one is not; `stop` is then all there is to do."""
+        while not self._started.wait(longest_wait()):
+            pass  # signals are handled now and then
+        if self._start_error:
+            raise StartError(self._start_error)
+
+    def adopt(self, worker: Worker, rest: Rest) -> None:
+        """Take over a worker whose caller has left it: in the middle of its job, or to its background work.
+
+        It goes back to work if that ends in time, else it is discarded.
+        """
+        if not self._reactor.call(lambda: self._take_left(worker, rest)):
+            self.leases.discard(worker)
+
+    def stop(self, grace: float) -> None:
+        """End all workers, the held ones too, and then the zygote and this thread. `leases` is closed by now.
+
+        Workers have `grace` seconds to exit before they are killed.
+        """
+        self._reactor.call(lambda: self._begin_stop(grace))
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def forget(self) -> None:
+        """In a forked child: close the inherited descriptors, and leave the processes alone."""
+        self.forgotten = True
+        self.leases.forget()
+        self.events.forget()
+        for worker in self._workers.values():
+            worker.forget()
+        if self._zygote is not None:
+            self._zygote.forget()
+        self._reactor.forget()
+        self._close_snapshot()
+
+    @property
+    def starting(self) -> int:
+        """How many workers have been ordered and are not ready."""
+        return sum(not worker.ready for worker in list(self._workers.values()))
+
+    def describe_workers(self) -> list[WorkerInfo]:
+        """The workers of this moment."""
+        import psutil  # loaded where it is used
+
+        found = []
+        for worker in list(self._workers.values()):
+            if worker.pid is None:
+                continue
+            try:
+                process = psutil.Process(worker.pid)
+                with process.oneshot():
+                    rss, times = process.memory_info().rss, process.cpu_times()
+            except psutil.Error:
+                continue  # it has ended meanwhile
+            leased = self.leases.is_leased(worker)
+            job = worker.job() if leased and worker.job is not None else None
+            found.append(
+                WorkerInfo(
+                    worker.pid,
+                    "busy" if leased else "idle" if worker.ready else "starting",
+                    worker.log.job_id if leased else "",
+                    worker.jobs,
+                    time.monotonic() - worker.ordered_at,
+                    rss,
+                    times.user + times.system,
+                    request="" if job is None else f"{job.method} {job.target}",
+                )
+            )
+        return found
+
+    def _run(self) -> None:
+        # A signal to the process must not come here: it would interrupt no wait of the main thread (signal(7)).
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._reactor.run()
+        self._close_snapshot()
+        self._started.set()
+
+    def _close_snapshot(self) -> None:
+        if self._code_fd >= 0:
+            os.close(self._code_fd)
+            self._code_fd = -1
+
+    # -- the zygote ----------------------------------------------------------------------------------
+
+    def _start_zygote(self) -> None:
+        try:
+            zygote = ZygoteProcess(self._config, self._env, self._code_fd)
+        except Exception as error:  # noqa: BLE001 - whatever it was, those who wait for workers are told
+            self._start_failed(f"the zygote process can't be started: {type(error).__name__}: {error}")
+            self._respawn_after(1.0)
+            return
+        self._zygote = zygote
+        self._orders_are_held = False
+        self._zygote_heard_at = math.inf  # until it has forked its first worker it may import for as long as that takes
+        self._watch_log(zygote.log)
+        self._reactor.watch(zygote.control_fd, self._hear_zygote)
+        self._reactor.watch(zygote.pidfd, self._zygote_ended)
+        self._spawn_missing()
+
+    def _hear_zygote(self) -> bool:
+        """Take the next news, if there is any."""
+        assert self._zygote is not None
+        heard = self._zygote.hear()
+        if heard is None:
+            if self._zygote.silent:
+                self._reactor.unwatch(self._zygote.control_fd)  # it is ending; its pidfd tells the rest
+            return False
+        self._zygote_heard_at = time.monotonic()
+        news, pidfd = heard
+        if isinstance(news, (Born, Died)):
+            self._spawn_held()
+        if isinstance(news, Born):
+            if pidfd < 0:
+                # Out of descriptors as it came: a worker that can't be killed may not be. Begin anew.
+                logger.error(
+                    "the pidfd of worker %d was lost for want of descriptors: the zygote starts anew", news.pid
+                )
+                self._zygote.kill()
+            else:
+                self._born(self._workers[news.worker], news.pid, pidfd)
+        elif isinstance(news, Died):
+            self._unreported.discard(news.worker)
+            if (worker := self._workers.get(news.worker)) is not None:  # else it was too late to tell
+                self._bury(worker, news.status)
+        elif isinstance(news, Stopped):
+            if (worker := self._workers.get(news.worker)) is not None:
+                self.oversight.look_at_stopped(worker)
+        elif isinstance(news, Lacking):
+            for layer in news.layers:
+                logger.warning("the sandbox goes without a layer on this machine: %s", layer)
+        elif isinstance(news, Noted):
+            for line in news.lines:
+                logger.warning("%s", one_line(line))
+        else:
+            self._zygote_error = quoted(news.why).lstrip()
+        return True
+
+    def _zygote_ended(self) -> None:
+        """The zygote is gone, and by their death signal all workers with it."""
+        zygote = self._zygote
+        assert zygote is not None
+        while self._hear_zygote():
+            pass
+        for fd in (zygote.control_fd, zygote.pidfd):
+            self._reactor.unwatch(fd)
+        for fd in zygote.log.fds:
+            self._reactor.unwatch(fd)
+        status = zygote.close()
+        self._zygote = None
+        self._unreported.clear()
+        workers = list(self._workers.values())
+        inodes = {os.fstat(fd).st_ino for worker in workers for fd in worker.pipe_ends()}
+        for worker in workers:
+            self.leases.kill(worker)
+            self._bury(worker, -signal.SIGKILL)
+        if inodes:
+            self._sweep(inodes)
+        if self._stopping:
+            self._reactor.finish()
+            return
+        why = f"the zygote process {describe_exit(status)[0]}"
+        if self._zygote_error:
+            why = self._zygote_error
+            self._zygote_error = ""
+        elif output := zygote.log.tail(""):
+            why = f"{why}:\n{quoted(output)}"
+        self._start_failed(why)
+        self._respawn()
+
+    def _note_exit(self, worker: Worker) -> None:
+        """A worker has ended. The zygote, which is its parent, tells its status in a moment, or is stuck."""
+        if worker.pidfd is not None:
+            self._reactor.unwatch(worker.pidfd)
+        self._reactor.after(_STATUS_LIMIT, lambda: self._bury_untold(worker))
+        self._watch_zygote()
+        self._unreported.add(worker.number)
+
+    def _bury_untold(self, worker: Worker) -> None:
+        if not worker.dead:
+            self._bury(worker, None)
+
+    def _watch_zygote(self) -> None:
+        """Have the zygote looked at as long as it owes us news: it is about to owe some."""
+        if not self._zygote_owes:
+            self._zygote_owes_since = time.monotonic()
+        if not self._zygote_is_watched:
+            self._zygote_is_watched = True
+            self._reactor.after(_SILENCE_LIMIT, self._look_at_zygote)
+
+    @property
+    def _zygote_owes(self) -> bool:
+        """Whether a birth or a death is still to be told of."""
+        return bool(self._unreported) or any(worker.pid is None for worker in self._workers.values())
+
+    def _look_at_zygote(self) -> None:
+        """Begin anew where the zygote owes us a birth or a death and says nothing: it was stopped, or hangs."""
+        self._zygote_is_watched = False
+        if self._zygote is None or self._stopping:
+            return
+        if not self._zygote_owes:
+            return
+        silent = max(time.monotonic() - max(self._zygote_heard_at, self._zygote_owes_since), 0)
+        if silent >= _SILENCE_LIMIT:
+            logger.error(
+                "the zygote process %d has said nothing for %.0f s, though it should: it is stopped, or hangs. "
+                "It is killed, with all its workers, and starts anew",
+                self._zygote.pid,
+                silent,
+            )
+            self._zygote.kill()
+        else:
+            self._zygote_is_watched = True
+            self._reactor.after(_SILENCE_LIMIT - silent, self._look_at_zygote)
+
+    # -- the number of workers -----------------------------------------------------------------------
+
+    def _retire(self, worker: Worker) -> None:
+        """Replace a worker that nobody holds: its successor is started first, then it is asked to end."""
+        if worker.dead or self._closing:
+            return
+        self._retiring.add(worker)
+        self._respawn()
+        worker.channel.end_requests()
+        self._reactor.after(self._stop_timeout, lambda: self.leases.kill(worker))
+
+    def _note_pressure(self) -> None:
+        if not self._growth_is_due:
+            self._growth_is_due = True
+            self._reactor.call(self._grow)
+
+    def _grow(self) -> None:
+        """Have as many workers as jobs that run and callers that wait, and the spares, within bounds."""
+        self._growth_is_due = False
+        _, running, waiting = self.leases.numbers()
+        wanted = min(max(running + waiting, self._size.least), self._size.most) + self._size.spares
+        if wanted > self._wanted and not self._closing:
+            self._wanted = wanted
+            self._respawn()
+            self._reactor.after(self._size.look_after, self._shrink)
+
+    def _shrink(self) -> None:
+        """Let go of a worker that has been idle for long; look again until as few are left as there should be."""
+        if self._closing:
+            return
+        least = self._size.least + self._size.spares
+        while self._wanted > least and (worker := self.leases.withdraw_idle(self._size.shrink_after)) is not None:
+            self._wanted -= 1
+            self._retire(worker)
+        if self._wanted > least:
+            self._reactor.after(self._size.look_after, self._shrink)
+
+    def _in_service(self) -> list[Worker]:
+        return [worker for worker in self._workers.values() if worker not in self._retiring]
+
+    # -- what is left behind ----------------------------------------------------------------------
+
+    def _sweep(self, inodes: set[int]) -> None:
+        """What the workers of a dead zygote have started is nobody's child now: find it by the pipes that it holds."""
+        from ..platform import linux  # ctypes is loaded where it is used
+
+        if linux.kill_holders(inodes):
+            self._reactor.after(0.05, lambda: self._sweep(inodes))
+
+    def _watch_log(self, log: LogPipe) -> None:
+        for fd in log.fds:
+            self._reactor.watch(fd, lambda: self._read_log(log))
+
+    def _read_log(self, log: LogPipe) -> None:
+        for ended in log.read():
+            self._reactor.unwatch(ended)
+
+    # -- births --------------------------------------------------------------------------------------
+
+    def _respawn_after(self, seconds: float) -> None:
+        """Start what is missing in so many seconds; one such call is pending at a time."""
+        if not self._respawn_is_due:
+            self._respawn_is_due = True
+            self._reactor.after(seconds, self._respawn_due)
+
+    def _respawn_due(self) -> None:
+        self._respawn_is_due = False
+        self._respawn()
+
+    def _respawn(self) -> None:
+        """Start what is missing, now or when the brake allows it."""
+        if self._closing:
+            return
+        delay = self._brake.delay(time.monotonic())
+        if delay:
+            self._respawn_after(delay)
+        elif self._zygote is None:
+            self._start_zygote()
+        else:
+            self._spawn_missing()
+
+    def _spawn_held(self) -> None:
+        """The zygote has dealt with an order: there is room for more."""
+        if self._orders_are_held:
+            self._orders_are_held = False
+            self._respawn()
+
+    def _spawn_missing(self) -> None:
+        if self._orders_are_held:
+            return
+        missing = self._wanted - len(self._workers) + len(self._retiring)
+        if self._brake.engaged:
+            starting = any(not worker.ready for worker in self._workers.values())
+            missing = 0 if starting else min(missing, 1)  # one try at a time
+        for _ in range(missing):
+            if not self._spawn():
+                break
+
+    def _spawn(self) -> bool:
+        assert self._zygote is not None
+        number = next(self._numbers)
+        fds: list[int] = []
+        try:
+            for _ in range(4):
+                fds += make_pipe()
+            request_read, request_write, response_read, response_write, out_read, out_write, err_read, err_write = fds
+            cancel_read, cancel_write = os.pipe2(os.O_CLOEXEC)
+            fds += cancel_read, cancel_write
+            channel = Channel(request_write, response_read, cancel_write)
+        except OSError as error:  # out of descriptors
+            for fd in fds:
+                os.close(fd)
+            self._spawn_failed(error)
+            return False
+        try:
+            self._zygote.spawn(number, (request_read, response_write, out_write, err_write, cancel_read))
+        except OSError as error:  # its socket is full of orders; or it is gone
+            channel.close()
+            for fd in (request_read, response_write, out_read, out_write, err_read, err_write, cancel_read):
+                os.close(fd)
+            if isinstance(error, BlockingIOError):
+                self._orders_are_held = True  # it answers each that is there: see `_spawn_held`
+            else:
+                self._spawn_failed(error)
+            return False
+        for fd in (request_read, response_write, out_write, err_write, cancel_read):
+            os.close(fd)
+        log = LogPipe(out_read, err_read, f"{self._label}worker {number} (starting)")
+        worker = Worker(number, channel, log)
+        self._watch_zygote()
+        self._workers[number] = worker
+        self._watch_log(log)
+        self._reactor.watch(response_read, lambda: self._hear_starting(worker))
+        self._reactor.after(self._start_timeout, lambda: self._check_started(number))
+        return True
+
+    def _spawn_failed(self, error: OSError) -> None:
+        if self._started.is_set():
+            logger.error("a worker can't be started, and is tried again: %s", error)
+            self._respawn_after(0.5)
+        else:
+            self._start_failed(f"a worker can't be started: {error}")
+
+    def _born(self, worker: Worker, pid: int, pidfd: int) -> None:
+        worker.log.label = f"{self._label}worker {pid}"
+        worker.log.pid = pid
+        self.events.emit(WorkerStarted(pid))
+        self.leases.adopt_pidfd(worker, pid, pidfd)
+        self._reactor.watch(pidfd, lambda: self._note_exit(worker))
+        if self._stopping:
+            self.leases.kill(worker)
+        if worker in self._ready_unborn:
+            self._ready_unborn.discard(worker)
+            self._ready(worker)
+
+    def _hear_starting(self, worker: Worker) -> None:
+        """The first frame of a worker: READY, or the report of what stopped it."""
+        channel = worker.channel
+        frames = channel.receive()
+        if frames == []:
+            return
+        self._reactor.unwatch(channel.response_fd)
+        kind, _, payload = frames[0] if frames else (None, 0, b"")
+        try:
+            if kind == READY and frames is not None and len(frames) == 1 and channel.clean:
+                self.kind = _decode_ready(payload).kind
+                self._ready(worker)
+                return
+            if kind == FAULT:
+                report = _decode_report(payload)
+                worker.failure_says_all = not report.traceback
+                worker.failure = quoted(report.traceback or report.message)
+            elif kind is not None:
+                worker.failure = "its first frame was not READY: something in its start wrote to its response pipe"
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            worker.failure = f"its first frame does not hold up: {error}"
+        if kind != FAULT:
+            self.leases.kill(worker)
+
+    def _ready(self, worker: Worker) -> None:
+        if worker.pid is None:
+            self._ready_unborn.add(worker)  # it was quicker than the news of its birth
+            return
+        self._reactor.after(_SETTLED, lambda: self._check_settled(worker))
+        self.leases.add(worker)
+        self.events.emit(WorkerReady(worker.pid, time.monotonic() - worker.ordered_at))
+        self._spawn_missing()
+        if not self._started.is_set() and self._manned:
+            self._started.set()
+
+    @property
+    def _manned(self) -> bool:
+        """Whether as many workers as are wanted are there, and all ready."""
+        return len(self._workers) >= self._wanted and all(worker.ready for worker in self._workers.values())
+
+    def _check_settled(self, worker: Worker) -> None:
+        if not worker.dead:
+            self._brake.succeeded()
+
+    def _check_started(self, number: int) -> None:
+        worker = self._workers.get(number)
+        if worker is not None and not worker.ready:
+            worker.failure = worker.failure or (
+                f"it was not ready {self._start_timeout} s after its start: look at what its import, "
+                f"or its lifespan's start-up, waits for, "
+                f"or allow more time (start_timeout)"
+            )
+            if worker.pid is None and self._zygote is not None:
+                # It was not even forked: the zygote hangs, in a preload's import perhaps.
+                self._zygote_error = f"a worker {worker.failure.removeprefix('it ')}"
+                self._zygote.kill()
+            self.leases.kill(worker)
+
+    def _start_failed(self, why: str) -> None:
+        if not self._started.is_set():
+            self._start_error = why
+            self._closing = True
+            self.leases.refuse(lambda: StartError(why))
+            self._started.set()
+            return
+        if self._closing:
+            return
+        now = time.monotonic()
+        self._brake.failed(now)
+        pause = self._brake.delay(now)
+        self._log_failed_start(why, pause)
+        if self._brake.engaged and not any(worker.ready for worker in self._workers.values()):
+            first_line = why.splitlines()[0]
+            self.leases.refuse(
+                lambda: WorkersUnavailable(
+                    f"no worker can be started at the moment; the log has all of it: {first_line}",
+                    max(self._brake.delay(time.monotonic()), 1.0),
+                )
+            )
+
+    def _log_failed_start(self, why: str, pause: float) -> None:
+        """Tell of it, all of it once: what fails the same way over and over is counted."""
+        again = f"\nnext try in {pause:.1f} s" if pause else ""
+        said = _PIDS.sub("worker", why)
+        if said == self._last_failure:
+            self._same_failures += 1
+            first = why.splitlines()[0]
+            logger.error("%s%s (the same as before, %d times now)%s", self._label, first, self._same_failures, again)
+            return
+        self._last_failure, self._same_failures = said, 1
+        logger.error("%s%s%s", self._label, why, again)
+
+    # -- ends ----------------------------------------------------------------------------------------
+
+    def _bury(self, worker: Worker, status: int | None) -> None:
+        """A worker has ended: log its last words, tell its holder, and see to its successor."""
+        del self._workers[worker.number]
+        self._ready_unborn.discard(worker)
+        for fd in (worker.channel.response_fd, worker.channel.request_fd, *worker.log.fds, worker.pidfd or -1):
+            self._reactor.unwatch(fd)
+        # Of a death in a job, or before the first one, somebody tells, with the last output.
+        worker.log.close(told=not worker.turn or (self.leases.is_leased(worker) and worker not in self._left))
+        self.leases.bury(worker, status)
+        if not self._stopping:
+            self.events.deaths += worker not in self._retiring
+        self.events.emit(WorkerEnded(worker.pid, *describe_exit(status)[1:], worker.jobs))
+        self._retiring.discard(worker)
+        self._left.worker_ended(worker)
+        if self._stopping:
+            self._stop_zygote_if_alone()
+        elif self._closing:
+            pass
+        elif self._zygote is not None:
+            if worker.turn:  # it was leased; its caller may not even have woken up
+                self._brake.succeeded()  # it did start, whatever its job did to it
+            else:
+                tail = worker.log.tail("")
+                why = worker.failure or (quoted(tail) if tail else "it printed nothing")
+                if worker.failure_says_all:
+                    self._start_failed(why.lstrip())
+                else:
+                    self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
+            self._respawn()
+
+    def _take_left(self, worker: Worker, rest: Rest) -> None:
+        if self._closing:
+            self.leases.discard(worker)
+            return
+        try:
+            self._left.take(worker, rest)
+        except BaseException:
+            self._left.drop(worker)
+            raise
+
+    # -- the end of it all ---------------------------------------------------------------------------
+
+    def _begin_stop(self, grace: float) -> None:
+        self._closing = self._stopping = True
+        self.oversight.end()
+        for worker in self._workers.values():
+            if worker.ready and not self.leases.is_leased(worker):
+                worker.channel.end_requests()
+            else:
+                self.leases.kill(worker)
+        self._reactor.after(grace, self._kill_all)
+        # A zygote that is stuck reports no deaths; when it is killed, its workers end with it.
+        self._reactor.after(grace + _EXIT_LIMIT, self._kill_zygote)
+        self._stop_zygote_if_alone()
+
+    def _kill_all(self) -> None:
+        for worker in self._workers.values():
+            self.leases.kill(worker)
+
+    def _stop_zygote_if_alone(self) -> None:
+        if self._workers:
+            return
+        if self._zygote is None:
+            self._reactor.finish()
+        else:
+            self._zygote.end()
+            self._reactor.after(_EXIT_LIMIT, self._kill_zygote)
+
+    def _kill_zygote(self) -> None:
+        if self._zygote is not None:
+            self._zygote.kill()

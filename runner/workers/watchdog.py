@@ -1,0 +1,173 @@
+"""Looking after the workers of a pool while it runs: jobs held to their limits, idle workers to idleness, none lost.
+
+All of it happens in the supervisor's thread, at intervals, and only while there is something to look at.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from ..model.limits import Limits
+    from .abandoned import LeftJobs
+    from .leases import Leases
+    from .reactor import Reactor
+    from .record import Worker
+    from .sampler import Inspector, Subject
+
+logger = logging.getLogger("blastdoor")
+
+INSPECTION_INTERVAL: Final = 0.05
+"""Seconds between two looks at the jobs under way, where limits are set."""
+
+IDLE_INTERVAL: Final = 0.5
+"""Seconds between two looks at the idle workers of a sandboxed pool."""
+
+
+LOST_INTERVAL: Final = 0.25
+"""Seconds between two looks, while there are jobs, for workers that nobody holds: the second one is sure."""
+
+
+class Oversight:
+    """Ends what is over the pool's limits. `workers` are those in service, none that is to be replaced."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        leases: Leases,
+        left: LeftJobs,
+        limits: Limits,
+        workers: Callable[[], Iterable[Worker]],
+    ) -> None:
+        self._workers = workers
+        self._looking_for_lost = False
+        self._lost_look_is_due = False
+        self._lost: dict[Worker, int] = {}
+        self._reactor = reactor
+        self._leases = leases
+        self._left = left
+        self._limits = limits
+        self._inspector: Inspector | None = None
+        self._inspecting = False
+        self._inspection_is_due = False
+        self._ended = False
+
+    def look_for_lost(self) -> None:
+        """Begin to look for workers that nobody holds; it ends by itself when none is leased.
+
+        May be called from any thread, before a worker is leased.
+        """
+        if not self._looking_for_lost:
+            try:
+                self._looking_for_lost = True
+                self._reactor.call(self._begin_looking_for_lost)
+            except BaseException:  # a signal's handler raised: the next job begins it
+                self._looking_for_lost = False
+                raise
+
+    def look_after_jobs(self) -> None:
+        """Begin to watch the jobs under way, where the limits ask for it; it ends by itself when there are none.
+
+        May be called from any thread, once a worker is leased for a job.
+        """
+        if not self._looking_for_lost:
+            self.look_for_lost()
+        if self._limits.watched and not self._inspecting:
+            try:
+                self._inspecting = True
+                self._reactor.call(self._begin_inspecting)
+            except BaseException:
+                self._inspecting = False
+                raise
+
+    def look_at_idle(self) -> None:
+        """Kill the sandboxed workers that go on without a job, from now on."""
+        if self._ended:
+            return
+        self._reactor.after(IDLE_INTERVAL, self.look_at_idle)
+        for worker, since, words in self._make_inspector().look_at_idle(self._leases.idle()):
+            if self._leases.expel(worker, since):
+                logger.error("worker %s %s without a job, and is killed", worker.pid, words)
+
+    def look_at_stopped(self, worker: Worker) -> None:
+        """Kill a worker that was stopped while it is idle: no job's limit would find it until it is given one.
+
+        One that has a job is that job's concern, and is looked at again.
+        """
+        if self._ended or worker.dead or not _is_stopped(worker.pid):
+            return
+        if self._leases.expel(worker, worker.idle_since):
+            logger.error("worker %s was stopped without a job, and is killed", worker.pid)
+        else:
+            self._reactor.after(IDLE_INTERVAL, lambda: self.look_at_stopped(worker))
+
+    def _begin_looking_for_lost(self) -> None:
+        if not self._lost_look_is_due:
+            self._look_for_lost()
+
+    def _look_for_lost(self) -> None:
+        """Replace the workers that a signal's handler has left with nobody, and hand over what it held up."""
+        self._looking_for_lost = self._lost_look_is_due = False
+        if self._ended:
+            return
+        self._leases.serve_late(LOST_INTERVAL)
+        lost = self._leases.lost(worker for worker in self._workers() if worker not in self._left)
+        for worker, turn in lost.items():
+            if self._lost.get(worker) == turn and self._leases.reclaim(worker, turn):
+                logger.error("worker %s was lost by a job that was interrupted, and is replaced", worker.pid)
+        self._lost = lost
+        if lost or self._leases.busy:
+            self._looking_for_lost = self._lost_look_is_due = True
+            self._reactor.after(LOST_INTERVAL, self._look_for_lost)
+
+    def end(self) -> None:
+        """Look no more."""
+        self._ended = True
+
+    def _begin_inspecting(self) -> None:
+        if not self._inspection_is_due:  # a caller that came in between two looks began it anew
+            self._inspect()
+
+    def _inspect(self) -> None:
+        self._inspection_is_due = False
+        inspector = self._make_inspector()
+        self._inspecting = False
+        leased = self._leases.leased()
+        if not leased or self._ended:
+            return  # the next job begins it anew
+        self._inspecting = True
+        self._inspection_is_due = True
+        self._reactor.after(INSPECTION_INTERVAL, self._inspect)
+        for excess in inspector.look(self._jobs_of(leased)):
+            if excess.kind == "timeout":
+                excess.job.over_time(excess.detail)
+            elif not excess.job.settled:
+                excess.worker.verdict = excess.detail
+                logger.error("job %s: %s: worker %s is killed", *excess.words())
+                self._leases.kill(excess.worker)
+
+    def _make_inspector(self) -> Inspector:
+        if self._inspector is None:
+            from .sampler import Inspector  # psutil is loaded where limits are set
+
+            self._inspector = Inspector(self._limits)
+        return self._inspector
+
+    def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, Subject]]:
+        """The jobs that are to be held to the limits. A caller's is held fast before anything is found out about it."""
+        for worker in workers:
+            if (left := self._left.of(worker)) is not None:
+                yield worker, left
+            elif (reference := worker.job) is not None and (job := reference()) is not None:
+                yield worker, job
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a process that is not reaped yet is stopped (proc_pid_stat(5))."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="latin-1") as file:
+            return file.read().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
