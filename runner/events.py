@@ -168,6 +168,6 @@ class Events:
         with self._lock:
             return dict(self._outcomes)
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: nobody holds the lock any more."""
         self._lock = threading.RLock()

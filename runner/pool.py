@@ -19,7 +19,7 @@ import msgspec
 from .control.orders import ZygoteConfig
 from .errors import PoolClosed, PoolForked, StartError
 from .events import Events, PoolStats, WorkerInfo
-from .jobs.dispatch import Call, load_async
+from .jobs.dispatch import Dispatch, load_async
 from .jobs.job import Job
 from .model.durations import check_seconds
 from .model.limits import Limits, parse_size, share_cores
@@ -270,10 +270,10 @@ class Pool(Startable):
             supervisor, self._supervisor = self._supervisor, None
         drain = self._drain if drain is None else drain
         if supervisor is None:
-            self._leases.hurry(drain)
+            self._leases.shorten_drain(drain)
             return
         try:
-            self._leases.wait_quiet(drain)
+            self._leases.wait_drained(drain)
         finally:
             for job in self._leases.jobs():
                 job.close(PoolClosed("the pool was closed before the job's end"))
@@ -287,19 +287,19 @@ class Pool(Startable):
         # In this process a pickle is a reference; elsewhere it is a pool of its own, set up alike.
         return restore_pool, (self._token, msgspec.msgpack.encode(self._config), self._settings)
 
-    def _forget(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """This is a forked child now: the workers, if there are any, are the parent's."""
         self._start_lock = threading.Lock()  # the old one may be held by a thread that is not here
         if self._supervisor is not None:
             self._forked = True
-            self._supervisor.forget()
+            self._supervisor.after_fork_in_child()
 
     # -- what it is doing ----------------------------------------------------------------------------
 
     @property
     def ready(self) -> bool:
         """Whether a worker is there that has loaded the handler, busy or not."""
-        return self._leases.manned
+        return self._leases.has_any
 
     @property
     def kind(self) -> str:
@@ -416,14 +416,14 @@ class Pool(Startable):
         lease_timeout: float | None,
         read_timeout: float | None,
         write_timeout: float | None,
-    ) -> Call:
+    ) -> Dispatch:
         check_timeouts(lease_timeout, read_timeout, write_timeout)
         if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
             lease_timeout = self._queue_timeout
         if write_timeout is None:
             write_timeout = read_timeout
         timeouts = _ENDLESS if write_timeout is None else (endless(read_timeout), endless(write_timeout))
-        return Call(request, upload, context, job_id, endless(lease_timeout), timeouts)
+        return Dispatch(request, upload, context, job_id, endless(lease_timeout), timeouts)
 
 
 _ENDLESS = (None, None)
@@ -490,10 +490,10 @@ def _close_all() -> None:
         pool.close(drain=0)
 
 
-def _forget_all() -> None:
+def _all_after_fork_in_child() -> None:
     for pool in list(_pools.values()):
-        pool._forget()
+        pool._after_fork_in_child()
 
 
 atexit.register(_close_all)
-os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(after_in_child=_all_after_fork_in_child)

@@ -357,7 +357,7 @@ def do_leave_writer(request: HandlerRequest, response: HandlerResponse) -> bytes
 
 def do_cut(request: HandlerRequest, response: HandlerResponse) -> None:
     """Writes the first bytes of its own answer's frames, and dies by SIGKILL."""
-    number = response._outgoing._number
+    number = response._response._number
     head = encode(HEAD, number, b"\x92\xcc\xc8\x90")
     frames = head + encode(BODY, number, b"a body of thirty bytes or less") + encode(END, number)
     os.write(4, frames[: int(parameter(request, "after"))])
@@ -402,7 +402,7 @@ def do_array(request: HandlerRequest, response: HandlerResponse) -> None:
 def do_deep(request: HandlerRequest, response: HandlerResponse) -> None:
     """A head that is nested as deep as its cap allows."""
     payload = b"\x93\xcc\xc8\x90" + b"\x91" * (250 * 1024) + b"\xc0"
-    os.write(4, encode(HEAD, response._outgoing._number, payload))
+    os.write(4, encode(HEAD, response._response._number, payload))
     time.sleep(3600)
 
 

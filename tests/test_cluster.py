@@ -862,7 +862,7 @@ def test_a_call_that_fails(pool: ClusterPool) -> None:
 
 
 def test_a_source_that_ends_the_program(pool: ClusterPool) -> None:
-    """D4, H6: what closing a body's source raises, of whatever kind, keeps no worker and no seat."""
+    """D4, H6: what closing a body's source raises, of whatever kind, keeps no worker and no slot."""
 
     def source() -> Iterator[bytes]:
         try:

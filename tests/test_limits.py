@@ -216,10 +216,10 @@ def test_a_worker_that_was_idle_for_long_is_over_no_time(start: Callable[..., Po
     time.sleep(0.15)
     assert pool._supervisor is not None
     worker = pool._supervisor.leases.lease(None)
-    assert list(pool._supervisor.oversight._jobs_of([worker])) == []
+    assert list(pool._supervisor.watchdog._jobs_of([worker])) == []
     pool._supervisor.leases.give_back(worker)
     with pool.open(Request("GET", "/endless")) as job:
-        assert list(pool._supervisor.oversight._jobs_of([worker])) == [(worker, job)]
+        assert list(pool._supervisor.watchdog._jobs_of([worker])) == [(worker, job)]
 
 
 def test_one_inspection_at_a_time(start: Callable[..., Pool]) -> None:
@@ -241,13 +241,11 @@ def test_one_inspection_at_a_time(start: Callable[..., Pool]) -> None:
     with pool.open(Request("GET", "/endless")):
         looked = threading.Event()
         for _ in range(5):
-            supervisor._reactor.call(supervisor.oversight._begin_inspecting)
+            supervisor._reactor.call(supervisor.watchdog._begin_sampling)
         supervisor._reactor.call(looked.set)
         assert looked.wait(20)
         due = [
-            callback
-            for _, _, callback in list(supervisor._reactor._timers)
-            if callback == supervisor.oversight._inspect
+            callback for _, _, callback in list(supervisor._reactor._timers) if callback == supervisor.watchdog._sample
         ]
         assert len(due) == 1
 
@@ -262,4 +260,4 @@ def test_nobody_looks_where_nothing_is_limited(pool: Pool) -> None:
     """F5: without limits there are no looks at jobs; with them, none while no job runs."""
     assert pool._supervisor is not None
     get(pool, "/hello")
-    assert not pool._supervisor.oversight._inspecting
+    assert not pool._supervisor.watchdog._sampling

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from runner.cluster.messages import (
-    Delivery,
-    Ending,
-    Pulse,
+    Heartbeat,
+    JobEnd,
+    ResponseChunk,
     decode,
     decode_event,
     encode,
@@ -22,7 +22,7 @@ from runner.cluster.messages import (
     ending_of,
     error_of,
 )
-from runner.cluster.placement import Node, Placement, Seat
+from runner.cluster.placement import Node, Placement, Slot
 from runner.errors import (
     Fault,
     HandlerRaised,
@@ -49,12 +49,12 @@ def test_the_least_loaded_node() -> None:
     """D4: a job goes where the fewest run for the capacity, jobs of other hosts included."""
     small, large = Node("small", "10.0.0.1", 2), Node("large", "10.0.0.2", 4)
     placement = placed([small, large])
-    seats = [placement.lease(0) for _ in range(6)]
+    slots = [placement.lease(0) for _ in range(6)]
     assert (small.running, large.running) == (2, 4)
     with pytest.raises(LeaseTimeout):
         placement.lease(0.01)
-    for seat in seats:
-        placement.give_back(seat)
+    for slot in slots:
+        placement.give_back(slot)
     placement.update(small, others=1)
     assert [placement.lease(0).node for _ in range(2)] == [large, large]
 
@@ -82,7 +82,7 @@ def test_nodes_that_take_no_jobs() -> None:
     now[0] = 6.0
     assert placement.lease(0).node is one
     placement.remove(one)
-    assert not placement.manned
+    assert not placement.has_any
 
 
 def test_a_full_node() -> None:
@@ -90,9 +90,9 @@ def test_a_full_node() -> None:
     one, other = Node("one", "", 4), Node("other", "", 4)
     placement = placed([one, other])
     placement.update(other, others=3)
-    seat = placement.lease(0)
-    assert seat.node is one
-    placement.full(seat)
+    slot = placement.lease(0)
+    assert slot.node is one
+    placement.full(slot)
     assert placement.lease(0).node is other
 
 
@@ -105,12 +105,12 @@ def test_waiting_callers() -> None:
 
     def wait(provider: str) -> None:
         try:
-            seat = placement.lease(None, provider=provider)
+            slot = placement.lease(None, provider=provider)
         except PoolClosed:
             order.append("refused")
             return
         order.append(provider)
-        placement.give_back(seat)
+        placement.give_back(slot)
 
     threads = [threading.Thread(target=wait, args=(provider,)) for provider in ("slow", "fast")]
     for number, thread in enumerate(threads):
@@ -123,18 +123,18 @@ def test_waiting_callers() -> None:
         thread.join()
     assert order == ["fast", "refused"]
     placement.give_back(slow)
-    placement.wait_quiet(0)
+    placement.wait_drained(0)
     assert placement.numbers() == (0, 0)
 
 
 def test_any_course_of_events() -> None:
-    """D4: 20,000 random steps: no node is over its capacity, none that takes no jobs is given one, no seat is lost."""
+    """D4: 20,000 random steps: no node is over its capacity, none that takes no jobs is given one, no slot is lost."""
     seed = random.randrange(1 << 32)
     print("seed", seed)
     chance = random.Random(seed)
     nodes = [Node(str(n), "", chance.randrange(1, 5)) for n in range(12)]
     placement = placed(nodes)
-    there, seats = set(nodes), list[Seat]()
+    there, slots = set(nodes), list[Slot]()
     for _ in range(20_000):
         node = chance.choice(nodes)
         match chance.randrange(8):
@@ -148,20 +148,20 @@ def test_any_course_of_events() -> None:
             case 2:
                 placement.update(node, draining=chance.random() < 0.3, silent=chance.random() < 0.3)
             case 3 | 4:
-                if seats:
+                if slots:
                     give = placement.full if chance.random() < 0.2 else placement.give_back
-                    give(seats.pop(chance.randrange(len(seats))))
+                    give(slots.pop(chance.randrange(len(slots))))
             case _:
-                seat = placement._take("")
-                if seat is None:
+                slot = placement._take("")
+                if slot is None:
                     assert not any(node.open for node in there)
                     continue
-                assert seat.node in there
-                assert not seat.node.draining
-                assert not seat.node.silent
-                assert seat.node.running <= seat.node.capacity
-                seats.append(seat)
-        assert sum(node.running for node in nodes) == len(seats) == placement.numbers()[0]
+                assert slot.node in there
+                assert not slot.node.draining
+                assert not slot.node.silent
+                assert slot.node.running <= slot.node.capacity
+                slots.append(slot)
+        assert sum(node.running for node in nodes) == len(slots) == placement.numbers()[0]
     assert len(placement._heap) <= 4 * len(nodes) + 65
 
 
@@ -180,7 +180,7 @@ def test_many_hosts_do_not_herd() -> None:
 @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x94\xc0\xc0\xc0", b"\x94\xc0\xc0\xc0\xc0", 7, None, "text", b"\x80"])
 def test_answers_that_are_none(data: object) -> None:
     """D8: what is no message of an agent's is refused, and nothing of it is run."""
-    for kind in (Delivery, Pulse):
+    for kind in (ResponseChunk, Heartbeat):
         with pytest.raises(ValueError, match=r"."):
             decode(data, kind)
 
@@ -207,7 +207,7 @@ def test_events_that_travel() -> None:
 )
 def test_ends_that_travel(error: BaseException, kind: type[Exception]) -> None:
     """D1: what a job ends with at its agent is what its caller gets."""
-    ending = decode(encode(ending_of(error)), Ending)
+    ending = decode(encode(ending_of(error)), JobEnd)
     told = error_of(ending, "j")
     assert type(told) is kind
     if isinstance(error, JobFailed) and isinstance(told, JobFailed):
@@ -219,15 +219,15 @@ def test_an_agent_s_answers() -> None:
     code = """
 import logging
 from runner.cluster import agent
-from runner.cluster.messages import Delivery, Pulse, decode
+from runner.cluster.messages import ResponseChunk, Heartbeat, decode
 agent._ORDER_PATIENCE = 0.01
 one = agent.Agent(b"no pickle")
 assert one.feed("job", b"piece") == b"again"
 one.kill("job")
 assert one.feed("job", b"piece") == b"stop"
-assert decode(one.run(b"nonsense"), Delivery).end.kind == "closed"
-assert decode(one.more("nothing"), Delivery).end.kind == "closed"
-assert not decode(one.ping("host", 0, logging.CRITICAL), Pulse).known
+assert decode(one.run(b"nonsense"), ResponseChunk).end.kind == "closed"
+assert decode(one.more("nothing"), ResponseChunk).end.kind == "closed"
+assert not decode(one.ping("host", 0, logging.CRITICAL), Heartbeat).known
 assert b"UnpicklingError" in one.join("host")
 one._news = None
 assert one.ping("host", 0, logging.CRITICAL) == b""

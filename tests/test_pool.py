@@ -511,7 +511,7 @@ def test_workers_that_die_right_after_ready(tmp_path: Path, monkeypatch: pytest.
         for worker in list(pool._supervisor._workers.values()):
             kill(worker.pid)
         deadline = time.monotonic() + 20
-        while not pool._supervisor._brake.engaged:
+        while not pool._supervisor._backoff.engaged:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         assert len((tmp_path / "starts").read_text()) <= 2 + 8
@@ -604,7 +604,7 @@ def test_an_interrupt_while_closing(start: Callable[..., Pool], monkeypatch: pyt
     def interrupt(timeout: float) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool._leases, "wait_quiet", interrupt)
+    monkeypatch.setattr(pool._leases, "wait_drained", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pool.close()
     with pytest.raises(JobClosed):

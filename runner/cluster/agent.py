@@ -31,12 +31,12 @@ from ..model.scope import CancelScope
 from ..pool import Pool
 from ..wire.messages import JobContext, RequestHead
 from .messages import (
-    Delivery,
-    Ending,
+    Heartbeat,
+    JobEnd,
     Joined,
     LogRecord,
-    Order,
-    Pulse,
+    ResponseChunk,
+    StartJob,
     encode,
     encode_event,
     ending_of,
@@ -69,9 +69,9 @@ _ORDER_PATIENCE: Final = 1.0
 _LOOK: Final = 0.5
 _MOST_NEWS: Final = 2000
 
-_decode_order = msgspec.msgpack.Decoder(Order).decode
+_decode_order = msgspec.msgpack.Decoder(StartJob).decode
 _decode_head = msgspec.msgpack.Decoder(RequestHead).decode
-_OK: Final = Ending("ok")
+_OK: Final = JobEnd("ok")
 
 
 P = ParamSpec("P")
@@ -157,7 +157,7 @@ class Agent:
 
     @_answers("ctl")
     def ping(self, host: str, seen: int, level: int) -> bytes:
-        """A host lives, and has news up to number `seen`, and wants records from `level` on; a Pulse."""
+        """A host lives, and has news up to number `seen`, and wants records from `level` on; a Heartbeat."""
         with self._lock:
             known = host in self._hosts
             if known:
@@ -167,10 +167,10 @@ class Agent:
         records, events, latest = self._news.since(seen)
         pool = self._pool
         if pool is None:
-            return encode(Pulse(known, 0, 0, 0, 0, 0, [], records, events, latest))
+            return encode(Heartbeat(known, 0, 0, 0, 0, 0, [], records, events, latest))
         stats, workers = pool.stats(), pool.workers()
         numbers = stats.starting, stats.idle, stats.busy, stats.waiting, stats.deaths
-        return encode(Pulse(known, *numbers, workers, records, events, latest))
+        return encode(Heartbeat(known, *numbers, workers, records, events, latest))
 
     @_answers("life")
     def leave(self, host: str) -> bytes:
@@ -194,14 +194,14 @@ class Agent:
 
     @_answers("run")
     def run(self, data: bytes) -> bytes:
-        """Begin a job; a Delivery, with all of the response where it is whole SOON."""
+        """Begin a job; a ResponseChunk, with all of the response where it is whole SOON."""
         job_id = ""
         try:
             order = _decode_order(data)
             job_id = order.job_id
             begun = self._begin(order)
-            if isinstance(begun, Ending):
-                return encode(Delivery(None, None, [], begun))
+            if isinstance(begun, JobEnd):
+                return encode(ResponseChunk(None, None, [], begun))
             running, pool = begun, self._pool
             assert pool is not None
             request, context = _request_of(_decode_head(order.head), order.body)
@@ -211,16 +211,16 @@ class Agent:
                 job = running.job = pool._open(request, upload, context, job_id, *timeouts)
         except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
             self._forget(job_id)
-            return encode(Delivery(None, None, [], ending_of(error)))
+            return encode(ResponseChunk(None, None, [], ending_of(error)))
         return self._deliver(job, with_head=True)
 
     @_answers("more")
     def more(self, job_id: str) -> bytes:
-        """What comes next of a job's response; a Delivery. It waits until there is something."""
+        """What comes next of a job's response; a ResponseChunk. It waits until there is something."""
         with self._lock:
             running = self._jobs.get(job_id)
         if running is None or running.job is None:
-            return encode(Delivery(None, None, [], Ending("closed", "it had ended before")))
+            return encode(ResponseChunk(None, None, [], JobEnd("closed", "it had ended before")))
         return self._deliver(running.job)
 
     @_answers("feed")
@@ -238,7 +238,7 @@ class Agent:
 
     def _deliver(self, job: Job, *, with_head: bool = False) -> bytes:
         pieces: list[bytes] = []
-        end: Ending | None = None
+        end: JobEnd | None = None
         try:
             if with_head and not job.settled:
                 job.read_ready(pieces, SOON)
@@ -255,15 +255,15 @@ class Agent:
             job.close()
         if end is not None:
             self._forget(job.job_id)
-        return encode(Delivery(job.worker_pid, job.head if with_head else None, pieces, end))
+        return encode(ResponseChunk(job.worker_pid, job.head if with_head else None, pieces, end))
 
-    def _begin(self, order: Order) -> _Running | Ending:
+    def _begin(self, order: StartJob) -> _Running | JobEnd:
         """Note a job; how it has ended where it was killed before it came, or nobody here may begin it."""
         with self._lock:
             if order.job_id in self._over:
-                return Ending("closed", "its caller has left")
+                return JobEnd("closed", "its caller has left")
             if order.host not in self._hosts or self._ending or self._pool is None:
-                return Ending("busy", "its agent had taken its host for gone")
+                return JobEnd("busy", "its agent had taken its host for gone")
             running = _Running(order.host, FedUpload() if order.uploads else None)
             self._jobs[order.job_id] = running
             self._arrived.notify_all()
@@ -280,20 +280,20 @@ class Agent:
         with self._lock:
             running = self._jobs.pop(job_id, None)
             if running is not None and running.upload is not None:
-                self._bury(job_id)
+                self._on_worker_exit(job_id)
         if running is not None and running.upload is not None:
             running.upload.close()
 
     def _end_job(self, job_id: str, why: str) -> None:
         with self._lock:
             running = self._jobs.pop(job_id, None)
-            self._bury(job_id)
+            self._on_worker_exit(job_id)
         if running is not None:
             running.scope.cancel(JobClosed(why))
             if running.upload is not None:
                 running.upload.close()
 
-    def _bury(self, job_id: str) -> None:
+    def _on_worker_exit(self, job_id: str) -> None:
         now = time.monotonic()
         self._over[job_id] = now
         self._arrived.notify_all()

@@ -11,10 +11,11 @@ from anyio.lowlevel import checkpoint
 from ..errors import LeaseTimeout, WorkersUnavailable
 from ..jobs.readable import AsyncReadable, Readable
 from ..workers.waiters import TaskWaiter
-from .round_trip import ClusterRoundTrip, Host, PlaceAnew, left
+from .agent_client import ClusterContext
+from .round_trip import ClusterRoundTrip, PlaceAnew, remaining
 
 if TYPE_CHECKING:
-    from ..jobs.dispatch import Call
+    from ..jobs.prepared import PreparedRequest
 
 
 class ClusterJob(ClusterRoundTrip, Readable):
@@ -22,25 +23,25 @@ class ClusterJob(ClusterRoundTrip, Readable):
 
     __slots__ = ("_bell",)
 
-    def __init__(self, host: Host, call: Call) -> None:
-        super().__init__(host, call)
+    def __init__(self, host: ClusterContext, request: PreparedRequest) -> None:
+        super().__init__(host, request)
         self._bell = threading.Lock()  # held while nobody has rung: an Event costs several times as much
         self._bell.acquire()
 
     @classmethod
-    def open(cls, host: Host, call: Call) -> ClusterJob:
+    def open(cls, host: ClusterContext, request: PreparedRequest) -> ClusterJob:
         """Send the request and wait for the response's head."""
-        job = cls(host, call)
-        until = None if call.lease_timeout is None else time.monotonic() + call.lease_timeout
+        job = cls(host, request)
+        until = None if request.lease_timeout is None else time.monotonic() + request.lease_timeout
         while True:
             try:
                 job._check_time(until)
-                seat = host.placement.lease(left(until), call.scope, call.context.provider)
+                slot = host.placement.lease(remaining(until), request.scope, request.context.provider)
             except (LeaseTimeout, WorkersUnavailable) as error:
                 job._refused(error)
                 raise
             try:
-                job._sit(seat, left(until))
+                job._sit(slot, remaining(until))
                 while job._head is None and job._failure is None:
                     job._advance()
                 break
@@ -89,24 +90,24 @@ class ClusterAsyncJob(ClusterRoundTrip, AsyncReadable):
 
     __slots__ = ("_waiter",)
 
-    def __init__(self, host: Host, call: Call) -> None:
-        super().__init__(host, call)
+    def __init__(self, host: ClusterContext, request: PreparedRequest) -> None:
+        super().__init__(host, request)
         self._waiter: TaskWaiter[object] | None = None
 
     @classmethod
-    async def open(cls, host: Host, call: Call) -> ClusterAsyncJob:
+    async def open(cls, host: ClusterContext, request: PreparedRequest) -> ClusterAsyncJob:
         """Send the request and wait for the response's head."""
-        job = cls(host, call)
-        until = None if call.lease_timeout is None else time.monotonic() + call.lease_timeout
+        job = cls(host, request)
+        until = None if request.lease_timeout is None else time.monotonic() + request.lease_timeout
         while True:
             try:
                 job._check_time(until)
-                seat = await host.placement.lease_async(left(until), call.scope, call.context.provider)
+                slot = await host.placement.lease_async(remaining(until), request.scope, request.context.provider)
             except (LeaseTimeout, WorkersUnavailable) as error:
                 job._refused(error)
                 raise
             try:
-                job._sit(seat, left(until))
+                job._sit(slot, remaining(until))
                 while job._head is None and job._failure is None:
                     await job._advance()
                 break

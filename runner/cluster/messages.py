@@ -25,7 +25,7 @@ from ..jobs.failures import failure
 from ..wire.messages import ResponseHead
 
 
-class Order(msgspec.Struct, array_like=True, frozen=True):
+class StartJob(msgspec.Struct, array_like=True, frozen=True):
     """Host to agent: run this job, if a worker is free within `patience`. `head` is a RequestHead, `body` some of it.
 
     `uploads` says that more of the body follows by `feed`. Times are in seconds, None for ever.
@@ -41,7 +41,7 @@ class Order(msgspec.Struct, array_like=True, frozen=True):
     write_timeout: float | None
 
 
-class Ending(msgspec.Struct, array_like=True, frozen=True):
+class JobEnd(msgspec.Struct, array_like=True, frozen=True):
     """How a job has ended at its agent: "ok"; with a fault; or for the other reasons that `Pool.open` can raise.
 
     "busy" says that no worker took the job, which may be placed anew.
@@ -53,13 +53,13 @@ class Ending(msgspec.Struct, array_like=True, frozen=True):
     retry_after: float = 0
 
 
-class Delivery(msgspec.Struct, array_like=True, frozen=True):
+class ResponseChunk(msgspec.Struct, array_like=True, frozen=True):
     """What has come of a response since the last one: its head, pieces of its body as they came, its end."""
 
     worker: int | None
     head: ResponseHead | None
     body: list[bytes]
-    end: Ending | None
+    end: JobEnd | None
 
 
 class Joined(msgspec.Struct, array_like=True, frozen=True):
@@ -82,7 +82,7 @@ class LogRecord(msgspec.Struct, array_like=True, frozen=True):
     extra: dict[str, str]
 
 
-class Pulse(msgspec.Struct, array_like=True, frozen=True):
+class Heartbeat(msgspec.Struct, array_like=True, frozen=True):
     """An agent's answer to its host's ping: its workers now, and what was logged and happened up to number `seen`.
 
     An agent that has taken the host for gone says that it is not `known`.
@@ -134,25 +134,25 @@ def decode_event(data: bytes) -> WorkerEvent:
     return msgspec.msgpack.decode(found.event, type=_EVENTS[found.kind])
 
 
-def ending_of(error: BaseException) -> Ending:
+def ending_of(error: BaseException) -> JobEnd:
     """What an agent tells of an exception that a job has ended with."""
     words = str(error)
     if isinstance(error, JobFailed):
-        return Ending("fault", fault=error.fault)
+        return JobEnd("fault", fault=error.fault)
     if isinstance(error, LeaseTimeout):
-        return Ending("busy", words)
+        return JobEnd("busy", words)
     if isinstance(error, WorkersUnavailable):
-        return Ending("unavailable", words, retry_after=error.retry_after)
+        return JobEnd("unavailable", words, retry_after=error.retry_after)
     if isinstance(error, ReadTimeout):
-        return Ending("read", words)
+        return JobEnd("read", words)
     if isinstance(error, WriteTimeout):
-        return Ending("write", words)
+        return JobEnd("write", words)
     if isinstance(error, InvalidRequest):
-        return Ending("invalid", words)
-    return Ending("closed", words if isinstance(error, BlastdoorError) else f"{type(error).__name__}: {words}")
+        return JobEnd("invalid", words)
+    return JobEnd("closed", words if isinstance(error, BlastdoorError) else f"{type(error).__name__}: {words}")
 
 
-def error_of(ending: Ending, job_id: str) -> BlastdoorError:
+def error_of(ending: JobEnd, job_id: str) -> BlastdoorError:
     """The error that a caller gets for the end of its job, which is not "ok" and not "busy"."""
     if ending.kind == "fault" and ending.fault is not None:
         return failure(ending.fault)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ..errors import LeaseTimeout
-from ..workers.wait_queue import Lender
+from ..workers.wait_queue import WaitQueue
 from ..workers.waiters import Caller
 
 PATIENCE: Final = 0.03
@@ -60,7 +60,7 @@ class Node:
         return self.name < other.name
 
 
-class Seat:
+class Slot:
     """A place for one job on a node, until `Placement.give_back`."""
 
     __slots__ = ("node", "provider")
@@ -70,7 +70,7 @@ class Seat:
         self.provider = provider
 
 
-class Placement(Lender[Seat]):
+class Placement(WaitQueue[Slot]):
     """The nodes of a cluster, as one host places its jobs on them.
 
     At most `queue` callers wait; of a provider at most what `per_provider` says run at once, wherever they run.
@@ -105,7 +105,7 @@ class Placement(Lender[Seat]):
             self._serve()
 
     def remove(self, node: Node) -> None:
-        """A node is gone. Its seats are still given back by those who hold them."""
+        """A node is gone. Its slots are still given back by those who hold them."""
         with self._lock:
             if self._nodes.get(node.name) is node:
                 del self._nodes[node.name]
@@ -136,49 +136,49 @@ class Placement(Lender[Seat]):
             return list(self._nodes.values())
 
     def numbers(self) -> tuple[int, int]:
-        """How many jobs have a seat, and how many callers wait for one."""
+        """How many jobs have a slot, and how many callers wait for one."""
         with self._lock:
             return self._seats, len(self._waiters)
 
     @property
-    def manned(self) -> bool:
+    def has_any(self) -> bool:
         """Whether there is a node that takes jobs, busy or not."""
         return any(not node.draining and not node.silent for node in list(self._nodes.values()))
 
-    # -- seats -------------------------------------------------------------------------------------
+    # -- slots -------------------------------------------------------------------------------------
 
-    def give_back(self, seat: Seat) -> None:
+    def give_back(self, slot: Slot) -> None:
         """A job is over, or was not begun."""
         with self._lock:
-            seat.node.running -= 1
+            slot.node.running -= 1
             self._seats -= 1
             if self._per_provider:
-                self._running[seat.provider] -= 1
-            if self._nodes.get(seat.node.name) is seat.node:
-                self._rank(seat.node)
+                self._running[slot.provider] -= 1
+            if self._nodes.get(slot.node.name) is slot.node:
+                self._rank(slot.node)
             self._serve()
             if self._closed and not self._seats:
-                self._quiet.notify_all()
+                self._drained.notify_all()
 
-    def full(self, seat: Seat) -> None:
-        """No worker of its node was free for this seat: it is given back, and others are tried first for a while."""
+    def full(self, slot: Slot) -> None:
+        """No worker of its node was free for this slot: it is given back, and others are tried first for a while."""
         with self._lock:
-            node = seat.node
+            node = slot.node
             node.others = max(node.others, node.capacity - node.running + 1)
-        self.give_back(seat)
+        self.give_back(slot)
 
     @property
-    def _lent(self) -> bool:
+    def _any_taken(self) -> bool:
         return self._seats > 0
 
-    def _give_up(self, loan: Seat) -> None:
-        self.give_back(loan)
+    def _give_up(self, resource: Slot) -> None:
+        self.give_back(resource)
 
     def _admits(self, provider: str) -> bool:
         limit = self._per_provider.get(provider) if self._per_provider else None
         return limit is None or self._running[provider] < limit
 
-    def _take(self, provider: str, caller: Caller[Seat] | None = None) -> Seat | None:
+    def _take(self, provider: str, caller: Caller[Slot] | None = None) -> Slot | None:
         if not self._admits(provider) or (node := self._least_loaded()) is None:
             return None
         node.running += 1
@@ -186,7 +186,7 @@ class Placement(Lender[Seat]):
         if self._per_provider:
             self._running[provider] += 1
         self._rank(node)
-        return Seat(node, provider)
+        return Slot(node, provider)
 
     def _least_loaded(self) -> Node | None:
         heap = self._heap
@@ -226,11 +226,11 @@ class Placement(Lender[Seat]):
         while self._waiters:
             if self._least_loaded() is None or (waiter := self._next_waiter()) is None:
                 return
-            seat = self._take(waiter.provider)
-            assert seat is not None
-            waiter.found = seat
+            slot = self._take(waiter.provider)
+            assert slot is not None
+            waiter.found = slot
             self._drop(waiter)
             if not self._tell(waiter):
                 waiter.found, waiter.error = None, LeaseTimeout("the event loop of this caller has ended")
-                self.give_back(seat)
+                self.give_back(slot)
                 return

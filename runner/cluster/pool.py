@@ -18,17 +18,17 @@ import msgspec
 
 from ..errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from ..events import Events, PoolStats, WorkerInfo
-from ..jobs.dispatch import Call
+from ..jobs.prepared import PreparedRequest
 from ..model.request import Request, Upload
 from ..pool import Pool, check_timeouts, endless, restore_pool, sized_body
 from ..pool_base import Startable
 from ..pool_options import PoolOptions
 from ..wire.messages import JobContext
 from . import session
-from .fleet import Agents, Fleet
+from .agent_client import ClusterContext
 from .job import ClusterAsyncJob, ClusterJob
+from .nodes import Agents, NodeManager
 from .placement import Placement
-from .round_trip import Host
 
 _NO_CONTEXT: Final = JobContext()
 
@@ -87,8 +87,8 @@ class ClusterPool(Startable):
         )
         self._placement = Placement(settings["queue"], settings["per_provider"])
         self._events = Events()
-        self._host = Host(token, self._placement, self._events, {})
-        self._fleet: Fleet | None = None
+        self._host = ClusterContext(token, self._placement, self._events, {})
+        self._node_manager: NodeManager | None = None
         self._start_lock = threading.Lock()
         self._closed = False
         self._numbers = itertools.count(1)
@@ -103,15 +103,15 @@ class ClusterPool(Startable):
 
         Raises StartError, with the worker's own traceback, where the handler can't be loaded.
         """
-        fleet = self._begin()
+        manager = self._begin()
         try:
-            fleet.wait_started(self._start_timeout + 30)
+            manager.wait_started(self._start_timeout + 30)
         except BaseException as error:
-            self._start_over(fleet, error)
+            self._start_over(manager, error)
             raise
         return self
 
-    def _begin(self) -> Fleet:
+    def _begin(self) -> NodeManager:
         if self._forked:
             raise PoolForked(
                 "this pool was started before the fork and belongs to the parent process: make one after the fork"
@@ -119,23 +119,23 @@ class ClusterPool(Startable):
         with self._start_lock:
             if self._closed:
                 raise PoolClosed("the pool is closed: open a new one")
-            if self._fleet is None:
+            if self._node_manager is None:
                 session.attach(self._address)
-                fleet = Fleet(self._host, self._agents, self._start_timeout)
+                manager = NodeManager(self._host, self._agents, self._start_timeout)
                 try:
-                    fleet.begin()
+                    manager.begin()
                 except BaseException:
                     session.detach()
                     raise
-                self._fleet = fleet
-            return self._fleet
+                self._node_manager = manager
+            return self._node_manager
 
-    def _start_over(self, failed: Fleet, why: BaseException) -> None:
+    def _start_over(self, failed: NodeManager, why: BaseException) -> None:
         """Clear away a start that has failed: the next one begins anew."""
         with self._start_lock:
-            if self._fleet is not failed:
+            if self._node_manager is not failed:
                 return
-            self._fleet = None
+            self._node_manager = None
             # Those who have come meanwhile, and wait for a worker.
             self._placement.refuse(lambda: StartError(f"the pool could not start: {why}"))
         try:
@@ -155,56 +155,56 @@ class ClusterPool(Startable):
             self._closed = True
             self._host.closing = True
             self._placement.close(lambda: PoolClosed("the pool is closed: open a new one"))
-            fleet, self._fleet = self._fleet, None
+            manager, self._node_manager = self._node_manager, None
         drain = self._drain if drain is None else drain
-        if fleet is None:
-            self._placement.hurry(drain)
+        if manager is None:
+            self._placement.shorten_drain(drain)
             return
         try:
-            self._placement.wait_quiet(drain)
+            self._placement.wait_drained(drain)
         finally:
             for link in list(self._host.links.values()):
                 for reference in list(link.jobs.values()):
                     if (job := reference()) is not None:
                         job.close(PoolClosed("the pool was closed before the job's end"))
             try:
-                fleet.end()
+                manager.end()
             finally:
                 session.detach()
 
     @property
     def _has_begun(self) -> bool:
-        return getattr(self, "_fleet", None) is not None
+        return getattr(self, "_node_manager", None) is not None
 
     def __reduce__(self) -> tuple[Callable[..., ClusterPool], tuple[Any, ...]]:
         # In this process a pickle is a reference; elsewhere it is a pool of its own, set up alike.
         return _restore, (self._host.name, *self._made_from)
 
-    def _forget(self) -> None:
+    def _after_fork_in_child(self) -> None:
         """This is a forked child now: the connection to the cluster is the parent's."""
         self._start_lock = threading.Lock()
-        if self._fleet is not None:
+        if self._node_manager is not None:
             self._forked = True
-            self._host.forgotten = True
-            self._placement.forget()
-            self._events.forget()
+            self._host.in_forked_child = True
+            self._placement.after_fork_in_child()
+            self._events.after_fork_in_child()
 
     # -- what it is doing ----------------------------------------------------------------------------
 
     @property
     def ready(self) -> bool:
         """Whether there is a node whose workers are ready, busy or not."""
-        return self._placement.manned
+        return self._placement.has_any
 
     def workers(self) -> list[WorkerInfo]:
         """The workers of all nodes. They are a second old."""
-        fleet = self._fleet
-        return [] if fleet is None or self._forked else fleet.workers()
+        manager = self._node_manager
+        return [] if manager is None or self._forked else manager.workers()
 
     def stats(self) -> PoolStats:
         """The numbers of this moment, over all nodes. Workers that start, idle or have died are told of each second."""
-        fleet = self._fleet
-        starting, idle, deaths = (0, 0, 0) if fleet is None else fleet.numbers()
+        manager = self._node_manager
+        starting, idle, deaths = (0, 0, 0) if manager is None else manager.numbers()
         busy, waiting = self._placement.numbers()
         return PoolStats(starting, idle, busy, waiting, deaths, self._events.outcomes())
 
@@ -248,7 +248,7 @@ class ClusterPool(Startable):
 
         upload = upload_of(sized_body(request))
         try:
-            if self._fleet is None or self._forked:
+            if self._node_manager is None or self._forked:
                 await in_thread(self._start_if_needed)
             return await ClusterAsyncJob.open(
                 self._host, self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
@@ -258,7 +258,7 @@ class ClusterPool(Startable):
             raise
 
     def _start_if_needed(self) -> None:
-        if self._fleet is None or self._forked:
+        if self._node_manager is None or self._forked:
             self.start()
 
     def _call(
@@ -269,13 +269,13 @@ class ClusterPool(Startable):
         lease_timeout: float | None,
         read_timeout: float | None,
         write_timeout: float | None,
-    ) -> Call:
+    ) -> PreparedRequest:
         check_timeouts(lease_timeout, read_timeout, write_timeout)
         if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
             lease_timeout = self._queue_timeout
         timeouts = endless(read_timeout), endless(read_timeout if write_timeout is None else write_timeout)
         job_id = f"{self.job_prefix}-{next(self._numbers)}"
-        return Call(request, upload, context, job_id, endless(lease_timeout), timeouts)
+        return PreparedRequest(request, upload, context, job_id, endless(lease_timeout), timeouts)
 
 
 def _path() -> list[str]:
@@ -314,10 +314,10 @@ def _close_all() -> None:
         pool.close(drain=0)
 
 
-def _forget_all() -> None:
+def _all_after_fork_in_child() -> None:
     for pool in list(_pools.values()):
-        pool._forget()
+        pool._after_fork_in_child()
 
 
 atexit.register(_close_all)
-os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(after_in_child=_all_after_fork_in_child)

@@ -4,7 +4,7 @@
 response at any time, and one for the request's body: `run`, which gives the head and what has come with it, then
 `more` after `more`. Where the caller does not read, nothing more is asked for, and the worker waits at its pipe.
 
-A job holds its seat until it settles: its end has come, its node is lost, or its caller has left and the agent has
+A job holds its slot until it settles: its end has come, its node is lost, or its caller has left and the agent has
 acknowledged that.
 """
 
@@ -28,20 +28,13 @@ from ..errors import (
     WorkersUnavailable,
     closed_by,
 )
-from ..events import (
-    Events,
-    JobAnswered,
-    JobEnded,
-    JobRefused,
-    JobStarted,
-    Outcome,
-)
+from ..events import JobAnswered, JobEnded, JobRefused, JobStarted, Outcome
 from ..jobs.failures import failure
 from ..wire.messages import ResponseHead
 from .messages import (
-    Delivery,
-    Ending,
-    Order,
+    JobEnd,
+    ResponseChunk,
+    StartJob,
     decode,
     encode,
     error_of,
@@ -50,9 +43,9 @@ from .messages import (
 from .placement import PATIENCE
 
 if TYPE_CHECKING:
-    from ..jobs.dispatch import Call
-    from .link import Link
-    from .placement import Placement, Seat
+    from ..jobs.prepared import PreparedRequest
+    from .agent_client import AgentClient, ClusterContext
+    from .placement import Slot
 
 logger = logging.getLogger("blastdoor")
 
@@ -67,18 +60,6 @@ class PlaceAnew(Exception):
     """No worker took the job at this node."""
 
 
-class Host:
-    """What the jobs of one ClusterPool share."""
-
-    def __init__(self, name: str, placement: Placement, events: Events, links: dict[str, Link]) -> None:
-        self.name = name
-        self.placement = placement
-        self.events = events
-        self.links = links
-        self.closing = False
-        self.forgotten = False
-
-
 class ClusterRoundTrip:
     """A request at an agent, and its response."""
 
@@ -86,7 +67,6 @@ class ClusterRoundTrip:
         "__weakref__",
         "_asked",
         "_body",
-        "_call",
         "_closed_by",
         "_failure",
         "_feeding",
@@ -97,6 +77,7 @@ class ClusterRoundTrip:
         "_mail",
         "_outcome",
         "_piece",
+        "_request",
         "_seat",
         "_settled",
         "_stopped",
@@ -112,23 +93,23 @@ class ClusterRoundTrip:
 
     head: ResponseHead
 
-    def __init__(self, host: Host, call: Call) -> None:
-        self.job_id = call.context.job_id
+    def __init__(self, host: ClusterContext, request: PreparedRequest) -> None:
+        self.job_id = request.context.job_id
         self.began = time.monotonic()
         self._host = host
-        self._call = call
-        self._upload = call.upload
+        self._request = request
+        self._upload = request.upload
         self._lock = threading.Lock()
         self._mail: deque[tuple[str, int, object]] = deque()
         self._body: deque[bytes] = deque()
         self._head: ResponseHead | None = None
         self._failure: BaseException | None = None
         self._outcome: Outcome = "left"
-        self._link: Link | None = None
-        self._seat: Seat | None = None
+        self._link: AgentClient | None = None
+        self._seat: Slot | None = None
         self._worker: int | None = None
         self._closed_by: BaseException | None = None
-        self._settled = True  # it holds no seat yet
+        self._settled = True  # it holds no slot yet
         self._using = False
         self._feeding = False
         self._stopped = False
@@ -137,7 +118,7 @@ class ClusterRoundTrip:
         self._tries = _MOST_TRIES
 
     def __del__(self) -> None:
-        if not getattr(self, "_settled", True) and not self._host.forgotten:
+        if not getattr(self, "_settled", True) and not self._host.in_forked_child:
             try:
                 warnings.warn(
                     f"job {self.job_id} was dropped before its end: read it to the end, or close it",
@@ -163,7 +144,7 @@ class ClusterRoundTrip:
 
         Nothing happens where the response has ended. Nobody waits for the worker here.
         """
-        if self._settled or self._host.forgotten:
+        if self._settled or self._host.in_forked_child:
             return
         with self._lock:
             if self._settled or self._closed_by is not None:
@@ -185,35 +166,35 @@ class ClusterRoundTrip:
 
     # -- placing -----------------------------------------------------------------------------------
 
-    def _sit(self, seat: Seat, left: float | None) -> None:
-        """Send the request to the agent of this seat. PlaceAnew where that is lost already.
+    def _sit(self, slot: Slot, left: float | None) -> None:
+        """Send the request to the agent of this slot. PlaceAnew where that is lost already.
 
         `left` is how many seconds the caller waits for a worker at most.
         """
-        call, host = self._call, self._host
-        link = host.links.get(seat.node.name)
+        request, host = self._request, self._host
+        link = host.links.get(slot.node.name)
         self._try += 1
-        self._seat, self._link = seat, link
+        self._seat, self._link = slot, link
         if link is None or host.closing or not link.take(self):
             if link is None:
-                host.placement.remove(seat.node)
-            host.placement.give_back(seat)
+                host.placement.remove(slot.node)
+            host.placement.give_back(slot)
             raise PoolClosed("the pool is closed: open a new one") if host.closing else PlaceAnew
         self._settled = self._stopped = self._feeding = False
         self.began = time.monotonic()
-        if call.scope is not None:
-            call.scope.watch(id(self), _closer(self))
+        if request.scope is not None:
+            request.scope.watch(id(self), _closer(self))
         events = host.events
         if events.subscribers:
-            context = call.context
-            waited = self.began - call.asked_at
+            context = request.context
+            waited = self.began - request.asked_at
             events.emit(JobStarted(self.job_id, context.provider, context.source, None, waited))
         upload = self._upload
         uploads = upload.lazy or self._piece is not None
         if upload.lazy:
             upload.on_ready(_ringer(self))
         patience = PATIENCE if left is None else min(PATIENCE, left)
-        order = Order(host.name, self.job_id, call.head, upload.inline, uploads, patience, *call.timeouts)
+        order = StartJob(host.name, self.job_id, request.head, upload.inline, uploads, patience, *request.timeouts)
         link.call("run", encode(order), answered=self._mailer(ANSWER))
 
     def _check_time(self, until: float | None) -> None:
@@ -222,15 +203,15 @@ class ClusterRoundTrip:
             raise self._closed()
         if self._try and until is not None and time.monotonic() >= until:
             raise LeaseTimeout(
-                f"no worker became free within {self._call.lease_timeout} s, on any node: start the pool with more "
+                f"no worker became free within {self._request.lease_timeout} s, on any node: start the pool with more "
                 f"workers, or wait longer (lease_timeout; the client's connect or pool timeout)"
             )
 
     def _refused(self, error: BaseException) -> None:
-        """Tell of a caller that got no seat."""
+        """Tell of a caller that got no slot."""
         events = self._host.events
         if events.subscribers:
-            context, waited = self._call.context, time.monotonic() - self._call.asked_at
+            context, waited = self._request.context, time.monotonic() - self._request.asked_at
             events.emit(JobRefused(context.job_id, context.provider, context.source, waited, str(error)))
 
     def _mailer(self, kind: str) -> Callable[[object], None]:
@@ -272,13 +253,13 @@ class ClusterRoundTrip:
 
     def _patience(self) -> float | None:
         """How long to wait for mail, in seconds."""
-        scope = self._call.scope
+        scope = self._request.scope
         deadline = None if scope is None else scope.deadline
         return None if deadline is None else max(deadline - time.monotonic(), 0)
 
     def _look(self) -> None:
         """Take what has come, and send what can be sent."""
-        if not self._mail and self._call.scope is not None and self._call.scope.cancelled:
+        if not self._mail and self._request.scope is not None and self._request.scope.cancelled:
             return  # its time is up, and this job was closed by it
         while self._mail and not self._settled:
             kind, number, result = self._mail.popleft()
@@ -330,7 +311,7 @@ class ClusterRoundTrip:
             self._give_up(result)
             return
         try:
-            delivery = decode(result, Delivery)
+            delivery = decode(result, ResponseChunk)
         except ValueError as error:
             self._break(str(error))
             return
@@ -346,7 +327,7 @@ class ClusterRoundTrip:
         else:
             self._link.call("more", self.job_id, answered=self._mailer(ANSWER))
 
-    def _finish(self, end: Ending) -> None:
+    def _finish(self, end: JobEnd) -> None:
         """The end of the job has come."""
         if self._head is None and end.kind in ("busy", "unavailable"):
             assert self._seat is not None
@@ -407,7 +388,7 @@ class ClusterRoundTrip:
         self.head = self._head
         events = self._host.events
         if events.subscribers and not self._settled:
-            context, seconds = self._call.context, time.monotonic() - self.began
+            context, seconds = self._request.context, time.monotonic() - self.began
             events.emit(
                 JobAnswered(self.job_id, context.provider, context.source, self._worker, self.head.status, seconds)
             )
@@ -422,7 +403,7 @@ class ClusterRoundTrip:
         return closed_by(self._closed_by, f"job {self.job_id}")
 
     def _leave(self) -> None:
-        """The caller has left: have the job ended at its agent, and its seat given back then."""
+        """The caller has left: have the job ended at its agent, and its slot given back then."""
         if isinstance(self._closed_by, JobFailed):
             self._outcome = self._closed_by.fault.kind
         self._kill()
@@ -430,12 +411,12 @@ class ClusterRoundTrip:
     def _kill(self) -> None:
         assert self._link is not None
         assert self._seat is not None
-        link, placement, seat = self._link, self._host.placement, self._seat
+        link, placement, slot = self._link, self._host.placement, self._seat
         if self._mark_settled():
             try:
                 self._tidy_up(over=True)
             finally:
-                link.kill(self.job_id, lambda: placement.give_back(seat))
+                link.kill(self.job_id, lambda: placement.give_back(slot))
 
     def _settle(self) -> None:
         """The job is over at its agent."""
@@ -445,7 +426,7 @@ class ClusterRoundTrip:
             self._tidy_up(over=True)
 
     def _unsettle(self) -> None:
-        """The job was not begun: its seat is given back, since no worker of its node was free, and it has none now."""
+        """The job was not begun: its slot is given back, since no worker of its node was free, and it has none now."""
         assert self._seat is not None
         self._outcome = "not taken"
         if self._mark_settled():
@@ -462,8 +443,8 @@ class ClusterRoundTrip:
     def _tidy_up(self, *, over: bool) -> None:
         assert self._link is not None
         self._link.drop(self)
-        if self._call.scope is not None:
-            self._call.scope.unwatch(id(self))
+        if self._request.scope is not None:
+            self._request.scope.unwatch(id(self))
         if over:
             self._close_upload()
         self._tell_end()
@@ -472,7 +453,7 @@ class ClusterRoundTrip:
         events = self._host.events
         events.count(self._outcome)
         if events.subscribers:
-            context, head = self._call.context, self._head
+            context, head = self._request.context, self._head
             why = self._failure or self._closed_by
             detail = why.fault.detail if isinstance(why, JobFailed) else str(why or "")
             status, seconds = None if head is None else head.status, time.monotonic() - self.began
@@ -483,7 +464,7 @@ class ClusterRoundTrip:
             )
 
 
-def left(until: float | None) -> float | None:
+def remaining(until: float | None) -> float | None:
     """Seconds left until a moment on the monotonic clock, None for ever."""
     return None if until is None else max(until - time.monotonic(), 0)
 

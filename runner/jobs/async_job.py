@@ -19,8 +19,8 @@ from .round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
     from ..workers.record import Worker
-    from ..workers.supervisor import Supervisor
-    from .dispatch import Call
+    from .ports import Custodian
+    from .prepared import PreparedRequest
 
 
 class AsyncJob(RoundTrip, AsyncReadable):
@@ -36,17 +36,17 @@ class AsyncJob(RoundTrip, AsyncReadable):
     async def open(
         cls,
         worker: Worker,
-        supervisor: Supervisor,
-        call: Call,
+        custodian: Custodian,
+        request: PreparedRequest,
     ) -> AsyncJob:
         """Send the request and wait for the response's head."""
         job = cls.__new__(cls)
         try:
-            job.__init__(worker, supervisor, call)  # type: ignore[misc] # a signal's handler may raise in it
+            job.__init__(worker, custodian, request)  # type: ignore[misc] # a signal's handler may raise in it
             if job._scope is not None:
                 job._watch_scope(job._scope)
             job._open_event_fd()
-            await job._use(lambda: job._send_head(call))
+            await job._use(lambda: job._send_head(request))
             while job._exchange.head is None:
                 await job._use(job._advance)
                 if job._exchange.head is None:
@@ -89,8 +89,8 @@ class AsyncJob(RoundTrip, AsyncReadable):
         except OSError as error:
             raise WorkersUnavailable(f"no descriptor is left to wait for a worker with: {error}", 1.0) from error
 
-    async def _send_head(self, call: Call) -> None:
-        self._send_request(call)
+    async def _send_head(self, request: PreparedRequest) -> None:
+        self._send_request(request)
 
     async def _advance(self) -> None:
         """Wait for the next frames of the response and take them; the upload goes on meanwhile."""
@@ -99,7 +99,7 @@ class AsyncJob(RoundTrip, AsyncReadable):
             return  # the worker may have died of that: `_use` has the rest
         if frames is None:
             await self._wait_for_death()
-            self._mourn()
+            self._raise_worker_death()
         else:
             self._receive(frames)
 
@@ -115,13 +115,13 @@ class AsyncJob(RoundTrip, AsyncReadable):
             else:
                 await _readable(channel.event_fd(write=write), patience)
                 ready = channel.wait(0, write=write)
-            frames = self._look(ready, dead)
+            frames = self._on_ready(ready, dead)
             if frames is not NOTHING or self._closed_by is not None or self._settled:
                 return frames
 
     async def _wait_for_death(self) -> None:
         worker, channel = self._worker, self._channel
-        self._supervisor.leases.kill(worker)  # one that lives on without its pipe is of no use
+        self._custodian.leases.kill(worker)  # one that lives on without its pipe is of no use
         event_fd = channel.event_fd()
         channel.stop_listening()
         with anyio.move_on_after(EXIT_LIMIT):

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..model.durations import sooner
+from ..model.durations import min_timeout
 from ..wire.frames import Frame
 from .readable import Readable
 from .round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
     from ..workers.record import Worker
-    from ..workers.supervisor import Supervisor
-    from .dispatch import Call
+    from .ports import Custodian
+    from .prepared import PreparedRequest
 
 
 class Job(RoundTrip, Readable):
@@ -29,14 +29,14 @@ class Job(RoundTrip, Readable):
     def __init__(
         self,
         worker: Worker,
-        supervisor: Supervisor,
-        call: Call,
+        custodian: Custodian,
+        request: PreparedRequest,
     ) -> None:
         try:
-            super().__init__(worker, supervisor, call)
+            super().__init__(worker, custodian, request)
             if self._scope is not None:
                 self._watch_scope(self._scope)
-            self._use(lambda: self._await_head(call))
+            self._use(lambda: self._await_head(request))
             head = self._exchange.head
             if head is None:
                 self._check_end()
@@ -46,8 +46,8 @@ class Job(RoundTrip, Readable):
             self._fail_to_open(error)
             raise
 
-    def _await_head(self, call: Call) -> None:
-        self._send_request(call)
+    def _await_head(self, request: PreparedRequest) -> None:
+        self._send_request(request)
         while self._exchange.awaits_head and self._closed_by is None:
             self._advance()
 
@@ -104,9 +104,9 @@ class Job(RoundTrip, Readable):
         if frames is None and self._closed_by is not None:
             return  # the worker may have died of that: `_use` has the rest
         if frames is None:
-            self._supervisor.leases.kill(self._worker)  # one that lives on without its pipe is of no use
+            self._custodian.leases.kill(self._worker)  # one that lives on without its pipe is of no use
             self._worker.exited.wait(EXIT_LIMIT)
-            self._mourn()
+            self._raise_worker_death()
         else:
             self._receive(frames)
 
@@ -114,10 +114,10 @@ class Job(RoundTrip, Readable):
         """The next frames, none where the job is closed meanwhile; None at the end of the worker's stream."""
         while True:
             dead = self._worker.dead
-            patience = self._patience() if until is None else sooner(self._patience(), until)
+            patience = self._patience() if until is None else min_timeout(self._patience(), until)
             ready = self._channel.wait(patience, write=self._wants_write)
             if until is not None and not dead and not any(ready) and time.monotonic() >= until:
                 return NOTHING
-            frames = self._look(ready, dead)
+            frames = self._on_ready(ready, dead)
             if frames is not NOTHING or self._closed_by is not None or self._settled:
                 return frames

@@ -34,7 +34,7 @@ from ..errors import (
     closed_by,
 )
 from ..events import JobAnswered, JobEnded, JobStarted, Outcome
-from ..model.durations import sooner
+from ..model.durations import min_timeout
 from ..model.limits import over_wall_time
 from ..model.scope import CancelScope, Watcher
 from ..wire.exchange import ResponseExchange
@@ -48,13 +48,14 @@ from ..wire.frames import (
 )
 from ..wire.messages import ResponseHead
 from ..wire.printable import quoted
-from ..workers.abandoned import Rest, log_background_failure
+from ..workers.abandoned import Remainder, log_background_failure
 from .failures import over_limit, response_failure, worker_death
+from .prepared import PreparedRequest, job_number
 
 if TYPE_CHECKING:
+    from ..workers.holder import Holder
     from ..workers.record import Worker
-    from ..workers.supervisor import Supervisor
-    from .dispatch import Call
+    from .ports import Custodian
 
 logger = logging.getLogger("blastdoor")
 
@@ -72,14 +73,6 @@ NOTHING: Final[list[Frame]] = []
 
 _CLOSER: Final = object()
 """Uses the channel where `close` ends a job that nobody reads at the moment."""
-
-Timeouts = tuple[float | None, float | None]
-"""Seconds to wait for progress of the response, and of the request's body; None for ever."""
-
-
-def job_number(jobs: int) -> int:
-    """The number that the frames of a worker's job carry: how many it has had, in four bytes."""
-    return jobs & 0xFFFFFFFF
 
 
 class NeverTaken(Exception):
@@ -101,6 +94,7 @@ class RoundTrip:
         "_channel",
         "_closed_by",
         "_context",
+        "_custodian",
         "_ending",
         "_exchange",
         "_expires",
@@ -111,7 +105,6 @@ class RoundTrip:
         "_read_timeout",
         "_scope",
         "_settled",
-        "_supervisor",
         "_upload",
         "_uploading",
         "_user",
@@ -130,24 +123,24 @@ class RoundTrip:
     def __init__(
         self,
         worker: Worker,
-        supervisor: Supervisor,
-        call: Call,
+        custodian: Custodian,
+        request: PreparedRequest,
     ) -> None:
         self._settled = True  # until the last line: whoever leased the worker sees to it
-        context = call.context
-        wall_seconds = supervisor.limits.wall_seconds
+        context = request.context
+        wall_seconds = custodian.limits.wall_seconds
         self.job_id = job_id = context.job_id
         self._context = context
-        self.method, self.target = call.method, call.target
-        sent_at = call.sent_at
+        self.method, self.target = request.method, request.target
+        sent_at = request.sent_at
         self.began = time.monotonic() if sent_at is None else sent_at
         self._outcome: Outcome = "left"
-        self._scope = call.scope
+        self._scope = request.scope
         self._worker = worker
         self._channel = worker.channel
-        self._supervisor = supervisor
-        self._upload = call.upload
-        self._read_timeout, self._write_timeout = call.timeouts
+        self._custodian = custodian
+        self._upload = request.upload
+        self._read_timeout, self._write_timeout = request.timeouts
         # Reentrant: a signal's handler may close the job in the midst of anything that its thread does.
         self._lock = threading.RLock()
         self._user: object = None
@@ -158,24 +151,24 @@ class RoundTrip:
         self._number = job_number(worker.jobs)
         self._expires = None if wall_seconds is None else self.began + wall_seconds
         self._wall_seconds = wall_seconds or 0.0
-        self._exchange = ResponseExchange(self._number, call.method)
+        self._exchange = ResponseExchange(self._number, request.method)
         if sent_at is None:
             self._channel.begin()
             self._uploading = False
         else:
             self._uploading = self._upload.lazy or not self._channel.flushed
         self._owes_end = self._upload.lazy
-        reference = weakref.ref(self)
+        reference: weakref.ref[Holder] = weakref.ref(self)
         # From here on the job is the one that has to let the worker go. No signal is handled within this line.
         self._settled, worker.job = False, reference
         if self._upload.lazy:
             self._upload.on_ready(_waker(self))
-        if supervisor.events.subscribers:
-            waited = self.began - call.asked_at
-            supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
+        if custodian.events.subscribers:
+            waited = self.began - request.asked_at
+            custodian.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
 
     def __del__(self) -> None:
-        if not getattr(self, "_settled", True) and not self._supervisor.forgotten:
+        if not getattr(self, "_settled", True) and not self._custodian.in_forked_child:
             try:
                 warnings.warn(
                     f"job {self.job_id} was dropped before its end: read it to the end, or close it",
@@ -193,7 +186,7 @@ class RoundTrip:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is done for the job any more: its worker is let go, or was forgotten, by an interrupt."""
+        """Whether nothing is done for the job any more: its worker is let go, or forgotten, by an interrupt."""
         if self._ending:
             return False
         return self._settled or (self._closed_by is not None and self._user in (None, _CLOSER))
@@ -211,7 +204,7 @@ class RoundTrip:
     def _answered(self, head: ResponseHead) -> None:
         """The head is there: hand it out, and tell of it where the body is still to come."""
         self.head = head
-        events = self._supervisor.events
+        events = self._custodian.events
         if events.subscribers and not self._settled:
             context, seconds = self._context, time.monotonic() - self.began
             events.emit(
@@ -240,7 +233,7 @@ class RoundTrip:
         Nothing happens where the response has ended. Otherwise the handler has the pool's grace time to end,
         and then its worker is killed; nobody waits for that here.
         """
-        if self._settled or self._supervisor.forgotten:
+        if self._settled or self._custodian.in_forked_child:
             return  # it is over; or this is a forked child, and the job is the parent's
         with self._lock:
             if self._settled or self._closed_by is not None:
@@ -250,7 +243,7 @@ class RoundTrip:
                 self._channel.wake()
                 return
             self._user = _CLOSER
-        self._leave()
+        self._abandon()
 
     def _fail_to_open(self, error: BaseException) -> None:
         """End a job whose opening has raised this, if it has begun to be one."""
@@ -269,16 +262,16 @@ class RoundTrip:
 
     # -- sending -------------------------------------------------------------------------------------
 
-    def _send_request(self, call: Call) -> None:
+    def _send_request(self, request: PreparedRequest) -> None:
         upload = self._upload
         channel = self._channel
         try:
-            if call.sent_at is None:
-                call.send(channel, self._number)
+            if request.sent_at is None:
+                request.send(channel, self._number)
             elif channel.torn:
                 # Whoever sent it was interrupted. What the worker has read of it, if anything, its end will show.
-                self._supervisor.leases.kill(self._worker)
-            call.sent_at = None
+                self._custodian.leases.kill(self._worker)
+            request.sent_at = None
         except BrokenPipeError:
             self._outcome = "not taken"
             self._discard()
@@ -299,7 +292,7 @@ class RoundTrip:
                     self._end_upload(END)
         except BrokenPipeError:
             # The worker takes no more: its answer, or its death, tells the rest.
-            channel.drop_outgoing()
+            channel.drop_unsent()
             self._close_upload()
         self._uploading = upload.lazy or not channel.flushed
 
@@ -318,7 +311,7 @@ class RoundTrip:
                 try:
                     self._end_upload(STOP)
                 except BrokenPipeError:
-                    self._channel.drop_outgoing()
+                    self._channel.drop_unsent()
 
     def _end_upload(self, kind: int) -> None:
         """Send the frame that ends the request: once, or the stream counts as torn."""
@@ -344,7 +337,7 @@ class RoundTrip:
         if self._user is step:
             self._closed_by = self._closed_by or error
             if not self._settled:
-                self._leave()
+                self._abandon()
 
     def _release_channel(self, step: object) -> bool:
         """Use the channel no more; whether a close came meanwhile, which has been seen to."""
@@ -355,7 +348,7 @@ class RoundTrip:
             if not leave:
                 self._user = None
         if leave:
-            self._leave()
+            self._abandon()
         return leave
 
     def _forget_user(self, step: object) -> None:
@@ -376,12 +369,12 @@ class RoundTrip:
             return TAIL_PATIENCE
         timeout = self._write_timeout if self._wants_write else None if self._uploading else self._read_timeout
         if self._scope is not None:
-            timeout = sooner(timeout, self._scope.deadline)
+            timeout = min_timeout(timeout, self._scope.deadline)
         if self._expires is not None:
-            timeout = sooner(timeout, self._expires)
+            timeout = min_timeout(timeout, self._expires)
         return timeout
 
-    def _look(self, ready: tuple[bool, bool, bool], dead: bool) -> list[Frame] | None:
+    def _on_ready(self, ready: tuple[bool, bool, bool], dead: bool) -> list[Frame] | None:
         """Do what the channel is ready for: (readable, writable, woken), none of them where the time is up.
 
         Gives the next frames, None at the end of the worker's stream, and NOTHING where there is more to wait for.
@@ -436,7 +429,7 @@ class RoundTrip:
         else:
             self._end(self._hand_tail_over)
 
-    def _mourn(self) -> None:
+    def _raise_worker_death(self) -> None:
         """The worker's stream ended inside the job, and it is dead, or will not die: raise why."""
         worker = self._worker
         if self._exchange.complete:
@@ -450,14 +443,14 @@ class RoundTrip:
             and self._channel.unread() >= self._channel.written
         )
         tail = worker.log.tail(self.job_id)
-        self._outcome = "not taken" if never_taken else "memory" if worker.verdict else "died"
+        self._outcome = "not taken" if never_taken else "memory" if worker.limit_exceeded else "died"
         self._discard()
         death = worker_death(worker.status, self.job_id)
         if never_taken:
             raise NeverTaken(death)
         self._close_upload()
-        if worker.verdict:
-            raise over_limit("memory", worker.verdict, self.job_id)
+        if worker.limit_exceeded:
+            raise over_limit("memory", worker.limit_exceeded, self.job_id)
         logger.error(
             "job %s: worker %s: %s%s",
             self.job_id,
@@ -532,14 +525,14 @@ class RoundTrip:
             raise
         channel = self._channel
         if channel.torn:
-            self._end(self._supervisor.leases.discard)
+            self._end(self._custodian.leases.discard)
         elif channel.flushed and not exchange.background:
-            self._end(self._supervisor.leases.give_back)
+            self._end(self._custodian.leases.give_back)
         else:
             self._end(self._hand_over)
 
-    def _leave(self) -> None:
-        """Hand the worker, with a response that nobody waits for any more, to the supervisor."""
+    def _abandon(self) -> None:
+        """Hand the worker, with a response that nobody waits for any more, to the custodian."""
         try:
             self._ending = True
             if isinstance(self._closed_by, JobFailed):
@@ -551,11 +544,11 @@ class RoundTrip:
                 raise
             channel = self._channel
             if channel.torn:
-                self._end(self._supervisor.leases.discard)  # nobody knows what it has heard
+                self._end(self._custodian.leases.discard)  # nobody knows what it has heard
             elif channel.written or not channel.flushed:
                 self._end(self._hand_over)
             else:
-                self._end(self._supervisor.leases.give_back)  # it has not heard of this job
+                self._end(self._custodian.leases.give_back)  # it has not heard of this job
         finally:
             self._ending = False
 
@@ -577,24 +570,24 @@ class RoundTrip:
         """Let the supervisor see to the rest of the job."""
         exchange = self._exchange
         error = self._closed_by
-        rest = Rest(
+        rest = Remainder(
             ResponseExchange.of_background(exchange.job) if exchange.background else exchange,
             timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
             expires=self._expires,
         )
-        self._supervisor.adopt(worker, rest)
+        self._custodian.adopt(worker, rest)
 
     def _hand_tail_over(self, worker: Worker) -> None:
         tail = ResponseExchange.of_tail(self._exchange.job)
-        self._supervisor.adopt(worker, Rest(tail, timed_out="", expires=self._expires))
+        self._custodian.adopt(worker, Remainder(tail, timed_out="", expires=self._expires))
 
     def _discard(self) -> None:
-        self._end(self._supervisor.leases.discard)
+        self._end(self._custodian.leases.discard)
 
     def _tell_of_end(self) -> None:
         if self._scope is not None:
             self._scope.unwatch(id(self))
-        events = self._supervisor.events
+        events = self._custodian.events
         events.count(self._outcome)
         if events.subscribers:
             head, context = self._exchange.head, self._context
@@ -619,8 +612,8 @@ class RoundTrip:
             return ""
         if self._outcome in ("died", "not taken"):
             return worker_death(self._worker.status, self.job_id).fault.detail
-        if self._outcome == "memory" and self._worker.verdict:
-            return self._worker.verdict
+        if self._outcome == "memory" and self._worker.limit_exceeded:
+            return self._worker.limit_exceeded
         report = self._exchange.report
         if report is not None and report.kind == "raised":
             return f"the handler raised {report.exception}"

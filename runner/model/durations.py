@@ -40,7 +40,7 @@ def check_seconds(name: str, seconds: object, *, optional: bool = False, endless
     raise ConfigurationError(f"{name} is a time in seconds, from 0 to {LONGEST:g}{also}, not {seconds!r}")
 
 
-def sooner(timeout: float | None, moment: float | None) -> float | None:
+def min_timeout(timeout: float | None, moment: float | None) -> float | None:
     """The shorter of a wait in seconds and what is left until a moment on the monotonic clock."""
     if moment is None:
         return timeout

@@ -10,7 +10,7 @@ from typing import Final
 _MOST_BUFFERS: Final = 64
 
 
-class Outgoing(deque[memoryview]):
+class WriteBuffer(deque[memoryview]):
     """The buffers that are still to be written, in order. Never more than a frame or two."""
 
     __slots__ = ()

@@ -12,8 +12,7 @@ from typing import Final
 import msgspec
 
 from ..platform import linux
-from . import landlock, seccomp
-from . import mounts as stage
+from . import landlock, mounts, seccomp
 
 OWN_USER: Final = "own user"
 FILES: Final = "files"
@@ -107,8 +106,8 @@ def _try_seccomp() -> str:
 
 
 def _try_scratch() -> None:
-    stage.enter_mount_namespace()
-    stage.mount_scratch()
+    mounts.enter_mount_namespace()
+    mounts.mount_scratch()
 
 
 def _try_users() -> None:
@@ -119,5 +118,5 @@ def _try_users() -> None:
 
 def _try_namespaces() -> None:
     if os.geteuid() != 0:
-        stage.enter_mount_namespace()
+        mounts.enter_mount_namespace()
     linux.unshare(linux.NEW_PIDS | linux.NEW_NETWORK | linux.NEW_IPC | linux.NEW_HOSTNAME)

@@ -19,7 +19,7 @@ _FILES: Final = 8192
 """How many files a scratch directory holds."""
 
 
-class Stage:
+class MountNamespace:
     """The view, entered for good when it is made. OSError where the machine does not allow it."""
 
     def __init__(self, needed: Iterable[str], *, other_users: bool) -> None:

@@ -19,7 +19,7 @@ _STATUS: Final = struct.Struct("=i")
 _DESCRIPTOR_CEILING: Final = 1 << 20
 
 
-def nest(control: socket.socket, *, network: bool) -> None:
+def enter_namespaces(control: socket.socket, *, network: bool) -> None:
     """Go on as the worker, in new namespaces; in the host's own network with `network`.
 
     Others of the processes that this makes never return.
@@ -74,7 +74,7 @@ class Nested:
     """
 
     def __init__(self, starter: Any) -> None:
-        """`starter` makes the process that calls `nest` with the socket that it is given. OSError where that fails."""
+        """`starter` makes the process that calls `enter_namespaces` with its socket. OSError where that fails."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:

@@ -22,7 +22,7 @@ from ..platform import linux
 from . import cgroup, landlock, machine, seccomp, unlisted
 from .cgroup import Group
 from .landlock import EXECUTE, READ, WRITE
-from .mounts import SCRATCH_PARENT, Stage, first_closed
+from .mounts import SCRATCH_PARENT, MountNamespace, first_closed
 
 _UIDS_OF_A_POOL: Final = 512
 _SIGNALS: Final = 256
@@ -63,11 +63,11 @@ _RESOLVER: Final = (
 _PROGRAMS: Final = ("/bin", "/usr/bin", "/usr/local/bin")
 
 
-class CageError(PlainError):
+class SandboxError(PlainError):
     """The sandbox can't be what its profile says; the words name what is missing, and the way out."""
 
 
-class Seat(msgspec.Struct, frozen=True):
+class WorkerResources(msgspec.Struct, frozen=True):
     """What is one worker's own: user, scratch directory, way into its control group; empty where it has none."""
 
     uid: int | None
@@ -75,13 +75,13 @@ class Seat(msgspec.Struct, frozen=True):
     group: str = ""
 
 
-class Cage:
+class SandboxRuntime:
     """A profile on this machine. `lacking` are the layers that it has to do without."""
 
     def __init__(self, sandbox: Sandbox, handler: str, path: list[str], memory: int | None) -> None:
         """Build it, in the zygote; `path` is the worker's `sys.path`, `memory` its limit, in bytes.
 
-        CageError where the profile asks for what the machine can't give.
+        SandboxError where the profile asks for what the machine can't give.
         """
         self._sandbox = sandbox
         self._memory = memory
@@ -105,7 +105,7 @@ class Cage:
         missing = [layers[name] for name in wanted if layers[name].lacking]
         if missing and sandbox.require == "all":
             words = "\n".join(f"- {layer.what}: {layer.lacking}" for layer in missing)
-            raise CageError(
+            raise SandboxError(
                 f"this machine can't give all of the sandbox's {sandbox.profile} profile:\n{words}\n"
                 f"(`blastdoor doctor` shows all layers; Sandbox.{sandbox.profile}(require='available') goes without)"
             )
@@ -126,48 +126,48 @@ class Cage:
             )
             allow = [seccomp.allow_filter()] if sandbox.strictly else []
             self._filters = [seccomp.request_filter(), *allow, deny]  # after the last one no filter can be loaded
-        # An ordinary user may make namespaces in the user namespace that comes with the stage.
+        # An ordinary user may make namespaces in the user namespace that comes with the mounts.
         staged = machine.SCRATCH in has or (closed and self._own_user) or (self.nested and os.geteuid() != 0)
-        self._stage = self._set_up_stage() if staged else None
+        self._mounts = self._set_up_mounts() if staged else None
         linux.set_dumpable(dumpable=False)
 
-    def _set_up_stage(self) -> Stage:
+    def _set_up_mounts(self) -> MountNamespace:
         here = os.getcwd()
-        stage = Stage([*self._rights, here], other_users=self._own_user)
+        mounts = MountNamespace([*self._rights, here], other_users=self._own_user)
         os.chdir(here)  # into what is mounted there now
-        return stage
+        return mounts
 
-    def seat(self, number: int) -> Seat:
+    def resources(self, number: int) -> WorkerResources:
         """Make what is a worker's own. In the zygote."""
         uid = None
         if self._own_user:
             uid = machine.FIRST_UID + os.getpid() * _UIDS_OF_A_POOL + number % _UIDS_OF_A_POOL
         size = self._sandbox.scratch_bytes
         scratch = ""
-        if self._stage is not None and size is not None:
+        if self._mounts is not None and size is not None:
             owner = (uid, uid) if uid is not None else (os.geteuid(), os.getegid())
-            scratch = self._stage.add_scratch(number, size, *owner)
+            scratch = self._mounts.add_scratch(number, size, *owner)
         group = ""
         if self._group_parent:
             made = self._groups[number] = Group(self._group_parent, number, self._memory, self._sandbox.threads)
             group = made.entrance
-        return Seat(uid, scratch, group)
+        return WorkerResources(uid, scratch, group)
 
     def clear(self, number: int) -> None:
         """Remove what was a worker's own."""
         if number in self._groups:
             self._dying.append(self._groups.pop(number))
         self._dying = [group for group in self._dying if not group.remove()]
-        if self._stage is not None and self._sandbox.scratch is not None:
-            self._stage.remove_scratch(number)
+        if self._mounts is not None and self._sandbox.scratch is not None:
+            self._mounts.remove_scratch(number)
 
-    def enter(self, seat: Seat, parent: int) -> None:
-        """Shut this process, a worker, in for good. OSError or CageError where a layer does not hold."""
+    def enter(self, resources: WorkerResources, parent: int) -> None:
+        """Shut this process, a worker, in for good. OSError or SandboxError where a layer does not hold."""
         os.umask(0o077)
-        if seat.group:
-            cgroup.enter(seat.group)
-        if seat.uid is not None:
-            machine.take_user(seat.uid)
+        if resources.group:
+            cgroup.enter(resources.group)
+        if resources.uid is not None:
+            machine.take_user(resources.uid)
         if self._users:
             linux.unshare(linux.NEW_USERS)
         linux.drop_capabilities()
@@ -176,19 +176,19 @@ class Cage:
         if os.getppid() != parent:
             os._exit(1)
         linux.set_dumpable(dumpable=False)
-        self._limit(seat)
-        self._furnish(seat)
+        self._limit(resources)
+        self._furnish(resources)
         unlisted.install(self._beside, [path for path in self._rights if path not in self._beside])
         if self._files:
             rights = dict(self._rights)
-            if seat.scratch:
-                rights[seat.scratch] = WRITE | (EXECUTE if self._sandbox.processes else 0)
+            if resources.scratch:
+                rights[resources.scratch] = WRITE | (EXECUTE if self._sandbox.processes else 0)
             landlock.restrict(rights, self._sandbox.connect)
         for compiled in self._filters:
             seccomp.load(compiled, os.getpid())
-        self._probe(seat)
+        self._probe(resources)
 
-    def _limit(self, seat: Seat) -> None:
+    def _limit(self, resources: WorkerResources) -> None:
         scratch = self._sandbox.scratch_bytes
         limits = {
             resource.RLIMIT_MEMLOCK: 1 << 20,
@@ -198,7 +198,7 @@ class Cage:
             resource.RLIMIT_RTPRIO: 0,
             resource.RLIMIT_SIGPENDING: _SIGNALS,
         }
-        if self._users or seat.uid is not None:
+        if self._users or resources.uid is not None:
             limits[resource.RLIMIT_NPROC] = self._sandbox.threads
         if scratch is not None and resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY:
             limits[resource.RLIMIT_FSIZE] = scratch
@@ -208,19 +208,19 @@ class Cage:
             resource.setrlimit(which, (value, value))
 
     @staticmethod
-    def _furnish(seat: Seat) -> None:
+    def _furnish(resources: WorkerResources) -> None:
         """Have the handler find its scratch directory."""
-        place = seat.scratch or "/nonexistent"
+        place = resources.scratch or "/nonexistent"
         os.environ["HOME"] = place
         os.environ["TMPDIR"] = place
         tempfile.tempdir = None
         try:
             os.chdir(os.getcwd())
         except OSError:
-            os.chdir(seat.scratch or "/")
+            os.chdir(resources.scratch or "/")
 
-    def _probe(self, seat: Seat) -> None:
-        """Try the cage from within: what does not hold here would not hold for the handler."""
+    def _probe(self, resources: WorkerResources) -> None:
+        """Try the sandbox from within: what does not hold here would not hold for the handler."""
         holes = []
         if linux.has_capabilities():
             holes.append("it has capabilities")
@@ -228,7 +228,7 @@ class Cage:
             holes.append("it could gain privileges")
         if linux.is_dumpable():
             holes.append("others may look into it")
-        if seat.uid is not None and os.geteuid() == 0:
+        if resources.uid is not None and os.geteuid() == 0:
             holes.append("it is root")
         if self._files and _works(lambda: os.listdir("/")):
             holes.append("it can list /")
@@ -240,7 +240,7 @@ class Cage:
             if _works(lambda: linux.unshare(linux.NEW_USERS)):
                 holes.append("it can make namespaces")
         if holes:
-            raise CageError(f"the sandbox does not hold: {', '.join(holes)}; please report it")
+            raise SandboxError(f"the sandbox does not hold: {', '.join(holes)}; please report it")
 
 
 def _works(step: Callable[[], object]) -> bool:
@@ -303,7 +303,7 @@ class App(msgspec.Struct, frozen=True):
 
 
 def _app(handler: str, path: list[str]) -> App:
-    """Where the handler's module is found. CageError where that would grant far more than an app."""
+    """Where the handler's module is found. SandboxError where that would grant far more than an app."""
     if not handler:
         return App()
     name = handler.partition(":")[0].partition(".")[0]
@@ -317,9 +317,9 @@ def _app(handler: str, path: list[str]) -> App:
         return App(archives)  # a file (zipimport): all of it is the app's
     for directory in (*packages, *folders):
         if directory == SCRATCH_PARENT:
-            raise CageError(f"the handler's module {name!r} lies in {directory!r} itself, which workers have anew")
+            raise SandboxError(f"the handler's module {name!r} lies in {directory!r} itself, which workers have anew")
         if directory in ("/", home) or home.startswith(directory + "/"):
-            raise CageError(
+            raise SandboxError(
                 f"the handler's module {name!r} lies in {directory!r}, all of which it could read then: "
                 f"put it in a directory of its own"
             )

@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from typing import Final
 
-from ..platform.write_buffer import Outgoing
+from ..platform.write_buffer import WriteBuffer
 from ..wire.frames import (
     BODY,
     END,
@@ -66,7 +66,7 @@ class AsyncPipes:
         self._frames: deque[Frame] = deque()
         self._reader: asyncio.Future[None] | None = None
         self._watching = False
-        self._outgoing = Outgoing()
+        self._unsent = WriteBuffer()
         self._drained: asyncio.Future[None] | None = None
         self._puts_without_wait = 0
 
@@ -147,8 +147,8 @@ class AsyncPipes:
 
     def put(self, data: Data) -> None:
         """Send whole frames: now what the pipe takes, the rest by and by."""
-        self._outgoing.append(memoryview(data))
-        if len(self._outgoing) == 1 and not self._flush():
+        self._unsent.append(memoryview(data))
+        if len(self._unsent) == 1 and not self._flush():
             self.loop.add_writer(self._response_fd, self._note_writable)
 
     async def drain(self) -> None:
@@ -157,7 +157,7 @@ class AsyncPipes:
         if self._puts_without_wait >= _BREATH:
             self._puts_without_wait = 0
             await asyncio.sleep(0)
-        while self._outgoing:
+        while self._unsent:
             self._puts_without_wait = 0
             if self._drained is None:
                 self._drained = self.loop.create_future()
@@ -173,10 +173,10 @@ class AsyncPipes:
     def _flush(self) -> bool:
         """Write on; whether all is in the pipe, or nobody reads any more."""
         try:
-            self._outgoing.flush(self._response_fd)
+            self._unsent.flush(self._response_fd)
         except BrokenPipeError:
-            self._outgoing.clear()  # the host is gone; the end of the request pipe tells the rest
-        return not self._outgoing
+            self._unsent.clear()  # the host is gone; the end of the request pipe tells the rest
+        return not self._unsent
 
 
 async def let_cancelled_go() -> None:

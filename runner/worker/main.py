@@ -28,7 +28,7 @@ from . import orphans
 from .cancellation import Cancellation
 from .fault_report import report_on, report_on_start
 from .forks import disown_forks, is_fork, leave
-from .handlers.adapter import AsyncBridge, Bridge
+from .handlers.adapter import Adapter, AsyncBridge
 from .handlers.load import load
 from .pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
 from .stdio import LogStream, Prints
@@ -51,7 +51,7 @@ class Birth(msgspec.Struct, frozen=True):
 
     `code_fd` is the snapshot of the app's code, -1 for none.
 
-    Where it is sandboxed, `enter` shuts it in, and `nest` takes it into its own namespaces.
+    Where it is sandboxed, `enter` shuts it in, and `enter_namespaces` takes it into its own namespaces.
     """
 
     parent: int
@@ -59,13 +59,13 @@ class Birth(msgspec.Struct, frozen=True):
     inherited: frozenset[int]
     code_fd: int
     enter: Callable[[], None] | None = None
-    nest: Callable[[], None] | None = None
+    enter_namespaces: Callable[[], None] | None = None
 
 
-def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth) -> NoReturn:
+def run(config: ZygoteConfig, handler: Adapter | AsyncBridge | None, birth: Birth) -> NoReturn:
     """The life of a worker. `handler` is given where the zygote has preloaded it."""
-    if birth.nest is not None:
-        birth.nest()
+    if birth.enter_namespaces is not None:
+        birth.enter_namespaces()
     code = snapshot.own_view(birth.code_fd)
     _take_descriptors(birth.fds, birth.inherited, code, sandboxed=birth.enter is not None)
     cancellation = Cancellation(CANCEL_FD)
@@ -80,7 +80,7 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
         config.limits.apply()
         if birth.enter is not None:
             birth.enter()
-            sys.path[:] = config.path  # the app's directories too, now that its modules run in the cage
+            sys.path[:] = config.path  # the app's directories too, now that its modules run in the sandbox
         handler = handler or _load(config, code)
         if code >= 0:
             os.close(code)
@@ -97,7 +97,7 @@ def run(config: ZygoteConfig, handler: Bridge | AsyncBridge | None, birth: Birth
     sys.exit(0)
 
 
-def _load(config: ZygoteConfig, code: int) -> Bridge | AsyncBridge:
+def _load(config: ZygoteConfig, code: int) -> Adapter | AsyncBridge:
     """Load the handler, from the pool's snapshot of its code where there is one; else make that."""
     fresh = config.by_name and not snapshot.use(code)
     handler = load(config)
@@ -116,10 +116,10 @@ def _wind_up() -> None:
 
 
 def _begin(
-    handler: Bridge | AsyncBridge, config: ZygoteConfig, pipes: Pipes, cancellation: Cancellation
+    handler: Adapter | AsyncBridge, config: ZygoteConfig, pipes: Pipes, cancellation: Cancellation
 ) -> Callable[[], object]:
     """Get the handler ready; gives what then serves its jobs until there are no more."""
-    if isinstance(handler, Bridge):
+    if isinstance(handler, Adapter):
         cancellation.install()
         return lambda: serve(pipes, handler, cancellation)
     from .loop import AsyncWorker  # asyncio is loaded where it is used
@@ -129,7 +129,7 @@ def _begin(
     return worker.serve
 
 
-def serve(pipes: Pipes, handler: Bridge, cancellation: Cancellation) -> None:
+def serve(pipes: Pipes, handler: Adapter, cancellation: Cancellation) -> None:
     """Run one job after another, until the host is gone."""
     try:
         while True:
@@ -149,7 +149,7 @@ def wait_and_reap(pipes: Pipes) -> None:
         orphans.reap()
 
 
-def run_job(handler: Bridge, request: IncomingRequest, response: OutgoingResponse, cancellation: Cancellation) -> None:
+def run_job(handler: Adapter, request: IncomingRequest, response: OutgoingResponse, cancellation: Cancellation) -> None:
     """Run one job to its end; whatever the handler raises becomes its fault."""
     try:
         try:

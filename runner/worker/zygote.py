@@ -45,12 +45,12 @@ from . import main as worker
 from . import orphans
 from .fault_report import report_on_start
 from .forks import leave
-from .handlers.adapter import AsyncBridge, Bridge
+from .handlers.adapter import Adapter, AsyncBridge
 from .handlers.load import HandlerError, load
 from .titles import set_title
 
 if TYPE_CHECKING:
-    from ..sandbox.runtime import Cage
+    from ..sandbox.runtime import SandboxRuntime
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_order = msgspec.msgpack.Decoder(Spawn).decode
@@ -98,8 +98,8 @@ class Zygote:
         self._code_fd = code_fd
         self._control = control
         self._config = config
-        self._cage: Cage | None = None
-        self._handler: Bridge | AsyncBridge | None = None
+        self._sandbox: SandboxRuntime | None = None
+        self._handler: Adapter | AsyncBridge | None = None
         self._workers: dict[int, tuple[int, Any]] = {}
         self._kept: frozenset[int] = frozenset()
         self._inherited: frozenset[int] = frozenset()
@@ -126,19 +126,19 @@ class Zygote:
                 self._send(Failed(why))
                 return False
         if config.sandbox is not None:
-            from ..sandbox.runtime import Cage, CageError  # loaded where it is used
+            from ..sandbox.runtime import SandboxError, SandboxRuntime  # loaded where it is used
 
             try:
-                self._cage = Cage(
+                self._sandbox = SandboxRuntime(
                     config.sandbox, "" if config.pickle else config.handler, config.path, config.limits.memory_bytes
                 )
-            except (CageError, OSError) as error:
+            except (SandboxError, OSError) as error:
                 self._send(Failed(str(error)))
                 return False
-            if self._cage.lacking:
-                self._send(Lacking(self._cage.lacking))
-            if self._cage.notes:
-                self._send(Noted(self._cage.notes))
+            if self._sandbox.lacking:
+                self._send(Lacking(self._sandbox.lacking))
+            if self._sandbox.notes:
+                self._send(Noted(self._sandbox.notes))
         return True
 
     def _preload(self) -> None:
@@ -213,33 +213,33 @@ class Zygote:
 
     def _start(self, number: int, fds: list[int]) -> tuple[Any, int, int]:
         """Fork a worker; what tells its end, its pid, and its pidfd."""
-        cage = self._cage
+        sandbox = self._sandbox
         name = f"blastdoor-worker-{number}"
-        if cage is None:
+        if sandbox is None:
             process = self._process(name, worker.Birth(os.getpid(), fds, self._inherited, self._code_fd))
             process.start()
             return process, process.pid, os.pidfd_open(process.pid)
         try:
-            seat = cage.seat(number)
-            if cage.nested:
-                from ..sandbox.namespaces import Nested, nest  # loaded where it is used
+            resources = sandbox.resources(number)
+            if sandbox.nested:
+                from ..sandbox.namespaces import Nested, enter_namespaces  # loaded where it is used
 
                 def begin(control: socket.socket) -> Any:
-                    enter = functools.partial(cage.enter, seat, 1)
+                    enter = functools.partial(sandbox.enter, resources, 1)
                     birth = worker.Birth(
                         1,
                         fds,
                         self._inherited,
                         self._code_fd,
                         enter,
-                        functools.partial(nest, control, network=cage.network),
+                        functools.partial(enter_namespaces, control, network=sandbox.network),
                     )
                     return self._process(name, birth)
 
                 nested = Nested(begin)
                 return nested, nested.worker_pid, nested.pidfd
             parent = os.getpid()
-            enter = functools.partial(cage.enter, seat, parent)
+            enter = functools.partial(sandbox.enter, resources, parent)
             process = self._process(name, worker.Birth(parent, fds, self._inherited, self._code_fd, enter))
             process.start()
             return process, process.pid, os.pidfd_open(process.pid)
@@ -249,9 +249,9 @@ class Zygote:
 
     def _clear(self, number: int) -> None:
         """Remove what was a worker's own; what can't be removed costs no other worker its life."""
-        assert self._cage is not None
+        assert self._sandbox is not None
         try:
-            self._cage.clear(number)
+            self._sandbox.clear(number)
         except OSError:
             traceback.print_exc()
 
@@ -265,7 +265,7 @@ class Zygote:
             status = process.exitcode
             if status is not None or pid not in unreaped:
                 del self._workers[pid]
-                if self._cage is not None:
+                if self._sandbox is not None:
                     self._clear(number)
                 self._send(Died(number, status))
             elif _is_stopped(pid):

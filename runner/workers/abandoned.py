@@ -31,7 +31,7 @@ STACKS_LIMIT: Final = 0.05
 """Seconds that a worker has to print its stacks where there is no grace time."""
 
 
-class Rest(msgspec.Struct, frozen=True):
+class Remainder(msgspec.Struct, frozen=True):
     """What is left of a job: the frames still to come, and the time limit in words that it was over, if it was.
 
     `expires` is when it is over the pool's time limit, on the clock of `time.monotonic`.
@@ -42,8 +42,8 @@ class Rest(msgspec.Struct, frozen=True):
     expires: float | None
 
 
-class LeftJobs:
-    """The workers that were left, by their `LeftJob`."""
+class AbandonedJobs:
+    """The workers that were left, by their `AbandonedJob`."""
 
     def __init__(
         self,
@@ -58,25 +58,25 @@ class LeftJobs:
         self._leases = leases
         self._grace = grace
         self._wall_seconds = wall_seconds
-        self._jobs: dict[Worker, LeftJob] = {}
+        self._jobs: dict[Worker, AbandonedJob] = {}
 
     def __contains__(self, worker: Worker) -> bool:
         return worker in self._jobs
 
-    def holds(self, job: LeftJob) -> bool:
+    def holds(self, job: AbandonedJob) -> bool:
         """Whether this is the job of its worker still."""
         return self._jobs.get(job.worker) is job
 
-    def of(self, worker: Worker) -> LeftJob | None:
+    def of(self, worker: Worker) -> AbandonedJob | None:
         """The job that this worker was left with."""
         return self._jobs.get(worker)
 
-    def take(self, worker: Worker, rest: Rest) -> None:
+    def take(self, worker: Worker, remainder: Remainder) -> None:
         """Take over a worker."""
-        job = self._jobs[worker] = LeftJob(worker, rest, self)
-        exchange = rest.exchange
+        job = self._jobs[worker] = AbandonedJob(worker, remainder, self)
+        exchange = remainder.exchange
         background = exchange.background
-        grace = self._grace or (STACKS_LIMIT if rest.timed_out else 0)
+        grace = self._grace or (STACKS_LIMIT if remainder.timed_out else 0)
         if worker.dead:
             self.worker_ended(worker)
             return
@@ -94,7 +94,7 @@ class LeftJobs:
         job.look()
         if not self.holds(job) or not exchange.open:
             return  # its end was there already
-        if rest.timed_out:
+        if remainder.timed_out:
             self._leases.dump_stacks(worker)
         if not self._leases.cancel(worker, exchange.job):
             logger.warning("job %s: worker %s does not take its cancel, and is killed", job.job_id, worker.pid)
@@ -110,11 +110,11 @@ class LeftJobs:
             return
         if job.exchange.background:
             job_id = worker.log.job_id
-            words = worker.verdict or f"its worker {worker.pid} {describe_exit(worker.status)[0]}"
+            words = worker.limit_exceeded or f"its worker {worker.pid} {describe_exit(worker.status)[0]}"
             logger.error("job %s: %s during its background work%s", job_id, words, _last_words(worker))
         self.settle(job)
 
-    def settle(self, job: LeftJob, *, healthy: bool = False) -> None:
+    def settle(self, job: AbandonedJob, *, healthy: bool = False) -> None:
         """The worker goes back to work, or it is discarded."""
         worker = job.worker
         if not self.holds(job):
@@ -145,7 +145,7 @@ class LeftJobs:
         else:
             self._leases.discard(worker)
 
-    def stream_ended(self, job: LeftJob) -> None:
+    def stream_ended(self, job: AbandonedJob) -> None:
         """The worker has closed its pipe, or died."""
         if job.exchange.background:
             self._reactor.unwatch(job.worker.channel.response_fd)
@@ -153,7 +153,7 @@ class LeftJobs:
         else:
             self.settle(job)
 
-    def _await_expiry(self, job: LeftJob) -> None:
+    def _await_expiry(self, job: AbandonedJob) -> None:
         if job.expires is not None and not job.timed_out:
             assert self._wall_seconds is not None
             words = over_wall_time(self._wall_seconds)
@@ -165,7 +165,7 @@ class LeftJobs:
                 limit, lambda: self.over_time(job, f"the job went on for {limit:g} s after its response")
             )
 
-    def _give_up(self, job: LeftJob) -> None:
+    def _give_up(self, job: AbandonedJob) -> None:
         if not self.holds(job) or job.exchange.background:  # its response did come to its end
             return
         logger.warning(
@@ -177,7 +177,7 @@ class LeftJobs:
         )
         self.settle(job)
 
-    def over_time(self, job: LeftJob, words: str) -> None:
+    def over_time(self, job: AbandonedJob, words: str) -> None:
         """It is over a time limit: it has a moment to say where it stands."""
         if self.holds(job) and not job.timed_out:
             job.timed_out = f"in its background work {words}" if job.exchange.background else words
@@ -185,18 +185,18 @@ class LeftJobs:
             self._reactor.after(STACKS_LIMIT, lambda: self.settle(job))
 
 
-class LeftJob:
+class AbandonedJob:
     """A worker, and the frames that nobody waits for."""
 
     __slots__ = ("_jobs", "exchange", "expires", "job_id", "timed_out", "worker")
 
     began = math.inf  # its wall time is not for the inspection to look at: timers run
 
-    def __init__(self, worker: Worker, rest: Rest, jobs: LeftJobs) -> None:
+    def __init__(self, worker: Worker, remainder: Remainder, jobs: AbandonedJobs) -> None:
         self.worker = worker
-        self.timed_out = rest.timed_out
-        self.exchange = rest.exchange
-        self.expires = rest.expires
+        self.timed_out = remainder.timed_out
+        self.exchange = remainder.exchange
+        self.expires = remainder.expires
         self.job_id = worker.log.job_id
         self._jobs = jobs
 
@@ -215,7 +215,7 @@ class LeftJob:
         try:
             channel.flush()
         except BrokenPipeError:
-            channel.drop_outgoing()
+            channel.drop_unsent()
         frames = channel.receive() if exchange.unfinished else []
         if frames is None:
             self._jobs.stream_ended(self)

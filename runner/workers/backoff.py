@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 
-class RestartBrake:
+class RestartBackoff:
     """Counts deaths in start-up. Times are seconds on any one clock that does not go back.
 
     The one that makes it `budget` within `window` seconds brings a pause before the next try, `first_pause`

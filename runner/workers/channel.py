@@ -18,7 +18,7 @@ from typing import Final
 
 from ..control.signals import pack_cancel
 from ..model.durations import MAIN_THREAD_WAIT, longest_wait
-from ..platform.write_buffer import Outgoing
+from ..platform.write_buffer import WriteBuffer
 from ..wire.frames import TO_HOST, Frame, FrameDecoder
 
 PIPE_SIZE: Final = 256 * 1024
@@ -44,8 +44,8 @@ class Channel:
         "_decoder",
         "_epoll",
         "_epoll_wants_write",
-        "_outgoing",
         "_poll",
+        "_unsent",
         "_wake_fd",
         "_wants_write",
         "request_fd",
@@ -63,7 +63,7 @@ class Channel:
         self.response_fd = response_fd
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._decoder = FrameDecoder(TO_HOST)
-        self._outgoing = Outgoing()
+        self._unsent = WriteBuffer()
         self._poll = select.poll()
         self._poll.register(response_fd, select.POLLIN)
         self._poll.register(self._wake_fd, select.POLLIN)
@@ -76,7 +76,7 @@ class Channel:
     @property
     def flushed(self) -> bool:
         """Whether all that was sent is in the pipe."""
-        return not self._outgoing
+        return not self._unsent
 
     @property
     def clean(self) -> bool:
@@ -93,7 +93,7 @@ class Channel:
         Raises BrokenPipeError when the worker's end is closed. Where a signal's handler raises in the midst, the stream
         is `torn`: nobody knows what was written, but never more than `written`.
         """
-        if not self._outgoing and len(pieces) == 1:
+        if not self._unsent and len(pieces) == 1:
             piece = pieces[0]
             size = len(piece)
             self.torn = True
@@ -108,26 +108,26 @@ class Channel:
                 raise
             if sent < size:
                 self.written -= size - sent
-                self._outgoing.append(memoryview(piece)[sent:])
+                self._unsent.append(memoryview(piece)[sent:])
             self.torn = False
             return
         self.torn = True
-        self._outgoing.extend(map(memoryview, pieces))
+        self._unsent.extend(map(memoryview, pieces))
         self.flush()
 
     def flush(self) -> None:
         """Write what is left over, as far as the pipe takes it now. Raises BrokenPipeError like `send`."""
         self.torn = True
         try:
-            self.written += self._outgoing.flush(self.request_fd)
+            self.written += self._unsent.flush(self.request_fd)
         except OSError:
             self.torn = False
             raise
         self.torn = False
 
-    def drop_outgoing(self) -> None:
+    def drop_unsent(self) -> None:
         """Forget what is left over: the worker takes no more."""
-        self._outgoing.clear()
+        self._unsent.clear()
 
     def wait(self, timeout: float | None, *, write: bool = False) -> tuple[bool, bool, bool]:
         """Wait up to `timeout` seconds; (readable, writable, woken), all False when the time is up.
@@ -241,7 +241,7 @@ class Channel:
         if fd >= 0:
             os.close(fd)
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: close the inherited descriptors.
 
         The epoll goes first: it is one and the same as the parent's, and what is unregistered here is so there.

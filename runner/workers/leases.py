@@ -27,11 +27,11 @@ from ..control.signals import SIGNAL as CANCEL_SIGNAL
 from ..control.signals import STACKS_SIGNAL
 from ..model.recycle import Recycle
 from .record import Worker
-from .wait_queue import Lender
+from .wait_queue import WaitQueue
 from .waiters import Caller
 
 if TYPE_CHECKING:
-    from ..jobs.round_trip import RoundTrip
+    from .holder import Holder
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,10 +46,10 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     per_provider: Mapping[str, int] = {}
 
 
-class Leases(Lender[Worker]):
+class Leases(WaitQueue[Worker]):
     """The idle workers and the callers that wait for one: first in, first out, but for a provider at its limit.
 
-    `retire` is called with a worker that is due for recycling when it comes back, `pressed` when a caller has
+    `retire` is called with a worker that is due for recycling when it comes back, `on_saturated` when a caller has
     taken the last idle worker, or waits; neither may wait, or take a lease.
     """
 
@@ -71,8 +71,8 @@ class Leases(Lender[Worker]):
             return self._hand_out(self._idle.pop(), provider, caller)
         return None
 
-    def _give_up(self, loan: Worker) -> None:
-        self.give_back(loan)
+    def _give_up(self, resource: Worker) -> None:
+        self.give_back(resource)
 
     def _admits(self, provider: str) -> bool:
         admission = self._admission
@@ -90,8 +90,8 @@ class Leases(Lender[Worker]):
         worker.caller = reference
         if self._admission.per_provider:
             self._running[provider] += 1
-        if self.pressed is not None and not self._idle:
-            self.pressed()
+        if self.on_saturated is not None and not self._idle:
+            self.on_saturated()
         return worker
 
     def _find_for_waiters(self) -> None:
@@ -99,8 +99,8 @@ class Leases(Lender[Worker]):
         while self._idle and (waiter := self._next_waiter()) is not None:
             self._find(waiter, self._hand_out(self._idle.pop(), waiter.provider, waiter.caller))
 
-    def _disown(self, loan: Worker) -> None:
-        loan.caller = None
+    def _disown(self, resource: Worker) -> None:
+        resource.caller = None
 
     def _take_back(self, worker: Worker) -> bool:
         """Lease it no more; False where it was not leased any more, and others have seen to it."""
@@ -112,7 +112,7 @@ class Leases(Lender[Worker]):
         if self._admission.per_provider:
             self._running[worker.provider] -= 1
         if self._closed and not self._leased:
-            self._quiet.notify_all()
+            self._drained.notify_all()
         return True
 
     def add(self, worker: Worker) -> None:
@@ -123,7 +123,7 @@ class Leases(Lender[Worker]):
             worker.ready_at = worker.idle_since = time.monotonic()
             if self._recycle is not None:
                 worker.last_job = self._recycle.last_job()
-            if not worker.dead and not worker.doomed:
+            if not worker.dead and not worker.kill_sent:
                 self._idle.append(worker)
             self._find_for_waiters()
         self._hand_over()
@@ -135,7 +135,7 @@ class Leases(Lender[Worker]):
             if not self._take_back(worker):
                 return
             dead = worker.dead
-            if not dead and not worker.doomed and not due:
+            if not dead and not worker.kill_sent and not due:
                 worker.idle_since = time.monotonic()
                 self._idle.append(worker)
             if self._waiters:  # there may be room now for somebody whom others did not admit
@@ -167,7 +167,7 @@ class Leases(Lender[Worker]):
         with self._lock:
             return list(self._idle)
 
-    def expel(self, worker: Worker, since: float) -> bool:
+    def evict(self, worker: Worker, since: float) -> bool:
         """Kill a worker that has been idle since then, if it still is; whether it was."""
         with self._lock:
             if worker not in self._idle or worker.idle_since != since:
@@ -177,12 +177,12 @@ class Leases(Lender[Worker]):
             return True
 
     @property
-    def manned(self) -> bool:
+    def has_any(self) -> bool:
         """Whether there is any worker, idle or held."""
         return bool(self._idle or self._leased)
 
     @property
-    def _lent(self) -> bool:
+    def _any_taken(self) -> bool:
         return bool(self._leased)
 
     def numbers(self) -> tuple[int, int, int]:
@@ -231,7 +231,7 @@ class Leases(Lender[Worker]):
         with self._lock:
             if worker not in self.lost([worker]) or worker.turn != turn:
                 return False
-            doomed = worker.doomed
+            kill_sent = worker.kill_sent
             if worker.leased:
                 self._take_back(worker)
             self._leased.discard(worker)
@@ -239,7 +239,7 @@ class Leases(Lender[Worker]):
             self._signal(worker)  # again perhaps: who was to kill it may have been interrupted
             self._find_for_waiters()
         self._hand_over()
-        return not doomed
+        return not kill_sent
 
     def serve_late(self, older_than: float) -> None:
         """Serve those who wait, where whoever was to do it was interrupted, so many seconds ago."""
@@ -275,11 +275,11 @@ class Leases(Lender[Worker]):
         with self._lock:
             worker.pid = pid
             worker.pidfd = pidfd
-            if worker.doomed:
+            if worker.kill_sent:
                 self._signal(worker)
 
     def _signal(self, worker: Worker) -> None:
-        worker.doomed = True
+        worker.kill_sent = True
         self._signal_with(worker, signal.SIGKILL)
 
     @staticmethod
@@ -290,7 +290,7 @@ class Leases(Lender[Worker]):
             except ProcessLookupError:
                 pass  # it has ended, and its death is on the way to us
 
-    def bury(self, worker: Worker, status: int | None) -> None:
+    def mark_exited(self, worker: Worker, status: int | None) -> None:
         """A worker is dead: it is offered no more, and its holder, if any, is woken to find out."""
         with self._lock:
             worker.dead = True
@@ -317,7 +317,7 @@ class Leases(Lender[Worker]):
         with self._lock:
             self._signal_with(worker, STACKS_SIGNAL)
 
-    def jobs(self) -> list[RoundTrip]:
+    def jobs(self) -> list[Holder]:
         """The jobs that hold a worker now."""
         with self._lock:
             references = [worker.job for worker in self._leased]

@@ -157,7 +157,7 @@ class LogPipe:
             self._skipped += size
             return False
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: close the inherited descriptors and log nothing."""
         for fd in (*self.fds, self._null_fd):
             if fd >= 0:

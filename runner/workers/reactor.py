@@ -105,7 +105,7 @@ class Reactor:
         """End `run` after this callback. Calls that have come in are still made."""
         self._finished = True
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child, where nobody is in `run`: close the inherited descriptors."""
         self._lock = threading.RLock()  # the old one may be held by a thread that is not here
         self._finished = True

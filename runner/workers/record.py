@@ -12,7 +12,7 @@ from .channel import Channel
 from .logs import LogPipe
 
 if TYPE_CHECKING:
-    from ..jobs.round_trip import RoundTrip
+    from .holder import Holder
 
 
 class Worker:
@@ -25,15 +25,16 @@ class Worker:
         "caller",
         "channel",
         "dead",
-        "doomed",
         "exited",
         "failure",
         "failure_says_all",
         "idle_since",
         "job",
         "jobs",
+        "kill_sent",
         "last_job",
         "leased",
+        "limit_exceeded",
         "log",
         "number",
         "ordered_at",
@@ -44,7 +45,6 @@ class Worker:
         "ready_at",
         "status",
         "turn",
-        "verdict",
     )
 
     def __init__(self, number: int, channel: Channel, log: LogPipe) -> None:
@@ -56,17 +56,17 @@ class Worker:
         self.ready = False
         self.leased = False
         self.dead = False
-        self.doomed = False
+        self.kill_sent = False
         self.jobs = 0
         self.provider = ""
         self.ready_at = 0.0
         self.idle_since = 0.0
         self.ordered_at = time.monotonic()
         self.last_job: int | None = None
-        self.verdict = ""
+        self.limit_exceeded = ""
         self.turn = 0
         self.caller: weakref.ref[object] | None = None
-        self.job: weakref.ref[RoundTrip] | None = None
+        self.job: weakref.ref[Holder] | None = None
         self.failure = ""
         self.failure_says_all = False
         self.status: int | None = None
@@ -80,10 +80,10 @@ class Worker:
             return job is None or job.over
         return self.caller is None or self.caller() is None
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: close the inherited descriptors, and leave the process alone."""
-        self.channel.forget()
-        self.log.forget()
+        self.channel.after_fork_in_child()
+        self.log.after_fork_in_child()
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None

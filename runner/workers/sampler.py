@@ -21,7 +21,7 @@ IDLE_SECONDS: Final = 0.5
 """Processor time in seconds that a sandboxed worker may use between two jobs, where it should do nothing."""
 
 
-class Subject(Protocol):
+class Holder(Protocol):
     """A job that is looked after: of a caller, or of nobody any more."""
 
     @property
@@ -37,11 +37,11 @@ class Subject(Protocol):
 
 
 @dataclass(frozen=True)
-class Excess:
+class LimitViolation:
     """A worker's job is over a limit: which one, and in words."""
 
     worker: Worker
-    job: Subject
+    job: Holder
     kind: Literal["memory", "timeout"]
     detail: str
 
@@ -50,7 +50,7 @@ class Excess:
         return self.job.job_id, self.detail, self.worker.pid
 
 
-class Inspector:
+class ProcessSampler:
     """Finds jobs that are over their limits."""
 
     def __init__(self, limits: Limits) -> None:
@@ -58,7 +58,7 @@ class Inspector:
         self._began: dict[int, tuple[str, float]] = {}
         self._idle: dict[int, tuple[float, float]] = {}
 
-    def look(self, jobs: Iterable[tuple[Worker, Subject]]) -> list[Excess]:
+    def look(self, jobs: Iterable[tuple[Worker, Holder]]) -> list[LimitViolation]:
         """Which of these jobs is over a limit now."""
         found = []
         jobs = list(jobs)
@@ -68,11 +68,11 @@ class Inspector:
             if worker.pid is None or worker.dead:
                 continue
             try:
-                excess = self._look_at(worker, job, psutil.Process(worker.pid))
+                violation = self._look_at(worker, job, psutil.Process(worker.pid))
             except psutil.Error:
                 continue  # it has ended meanwhile, which is told elsewhere
-            if excess is not None:
-                found.append(excess)
+            if violation is not None:
+                found.append(violation)
         return found
 
     def look_at_idle(self, workers: Iterable[Worker]) -> list[tuple[Worker, float, str]]:
@@ -102,15 +102,15 @@ class Inspector:
         self._idle = seen
         return found
 
-    def _look_at(self, worker: Worker, job: Subject, process: psutil.Process) -> Excess | None:
+    def _look_at(self, worker: Worker, job: Holder, process: psutil.Process) -> LimitViolation | None:
         limits = self._limits
         # First what is ended at once: of two limits that were passed between two looks this one hurts others.
         limit = limits.memory_bytes
         if limit is not None and (taken := _memory(process, limit)) > limit:
             detail = f"the job took {taken >> 20} MiB of memory, over its limit of {limit >> 20} MiB"
-            return Excess(worker, job, "memory", detail)
+            return LimitViolation(worker, job, "memory", detail)
         if limits.wall_seconds is not None and time.monotonic() > job.began + limits.wall_seconds:
-            return Excess(worker, job, "timeout", over_wall_time(limits.wall_seconds))
+            return LimitViolation(worker, job, "timeout", over_wall_time(limits.wall_seconds))
         if limits.cpu_seconds is not None:
             used = _processor_time(process)
             job_id, before = self._began.get(worker.number, ("", 0.0))
@@ -118,7 +118,7 @@ class Inspector:
                 self._began[worker.number] = (job.job_id, used)
             elif used - before > limits.cpu_seconds:
                 detail = f"the job used more than {limits.cpu_seconds} s of processor time"
-                return Excess(worker, job, "timeout", detail)
+                return LimitViolation(worker, job, "timeout", detail)
         return None
 
 

@@ -36,15 +36,15 @@ from ..model.durations import longest_wait
 from ..wire.frames import FAULT, READY
 from ..wire.messages import FaultReport, Ready
 from ..wire.printable import one_line, quoted
-from .abandoned import LeftJobs, Rest
-from .backoff import RestartBrake
+from .abandoned import AbandonedJobs, Remainder
+from .backoff import RestartBackoff
 from .channel import Channel, make_pipe
 from .leases import Leases
 from .logs import LogPipe
 from .reactor import Reactor
 from .record import Worker
-from .watchdog import Oversight
-from .zygote_client import ZygoteProcess
+from .watchdog import Watchdog
+from .zygote_client import ZygoteClient
 
 logger = logging.getLogger("blastdoor")
 
@@ -118,15 +118,15 @@ class Supervisor:
         self._orders_are_held = False
         leases.retire = lambda worker: self._reactor.call(lambda: self._retire(worker))
         if size.elastic:
-            leases.pressed = self._note_pressure
+            leases.on_saturated = self._on_saturated
         self._env = env
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
-        self._brake = RestartBrake()
+        self._backoff = RestartBackoff()
         self._workers: dict[int, Worker] = {}
         self._numbers = itertools.count(1)
         self._ready_unborn: set[Worker] = set()
-        self._zygote: ZygoteProcess | None = None
+        self._zygote: ZygoteClient | None = None
         self._zygote_heard_at = math.inf
         self._zygote_is_watched = False
         self._zygote_owes_since = 0.0
@@ -137,12 +137,13 @@ class Supervisor:
         self._closing = False
         self._stopping = False
         self._respawn_is_due = False
-        self.forgotten = False
+        self.in_forked_child = False
         self.kind = ""
         self._reactor = Reactor()
         background = None if config.sandbox is None else config.sandbox.background_seconds
-        self._left = LeftJobs(self._reactor, leases, grace, config.limits.wall_seconds, background)
-        self.oversight = Oversight(self._reactor, leases, self._left, config.limits, self._in_service)
+        self._abandoned = AbandonedJobs(self._reactor, leases, grace, config.limits.wall_seconds, background)
+        self.watchdog = Watchdog(self._reactor, leases, self._abandoned, config.limits, self._in_service)
+        self.look_for_lost, self.look_after_jobs = self.watchdog.look_for_lost, self.watchdog.look_after_jobs
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
         self._code_fd = make_snapshot() if config.by_name else -1  # last: nothing after it fails
 
@@ -155,7 +156,7 @@ class Supervisor:
         """
         self._reactor.call(self._start_zygote)
         if self._config.sandbox is not None:
-            self._reactor.call(self.oversight.look_at_idle)
+            self._reactor.call(self.watchdog.look_at_idle)
         try:
             self._thread.start()
         except RuntimeError:
@@ -170,7 +171,7 @@ class Supervisor:
         if self._start_error:
             raise StartError(self._start_error)
 
-    def adopt(self, worker: Worker, rest: Rest) -> None:
+    def adopt(self, worker: Worker, rest: Remainder) -> None:
         """Take over a worker whose caller has left it: in the middle of its job, or to its background work.
 
         It goes back to work if that ends in time, else it is discarded.
@@ -187,16 +188,16 @@ class Supervisor:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: close the inherited descriptors, and leave the processes alone."""
-        self.forgotten = True
-        self.leases.forget()
-        self.events.forget()
+        self.in_forked_child = True
+        self.leases.after_fork_in_child()
+        self.events.after_fork_in_child()
         for worker in self._workers.values():
-            worker.forget()
+            worker.after_fork_in_child()
         if self._zygote is not None:
-            self._zygote.forget()
-        self._reactor.forget()
+            self._zygote.after_fork_in_child()
+        self._reactor.after_fork_in_child()
         self._close_snapshot()
 
     @property
@@ -250,7 +251,7 @@ class Supervisor:
 
     def _start_zygote(self) -> None:
         try:
-            zygote = ZygoteProcess(self._config, self._env, self._code_fd)
+            zygote = ZygoteClient(self._config, self._env, self._code_fd)
         except Exception as error:  # noqa: BLE001 - whatever it was, those who wait for workers are told
             self._start_failed(f"the zygote process can't be started: {type(error).__name__}: {error}")
             self._respawn_after(1.0)
@@ -287,10 +288,10 @@ class Supervisor:
         elif isinstance(news, Died):
             self._unreported.discard(news.worker)
             if (worker := self._workers.get(news.worker)) is not None:  # else it was too late to tell
-                self._bury(worker, news.status)
+                self._on_worker_exit(worker, news.status)
         elif isinstance(news, Stopped):
             if (worker := self._workers.get(news.worker)) is not None:
-                self.oversight.look_at_stopped(worker)
+                self.watchdog.look_at_stopped(worker)
         elif isinstance(news, Lacking):
             for layer in news.layers:
                 logger.warning("the sandbox goes without a layer on this machine: %s", layer)
@@ -318,7 +319,7 @@ class Supervisor:
         inodes = {os.fstat(fd).st_ino for worker in workers for fd in worker.pipe_ends()}
         for worker in workers:
             self.leases.kill(worker)
-            self._bury(worker, -signal.SIGKILL)
+            self._on_worker_exit(worker, -signal.SIGKILL)
         if inodes:
             self._sweep(inodes)
         if self._stopping:
@@ -337,13 +338,13 @@ class Supervisor:
         """A worker has ended. The zygote, which is its parent, tells its status in a moment, or is stuck."""
         if worker.pidfd is not None:
             self._reactor.unwatch(worker.pidfd)
-        self._reactor.after(_STATUS_LIMIT, lambda: self._bury_untold(worker))
+        self._reactor.after(_STATUS_LIMIT, lambda: self._on_exit_untold(worker))
         self._watch_zygote()
         self._unreported.add(worker.number)
 
-    def _bury_untold(self, worker: Worker) -> None:
+    def _on_exit_untold(self, worker: Worker) -> None:
         if not worker.dead:
-            self._bury(worker, None)
+            self._on_worker_exit(worker, None)
 
     def _watch_zygote(self) -> None:
         """Have the zygote looked at as long as it owes us news: it is about to owe some."""
@@ -389,7 +390,7 @@ class Supervisor:
         worker.channel.end_requests()
         self._reactor.after(self._stop_timeout, lambda: self.leases.kill(worker))
 
-    def _note_pressure(self) -> None:
+    def _on_saturated(self) -> None:
         if not self._growth_is_due:
             self._growth_is_due = True
             self._reactor.call(self._grow)
@@ -451,7 +452,7 @@ class Supervisor:
         """Start what is missing, now or when the brake allows it."""
         if self._closing:
             return
-        delay = self._brake.delay(time.monotonic())
+        delay = self._backoff.delay(time.monotonic())
         if delay:
             self._respawn_after(delay)
         elif self._zygote is None:
@@ -469,7 +470,7 @@ class Supervisor:
         if self._orders_are_held:
             return
         missing = self._wanted - len(self._workers) + len(self._retiring)
-        if self._brake.engaged:
+        if self._backoff.engaged:
             starting = any(not worker.ready for worker in self._workers.values())
             missing = 0 if starting else min(missing, 1)  # one try at a time
         for _ in range(missing):
@@ -565,17 +566,17 @@ class Supervisor:
         self.leases.add(worker)
         self.events.emit(WorkerReady(worker.pid, time.monotonic() - worker.ordered_at))
         self._spawn_missing()
-        if not self._started.is_set() and self._manned:
+        if not self._started.is_set() and self._all_ready:
             self._started.set()
 
     @property
-    def _manned(self) -> bool:
+    def _all_ready(self) -> bool:
         """Whether as many workers as are wanted are there, and all ready."""
         return len(self._workers) >= self._wanted and all(worker.ready for worker in self._workers.values())
 
     def _check_settled(self, worker: Worker) -> None:
         if not worker.dead:
-            self._brake.succeeded()
+            self._backoff.succeeded()
 
     def _check_started(self, number: int) -> None:
         worker = self._workers.get(number)
@@ -601,15 +602,15 @@ class Supervisor:
         if self._closing:
             return
         now = time.monotonic()
-        self._brake.failed(now)
-        pause = self._brake.delay(now)
+        self._backoff.failed(now)
+        pause = self._backoff.delay(now)
         self._log_failed_start(why, pause)
-        if self._brake.engaged and not any(worker.ready for worker in self._workers.values()):
+        if self._backoff.engaged and not any(worker.ready for worker in self._workers.values()):
             first_line = why.splitlines()[0]
             self.leases.refuse(
                 lambda: WorkersUnavailable(
                     f"no worker can be started at the moment; the log has all of it: {first_line}",
-                    max(self._brake.delay(time.monotonic()), 1.0),
+                    max(self._backoff.delay(time.monotonic()), 1.0),
                 )
             )
 
@@ -627,27 +628,27 @@ class Supervisor:
 
     # -- ends ----------------------------------------------------------------------------------------
 
-    def _bury(self, worker: Worker, status: int | None) -> None:
+    def _on_worker_exit(self, worker: Worker, status: int | None) -> None:
         """A worker has ended: log its last words, tell its holder, and see to its successor."""
         del self._workers[worker.number]
         self._ready_unborn.discard(worker)
         for fd in (worker.channel.response_fd, worker.channel.request_fd, *worker.log.fds, worker.pidfd or -1):
             self._reactor.unwatch(fd)
         # Of a death in a job, or before the first one, somebody tells, with the last output.
-        worker.log.close(told=not worker.turn or (self.leases.is_leased(worker) and worker not in self._left))
-        self.leases.bury(worker, status)
+        worker.log.close(told=not worker.turn or (self.leases.is_leased(worker) and worker not in self._abandoned))
+        self.leases.mark_exited(worker, status)
         if not self._stopping:
             self.events.deaths += worker not in self._retiring
         self.events.emit(WorkerEnded(worker.pid, *describe_exit(status)[1:], worker.jobs))
         self._retiring.discard(worker)
-        self._left.worker_ended(worker)
+        self._abandoned.worker_ended(worker)
         if self._stopping:
             self._stop_zygote_if_alone()
         elif self._closing:
             pass
         elif self._zygote is not None:
             if worker.turn:  # it was leased; its caller may not even have woken up
-                self._brake.succeeded()  # it did start, whatever its job did to it
+                self._backoff.succeeded()  # it did start, whatever its job did to it
             else:
                 tail = worker.log.tail("")
                 why = worker.failure or (quoted(tail) if tail else "it printed nothing")
@@ -657,21 +658,21 @@ class Supervisor:
                     self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
             self._respawn()
 
-    def _take_left(self, worker: Worker, rest: Rest) -> None:
+    def _take_left(self, worker: Worker, rest: Remainder) -> None:
         if self._closing:
             self.leases.discard(worker)
             return
         try:
-            self._left.take(worker, rest)
+            self._abandoned.take(worker, rest)
         except BaseException:
-            self._left.drop(worker)
+            self._abandoned.drop(worker)
             raise
 
     # -- the end of it all ---------------------------------------------------------------------------
 
     def _begin_stop(self, grace: float) -> None:
         self._closing = self._stopping = True
-        self.oversight.end()
+        self.watchdog.end()
         for worker in self._workers.values():
             if worker.ready and not self.leases.is_leased(worker):
                 worker.channel.end_requests()

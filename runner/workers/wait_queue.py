@@ -19,17 +19,17 @@ from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from ..errors import LeaseTimeout, QueueFull, closed_by
-from ..model.durations import longest_wait, sooner
+from ..model.durations import longest_wait, min_timeout
 from ..model.scope import CancelScope
 from .waiters import Caller, TaskWaiter, ThreadWaiter, Waiter
 
-Loan = TypeVar("Loan")
+Resource = TypeVar("Resource")
 
 _PRESENTED: Final = 5.0
 """Seconds after which whoever presents what was found, in one write, was interrupted in it for sure."""
 
 
-class Lender(ABC, Generic[Loan]):
+class WaitQueue(ABC, Generic[Resource]):
     """The waiting callers: first in, first out, but for those that are not admitted yet.
 
     At most `queue` callers wait, None for any number. `_lock` guards all of it.
@@ -37,20 +37,20 @@ class Lender(ABC, Generic[Loan]):
 
     def __init__(self, queue: int | None) -> None:
         self._queue = queue
-        self.pressed: Callable[[], object] | None = None
-        self._lock = threading.RLock()  # reentrant: a finaliser may give a loan up in the middle of anything
-        self._quiet = threading.Condition(self._lock)
-        self._quiet_by = math.inf
-        self._waiters: deque[Waiter[Loan]] = deque()
-        self._at_hand: dict[Waiter[Loan], float] = {}
-        self._handing_over: dict[Waiter[Loan], float] = {}
+        self.on_saturated: Callable[[], object] | None = None
+        self._lock = threading.RLock()  # reentrant: a finaliser may give a resource up in the middle of anything
+        self._drained = threading.Condition(self._lock)
+        self._drain_until = math.inf
+        self._waiters: deque[Waiter[Resource]] = deque()
+        self._at_hand: dict[Waiter[Resource], float] = {}
+        self._handing_over: dict[Waiter[Resource], float] = {}
         self._refusal: Callable[[], Exception] | None = None
         self._closed = False
 
     # -- what is handed out ------------------------------------------------------------------------
 
     @abstractmethod
-    def _take(self, provider: str, caller: Caller[Loan] | None) -> Loan | None:
+    def _take(self, provider: str, caller: Caller[Resource] | None) -> Resource | None:
         """Hand one out for a job of this provider, if there is one and the job is admitted. Under the lock."""
 
     @abstractmethod
@@ -58,20 +58,20 @@ class Lender(ABC, Generic[Loan]):
         """Whether one more job may run now, of this provider. Under the lock."""
 
     @abstractmethod
-    def _give_up(self, loan: Loan) -> None:
+    def _give_up(self, resource: Resource) -> None:
         """Take back what was found for a caller that waits no more, and has not used it."""
 
-    def _disown(self, loan: Loan) -> None:
+    def _disown(self, resource: Resource) -> None:
         """The caller that it was found for has no say in it any more. Under the lock."""
 
     @property
     @abstractmethod
-    def manned(self) -> bool:
+    def has_any(self) -> bool:
         """Whether there is any, handed out or not."""
 
     @property
     @abstractmethod
-    def _lent(self) -> bool:
+    def _any_taken(self) -> bool:
         """Whether any is handed out."""
 
     # -- callers -----------------------------------------------------------------------------------
@@ -81,19 +81,19 @@ class Lender(ABC, Generic[Loan]):
         timeout: float | None,
         scope: CancelScope | None = None,
         provider: str = "",
-        caller: Caller[Loan] | None = None,
-    ) -> Loan:
+        caller: Caller[Resource] | None = None,
+    ) -> Resource:
         """One that is ready, which the caller then holds until it gives it up.
 
         Waits up to `timeout` seconds, for ever with None, and no longer than the scope lasts. One that is
         found meanwhile is presented to `caller` by whoever gives it up. Raises LeaseTimeout, QueueFull, JobClosed
         where the scope is cancelled, and what `refuse` was given.
         """
-        waiter: ThreadWaiter[Loan] | None = None
+        waiter: ThreadWaiter[Resource] | None = None
         try:
             with self._lock:
-                if (loan := self._take_or_queue(provider, caller)) is not None:
-                    return loan
+                if (resource := self._take_or_queue(provider, caller)) is not None:
+                    return resource
                 waiter = ThreadWaiter(provider, caller)
                 self._enqueue(waiter)
             self._watch(waiter, scope)
@@ -114,14 +114,14 @@ class Lender(ABC, Generic[Loan]):
         timeout: float | None,
         scope: CancelScope | None = None,
         provider: str = "",
-        caller: Caller[Loan] | None = None,
-    ) -> Loan:
+        caller: Caller[Resource] | None = None,
+    ) -> Resource:
         """As `lease`, for a task of an event loop."""
-        waiter: TaskWaiter[Loan] | None = None
+        waiter: TaskWaiter[Resource] | None = None
         try:
             with self._lock:
-                if (loan := self._take_or_queue(provider, caller)) is not None:
-                    return loan
+                if (resource := self._take_or_queue(provider, caller)) is not None:
+                    return resource
                 waiter = TaskWaiter(provider, caller)
                 self._enqueue(waiter)
             self._watch(waiter, scope)
@@ -137,12 +137,12 @@ class Lender(ABC, Generic[Loan]):
             if scope is not None and waiter is not None:
                 scope.unwatch(waiter)
 
-    def _take_or_queue(self, provider: str, caller: Caller[Loan] | None) -> Loan | None:
+    def _take_or_queue(self, provider: str, caller: Caller[Resource] | None) -> Resource | None:
         """One that is there; None where the caller has to wait, and may."""
         if self._refusal is not None:
             raise self._refusal()
-        if (loan := self._take(provider, caller)) is not None:
-            return loan
+        if (resource := self._take(provider, caller)) is not None:
+            return resource
         if self._queue is not None and len(self._waiters) >= self._queue:
             raise QueueFull(
                 f"all workers are busy, and {len(self._waiters)} callers wait already: "
@@ -150,16 +150,16 @@ class Lender(ABC, Generic[Loan]):
             )
         return None
 
-    def _enqueue(self, waiter: Waiter[Loan]) -> None:
+    def _enqueue(self, waiter: Waiter[Resource]) -> None:
         self._waiters.append(waiter)
-        if self.pressed is not None:
-            self.pressed()
+        if self.on_saturated is not None:
+            self.on_saturated()
 
-    def _watch(self, waiter: Waiter[Loan], scope: CancelScope | None) -> None:
+    def _watch(self, waiter: Waiter[Resource], scope: CancelScope | None) -> None:
         if scope is not None:
             scope.watch(waiter, lambda cause: self._fail(waiter, closed_by(cause)))
 
-    def _is_over(self, waiter: Waiter[Loan], timeout: float | None, scope: CancelScope | None) -> bool:
+    def _is_over(self, waiter: Waiter[Resource], timeout: float | None, scope: CancelScope | None) -> bool:
         """Whether a caller has waited long enough. False where something is being handed over to it at this moment."""
         if scope is not None and not waiter.done and (cause := scope.cause) is not None:
             self._fail(waiter, closed_by(cause))  # it is the scope's time that is up
@@ -170,7 +170,7 @@ class Lender(ABC, Generic[Loan]):
                     waiter.told = True
                 return waiter.told
             self._drop(waiter)
-            if not self.manned:
+            if not self.has_any:
                 raise LeaseTimeout(
                     f"no worker had started within {timeout} s: start the pool before its first request "
                     f"(pool.start(), or a with block), or wait longer"
@@ -180,23 +180,23 @@ class Lender(ABC, Generic[Loan]):
                 f"or wait longer (lease_timeout; the client's connect or pool timeout)"
             )
 
-    def _fail(self, waiter: Waiter[Loan], error: Exception) -> None:
+    def _fail(self, waiter: Waiter[Resource], error: Exception) -> None:
         with self._lock:
             if not waiter.done:
                 waiter.error = error
                 self._tell(waiter)
                 self._drop(waiter)
 
-    def _tell(self, waiter: Waiter[Loan]) -> bool:
+    def _tell(self, waiter: Waiter[Resource]) -> bool:
         """Wake a caller up; whether there was anybody. Under the lock."""
         waiter.told = True
         return waiter.wake()
 
-    def _drop(self, waiter: Waiter[Loan]) -> None:
+    def _drop(self, waiter: Waiter[Resource]) -> None:
         if waiter in self._waiters:
             self._waiters.remove(waiter)
 
-    def _withdraw(self, waiter: Waiter[Loan]) -> None:
+    def _withdraw(self, waiter: Waiter[Resource]) -> None:
         """Stop waiting, and give back what was handed over at the same moment."""
         with self._lock:
             self._drop(waiter)
@@ -209,22 +209,22 @@ class Lender(ABC, Generic[Loan]):
         if waiter.found is not None:
             self._take_from(waiter, waiter.found)
 
-    def _take_from(self, waiter: Waiter[Loan], loan: Loan) -> None:
+    def _take_from(self, waiter: Waiter[Resource], resource: Resource) -> None:
         if waiter.caller is not None:
-            waiter.caller.withdraw(loan)
+            waiter.caller.withdraw(resource)
         else:
-            self._give_up(loan)
+            self._give_up(resource)
 
-    def _next_waiter(self) -> Waiter[Loan] | None:
+    def _next_waiter(self) -> Waiter[Resource] | None:
         """Whoever has waited longest of those that are admitted, and for whom nothing was found."""
         for waiter in self._waiters:
             if not waiter.done and self._admits(waiter.provider):
                 return waiter
         return None
 
-    def _find(self, waiter: Waiter[Loan], loan: Loan) -> None:
+    def _find(self, waiter: Waiter[Resource], resource: Resource) -> None:
         """Note what was found for a caller; `_hand_over` has to follow. Under the lock."""
-        waiter.found, self._at_hand[waiter] = loan, time.monotonic()
+        waiter.found, self._at_hand[waiter] = resource, time.monotonic()
         self._waiters.remove(waiter)
 
     def _hand_over(self) -> None:
@@ -246,7 +246,7 @@ class Lender(ABC, Generic[Loan]):
         for waiter in stuck:
             self._end_hand_over(waiter)
 
-    def _hand_over_to(self, waiter: Waiter[Loan]) -> None:
+    def _hand_over_to(self, waiter: Waiter[Resource]) -> None:
         ours = False
         try:
             with self._lock:
@@ -256,15 +256,15 @@ class Lender(ABC, Generic[Loan]):
                     del self._at_hand[waiter]
             if ours and waiter.caller is not None:
                 assert waiter.found is not None
-                waiter.caller.present(waiter.found)
+                waiter.caller.dispatch(waiter.found)
         finally:
             if ours:
                 self._end_hand_over(waiter)
 
-    def _end_hand_over(self, waiter: Waiter[Loan]) -> None:
+    def _end_hand_over(self, waiter: Waiter[Resource]) -> None:
         with self._lock:
-            loan = waiter.found
-            if waiter not in self._handing_over or loan is None:
+            resource = waiter.found
+            if waiter not in self._handing_over or resource is None:
                 return
             del self._handing_over[waiter]
             left = waiter.left
@@ -272,7 +272,7 @@ class Lender(ABC, Generic[Loan]):
                 left = True
                 waiter.found, waiter.error = None, LeaseTimeout("the event loop of this caller has ended")
         if left:
-            self._take_from(waiter, loan)
+            self._take_from(waiter, resource)
 
     # -- refusals, and the end -----------------------------------------------------------------------
 
@@ -298,29 +298,29 @@ class Lender(ABC, Generic[Loan]):
                 self._tell(waiter)
             self._drop(waiter)
 
-    def wait_quiet(self, timeout: float) -> None:
-        """After `close`: wait until nobody holds one, up to `timeout` seconds, or less where `hurry` says so."""
-        with self._quiet:
-            self._hurry(timeout)
-            while self._lent and (left := self._quiet_by - time.monotonic()) > 0:
-                self._quiet.wait(min(left, longest_wait()))
+    def wait_drained(self, timeout: float) -> None:
+        """After `close`: wait until nobody holds one, up to `timeout` seconds, less after `shorten_drain`."""
+        with self._drained:
+            self._shorten_drain(timeout)
+            while self._any_taken and (left := self._drain_until - time.monotonic()) > 0:
+                self._drained.wait(min(left, longest_wait()))
 
-    def hurry(self, timeout: float) -> None:
-        """Have `wait_quiet`, which another thread may be in, end after `timeout` seconds at the latest."""
-        with self._quiet:
-            self._hurry(timeout)
-            self._quiet.notify_all()
+    def shorten_drain(self, timeout: float) -> None:
+        """Have `wait_drained`, which another thread may be in, end after `timeout` seconds at the latest."""
+        with self._drained:
+            self._shorten_drain(timeout)
+            self._drained.notify_all()
 
-    def _hurry(self, timeout: float) -> None:
-        self._quiet_by = min(self._quiet_by, time.monotonic() + timeout)
+    def _shorten_drain(self, timeout: float) -> None:
+        self._drain_until = min(self._drain_until, time.monotonic() + timeout)
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: nobody holds the lock any more."""
         self._lock = threading.RLock()
-        self._quiet = threading.Condition(self._lock)
-        self._quiet_by = math.inf
+        self._drained = threading.Condition(self._lock)
+        self._drain_until = math.inf
 
 
 def _until(timeout: float | None, scope: CancelScope | None) -> float | None:
     """How long to wait at most, in seconds."""
-    return sooner(timeout, None if scope is None else scope.deadline)
+    return min_timeout(timeout, None if scope is None else scope.deadline)

@@ -9,32 +9,32 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ..model.durations import longest_wait
 
-Loan = TypeVar("Loan")
+Resource = TypeVar("Resource")
 Given = TypeVar("Given", contravariant=True)
 
 
 class Caller(Protocol[Given]):
-    """Whoever a loan is for, as far as others may act for it while it waits, or is still to wake up."""
+    """Whoever a resource is for, as far as others may act for it while it waits, or is still to wake up."""
 
-    def present(self, worker: Given, /) -> None:
+    def dispatch(self, worker: Given, /) -> None:
         """The worker was found: have it begin at once. Called by whoever gave it up."""
 
     def withdraw(self, worker: Given, /) -> None:
         """The caller waits no more, and was found a worker at the same moment: see to it."""
 
 
-class Waiter(Generic[Loan]):
-    """What was found for a caller: a loan, or an error. Guarded by the lock of its `Lender`, as is `wake`.
+class Waiter(Generic[Resource]):
+    """What was found for a caller: a resource, or an error. Guarded by the lock of its `WaitQueue`, as is `wake`.
 
     `told` says that it was woken to take it, `left` that it waits no more though something was found.
     """
 
     __slots__ = ("caller", "error", "found", "left", "provider", "told")
 
-    def __init__(self, provider: str, caller: Caller[Loan] | None = None) -> None:
+    def __init__(self, provider: str, caller: Caller[Resource] | None = None) -> None:
         self.provider = provider
         self.caller = caller
-        self.found: Loan | None = None
+        self.found: Resource | None = None
         self.error: Exception | None = None
         self.told = False
         self.left = False
@@ -44,7 +44,7 @@ class Waiter(Generic[Loan]):
         """Whether something was found."""
         return self.found is not None or self.error is not None
 
-    def result(self) -> Loan:
+    def result(self) -> Resource:
         """What was found. Raises the error, where it is one."""
         if self.found is None:
             assert self.error is not None
@@ -56,12 +56,12 @@ class Waiter(Generic[Loan]):
         raise NotImplementedError
 
 
-class ThreadWaiter(Waiter[Loan]):
+class ThreadWaiter(Waiter[Resource]):
     """A thread that waits."""
 
     __slots__ = ("_ready",)
 
-    def __init__(self, provider: str, caller: Caller[Loan] | None = None) -> None:
+    def __init__(self, provider: str, caller: Caller[Resource] | None = None) -> None:
         super().__init__(provider, caller)
         self._ready = threading.Lock()
         self._ready.acquire()
@@ -78,12 +78,12 @@ class ThreadWaiter(Waiter[Loan]):
             left -= longest
 
 
-class TaskWaiter(Waiter[Loan]):
+class TaskWaiter(Waiter[Resource]):
     """A task that waits, of asyncio or trio."""
 
     __slots__ = ("_call", "_event", "_loop")
 
-    def __init__(self, provider: str, caller: Caller[Loan] | None = None) -> None:
+    def __init__(self, provider: str, caller: Caller[Resource] | None = None) -> None:
         import anyio
         from anyio.lowlevel import current_token
 

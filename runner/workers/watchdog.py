@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from ..model.limits import Limits
-    from .abandoned import LeftJobs
+    from .abandoned import AbandonedJobs
     from .leases import Leases
     from .reactor import Reactor
     from .record import Worker
-    from .sampler import Inspector, Subject
+    from .sampler import Holder, ProcessSampler
 
 logger = logging.getLogger("blastdoor")
 
-INSPECTION_INTERVAL: Final = 0.05
+SAMPLE_INTERVAL: Final = 0.05
 """Seconds between two looks at the jobs under way, where limits are set."""
 
 IDLE_INTERVAL: Final = 0.5
@@ -30,14 +30,14 @@ LOST_INTERVAL: Final = 0.25
 """Seconds between two looks, while there are jobs, for workers that nobody holds: the second one is sure."""
 
 
-class Oversight:
+class Watchdog:
     """Ends what is over the pool's limits. `workers` are those in service, none that is to be replaced."""
 
     def __init__(
         self,
         reactor: Reactor,
         leases: Leases,
-        left: LeftJobs,
+        left: AbandonedJobs,
         limits: Limits,
         workers: Callable[[], Iterable[Worker]],
     ) -> None:
@@ -47,11 +47,11 @@ class Oversight:
         self._lost: dict[Worker, int] = {}
         self._reactor = reactor
         self._leases = leases
-        self._left = left
+        self._abandoned = left
         self._limits = limits
-        self._inspector: Inspector | None = None
-        self._inspecting = False
-        self._inspection_is_due = False
+        self._sampler: ProcessSampler | None = None
+        self._sampling = False
+        self._sample_is_due = False
         self._ended = False
 
     def look_for_lost(self) -> None:
@@ -74,12 +74,12 @@ class Oversight:
         """
         if not self._looking_for_lost:
             self.look_for_lost()
-        if self._limits.watched and not self._inspecting:
+        if self._limits.watched and not self._sampling:
             try:
-                self._inspecting = True
-                self._reactor.call(self._begin_inspecting)
+                self._sampling = True
+                self._reactor.call(self._begin_sampling)
             except BaseException:
-                self._inspecting = False
+                self._sampling = False
                 raise
 
     def look_at_idle(self) -> None:
@@ -87,8 +87,8 @@ class Oversight:
         if self._ended:
             return
         self._reactor.after(IDLE_INTERVAL, self.look_at_idle)
-        for worker, since, words in self._make_inspector().look_at_idle(self._leases.idle()):
-            if self._leases.expel(worker, since):
+        for worker, since, words in self._make_sampler().look_at_idle(self._leases.idle()):
+            if self._leases.evict(worker, since):
                 logger.error("worker %s %s without a job, and is killed", worker.pid, words)
 
     def look_at_stopped(self, worker: Worker) -> None:
@@ -98,7 +98,7 @@ class Oversight:
         """
         if self._ended or worker.dead or not _is_stopped(worker.pid):
             return
-        if self._leases.expel(worker, worker.idle_since):
+        if self._leases.evict(worker, worker.idle_since):
             logger.error("worker %s was stopped without a job, and is killed", worker.pid)
         else:
             self._reactor.after(IDLE_INTERVAL, lambda: self.look_at_stopped(worker))
@@ -113,7 +113,7 @@ class Oversight:
         if self._ended:
             return
         self._leases.serve_late(LOST_INTERVAL)
-        lost = self._leases.lost(worker for worker in self._workers() if worker not in self._left)
+        lost = self._leases.lost(worker for worker in self._workers() if worker not in self._abandoned)
         for worker, turn in lost.items():
             if self._lost.get(worker) == turn and self._leases.reclaim(worker, turn):
                 logger.error("worker %s was lost by a job that was interrupted, and is replaced", worker.pid)
@@ -126,39 +126,39 @@ class Oversight:
         """Look no more."""
         self._ended = True
 
-    def _begin_inspecting(self) -> None:
-        if not self._inspection_is_due:  # a caller that came in between two looks began it anew
-            self._inspect()
+    def _begin_sampling(self) -> None:
+        if not self._sample_is_due:  # a caller that came in between two looks began it anew
+            self._sample()
 
-    def _inspect(self) -> None:
-        self._inspection_is_due = False
-        inspector = self._make_inspector()
-        self._inspecting = False
+    def _sample(self) -> None:
+        self._sample_is_due = False
+        sampler = self._make_sampler()
+        self._sampling = False
         leased = self._leases.leased()
         if not leased or self._ended:
             return  # the next job begins it anew
-        self._inspecting = True
-        self._inspection_is_due = True
-        self._reactor.after(INSPECTION_INTERVAL, self._inspect)
-        for excess in inspector.look(self._jobs_of(leased)):
-            if excess.kind == "timeout":
-                excess.job.over_time(excess.detail)
-            elif not excess.job.settled:
-                excess.worker.verdict = excess.detail
-                logger.error("job %s: %s: worker %s is killed", *excess.words())
-                self._leases.kill(excess.worker)
+        self._sampling = True
+        self._sample_is_due = True
+        self._reactor.after(SAMPLE_INTERVAL, self._sample)
+        for violation in sampler.look(self._jobs_of(leased)):
+            if violation.kind == "timeout":
+                violation.job.over_time(violation.detail)
+            elif not violation.job.settled:
+                violation.worker.limit_exceeded = violation.detail
+                logger.error("job %s: %s: worker %s is killed", *violation.words())
+                self._leases.kill(violation.worker)
 
-    def _make_inspector(self) -> Inspector:
-        if self._inspector is None:
-            from .sampler import Inspector  # psutil is loaded where limits are set
+    def _make_sampler(self) -> ProcessSampler:
+        if self._sampler is None:
+            from .sampler import ProcessSampler  # psutil is loaded where limits are set
 
-            self._inspector = Inspector(self._limits)
-        return self._inspector
+            self._sampler = ProcessSampler(self._limits)
+        return self._sampler
 
-    def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, Subject]]:
+    def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, Holder]]:
         """The jobs that are to be held to the limits. A caller's is held fast before anything is found out about it."""
         for worker in workers:
-            if (left := self._left.of(worker)) is not None:
+            if (left := self._abandoned.of(worker)) is not None:
                 yield worker, left
             elif (reference := worker.job) is not None and (job := reference()) is not None:
                 yield worker, job

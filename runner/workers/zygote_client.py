@@ -29,7 +29,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode_news = msgspec.msgpack.Decoder(News).decode
 
 
-class ZygoteProcess:
+class ZygoteClient:
     """A running zygote. `pidfd` and `control_fd` are to be watched; `close` frees all, once it has ended.
 
     `silent` is set once its end of the control socket is closed: there will be no more news.
@@ -131,10 +131,10 @@ class ZygoteProcess:
         os.close(self.pidfd)
         return status
 
-    def forget(self) -> None:
+    def after_fork_in_child(self) -> None:
         """In a forked child: close the inherited descriptors, and leave the process alone."""
         self._process.returncode = 0  # not ours to wait for
-        self.log.forget()
+        self.log.after_fork_in_child()
         self._control.close()
         os.close(self.pidfd)
 

@@ -21,9 +21,9 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from runner.cluster.fleet import BEAT
-from runner.cluster.link import GIVE_UP, SILENT
-from runner.cluster.placement import PATIENCE, Node, Placement, Seat
+from runner.cluster.agent_client import GIVE_UP, SILENT
+from runner.cluster.nodes import BEAT
+from runner.cluster.placement import PATIENCE, Node, Placement, Slot
 from runner.workers.waiters import Waiter
 
 ONE_WAY: Final = 0.0005
@@ -52,11 +52,11 @@ class Job:
     host: Host
     asked: float
     seconds: float
-    seat: Seat | None = None
+    slot: Slot | None = None
     done: bool = False
 
 
-class Asker(Waiter[Seat]):
+class Asker(Waiter[Slot]):
     """A job that waits in its host's queue."""
 
     __slots__ = ("job",)
@@ -80,12 +80,12 @@ class TimedPlacement(Placement):
 
     def ask(self, asker: Asker) -> None:
         began = time.perf_counter()
-        seat = self._take("")
+        slot = self._take("")
         self.decisions.append(time.perf_counter() - began)
-        if seat is None:
+        if slot is None:
             self._enqueue(asker)
         else:
-            asker.found = seat
+            asker.found = slot
             asker.wake()
 
 
@@ -168,15 +168,15 @@ class Host:
             job = self.jobs.pop(number)
             job.done = True
             world.lost += 1
-            assert job.seat is not None
-            self.placement.give_back(job.seat)
+            assert job.slot is not None
+            self.placement.give_back(job.slot)
 
     def ask(self, job: Job) -> None:
         self.placement.ask(Asker(job))
 
-    def place(self, job: Job, seat: Seat) -> None:
-        job.seat = seat
-        agent = self.agents[seat.node.name]
+    def place(self, job: Job, slot: Slot) -> None:
+        job.slot = slot
+        agent = self.agents[slot.node.name]
         self.under_way.setdefault(agent.name, set()).add(id(job))
         self.jobs[id(job)] = job
         if not agent.alive:
@@ -188,8 +188,8 @@ class Host:
     def _leaves(self, job: Job) -> bool:
         if job.done:
             return False
-        assert job.seat is not None
-        self.under_way[job.seat.node.name].discard(id(job))
+        assert job.slot is not None
+        self.under_way[job.slot.node.name].discard(id(job))
         del self.jobs[id(job)]
         return True
 
@@ -197,13 +197,13 @@ class Host:
         if self._leaves(job):
             job.done = True
             world.ended += 1
-            assert job.seat is not None
-            self.placement.give_back(job.seat)
+            assert job.slot is not None
+            self.placement.give_back(job.slot)
 
     def busy(self, job: Job) -> None:
         if self._leaves(job):
-            assert job.seat is not None
-            self.placement.full(job.seat)
+            assert job.slot is not None
+            self.placement.full(job.slot)
             self.ask(job)
 
 

@@ -24,7 +24,7 @@ from runner import (
     Request,
     Sandbox,
 )
-from runner.sandbox.mounts import Stage
+from runner.sandbox.mounts import MountNamespace
 
 USER = 54321
 SECRET = "the-host-s-own-secret"
@@ -37,7 +37,7 @@ def become_user() -> None:
     """Go on as an ordinary user, who can reach the interpreter and the project."""
     here = os.getcwd()
     needed = [here, sys.prefix, sys.base_prefix, *site.getsitepackages(), *filter(os.path.isdir, sys.path)]
-    Stage(needed, other_users=True)
+    MountNamespace(needed, other_users=True)
     os.chmod("/tmp", 0o1777)
     os.chdir(here)
     os.setgroups([])

@@ -4,7 +4,7 @@ gateway = Gateway(pool)                                     # any ASGI server ca
 gateway = Gateway({"/openai": openai, "/tools": tools})     # several mounts, each with a pool of its own
 """
 
-from transport.gateway.app import Answered, Gateway
+from transport.gateway.app import Gateway, RequestFinished
 from transport.gateway.mounts import Mount, TrustedHeaders
 
-__all__ = ["Answered", "Gateway", "Mount", "TrustedHeaders"]
+__all__ = ["RequestFinished", "Gateway", "Mount", "TrustedHeaders"]

@@ -2,7 +2,7 @@
 
 It streams both ways and passes on what belongs to the message, not to the connection. Faults are problem+json before
 the head; after it the app raises, so that its server breaks the connection off and no client takes the part for the
-whole. Every request ends in one `Answered`, which logs and metrics subscribe to.
+whole. Every request ends in one `RequestFinished`, which logs and metrics subscribe to.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from runner.model.request import INLINE, Request
 from runner.wire.messages import JobContext, ResponseHead
 from transport.errors import TargetEscapes
 from transport.faults import problem, refusal
-from transport.gateway.answer import MOST, Answer, Send, end_to_end
-from transport.gateway.caller import AttendedCaller, BodyTooLarge, BodyTooSlow, Caller, ClientGone, Receive
+from transport.gateway.client import AttendedClient, BodyTooLarge, BodyTooSlow, ClientConnection, ClientGone, Receive
 from transport.gateway.mounts import Mount, Mounts, Unauthorized
+from transport.gateway.response import MOST, ClientResponse, Send, end_to_end
 from transport.gateway.traces import Span, span_of
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Connection(Protocol):
         """What was begun of the answer comes to no end."""
 
 
-class Answered(msgspec.Struct, frozen=True):
+class RequestFinished(msgspec.Struct, frozen=True):
     """A request at the gateway is over: what was asked, by whom, what was sent of the answer, in how many seconds.
 
     `status` is None where the client had gone before there was one; `whole` tells whether all of the answer was sent.
@@ -113,7 +113,7 @@ class Gateway:
         self._mounts = Mounts({path: m if isinstance(m, Mount) else Mount(m) for path, m in mounts.items()})
         self._max_body = max_body
         self._body_timeout = body_timeout
-        self._subscribers: tuple[Callable[[Answered], object], ...] = ()
+        self._subscribers: tuple[Callable[[RequestFinished], object], ...] = ()
         self.active = 0
 
     @property
@@ -130,7 +130,7 @@ class Gateway:
         mount.pool, old = pool, mount.pool
         return old
 
-    def subscribe(self, subscriber: Callable[[Answered], object]) -> None:
+    def subscribe(self, subscriber: Callable[[RequestFinished], object]) -> None:
         """Have `subscriber` called with each request that is over, in the event loop: it should be quick."""
         self._subscribers = (*self._subscribers, subscriber)
 
@@ -162,7 +162,7 @@ class Gateway:
             if kind == "lifespan.shutdown":
                 return
 
-    def _tell(self, answered: Answered) -> None:
+    def _tell(self, answered: RequestFinished) -> None:
         for subscriber in self._subscribers:
             try:
                 subscriber(answered)
@@ -191,8 +191,8 @@ class _Service:
         self._span: Span | None = None
         self._failure: Exception | None = None
         self._connection: Connection | None = (scope.get("extensions") or {}).get(EXTENSION)
-        self._answer = Answer(send, phrases=self._connection is not None)
-        self._caller: Caller | None = None
+        self._answer = ClientResponse(send, phrases=self._connection is not None)
+        self._caller: ClientConnection | None = None
         self._version: str = scope.get("http_version", "1.1")
         self._headers = [
             (name.decode("latin-1"), value.decode("latin-1").strip(" \t")) for name, value in scope["headers"]
@@ -218,13 +218,13 @@ class _Service:
             limits = self._gateway._body_timeout, self._gateway._max_body
             if self._connection is not None:
                 with anyio.CancelScope() as scope:
-                    caller = self._caller = Caller(self._receive, scope.cancel, *limits)
+                    caller = self._caller = ClientConnection(self._receive, scope.cancel, *limits)
                     self._connection.on_lost(caller.lost)
                     await self._try(mount, request, context, caller)
             else:
                 async with anyio.create_task_group() as group:
                     leave = group.cancel_scope.cancel
-                    attended = AttendedCaller(self._receive, leave, *limits, hold=self._expects)
+                    attended = AttendedClient(self._receive, leave, *limits, hold=self._expects)
                     caller = self._caller = attended
                     group.start_soon(attended.listen)
                     await self._try(mount, request, context, caller)
@@ -277,14 +277,14 @@ class _Service:
 
     # -- the job -------------------------------------------------------------------------------------
 
-    async def _try(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> None:
+    async def _try(self, mount: Mount, request: Request, context: JobContext, caller: ClientConnection) -> None:
         try:
             with self._span.active() if self._span is not None else nullcontext():
                 await self._serve(mount, request, context, caller)
         except (BlastdoorError, BodyTooLarge, BodyTooSlow, ClientGone, OSError) as error:
             self._failure = error
 
-    async def _serve(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> None:
+    async def _serve(self, mount: Mount, request: Request, context: JobContext, caller: ClientConnection) -> None:
         """Have a job answer. Raises what ends the answer after its head."""
         try:
             job = await self._open(mount, request, context, caller)
@@ -311,7 +311,7 @@ class _Service:
             async with job:
                 await self._pass_on(mount, job)
 
-    async def _open(self, mount: Mount, request: Request, context: JobContext, caller: Caller) -> AnyAsyncJob:
+    async def _open(self, mount: Mount, request: Request, context: JobContext, caller: ClientConnection) -> AnyAsyncJob:
         """Have a worker take the request. A small body is there before one is leased: it can't be held by it."""
         length = self._length
         if length is None and self._connection is not None:
@@ -363,7 +363,7 @@ class _Service:
         if self._expects and self._version.startswith("1") and (caller is None or not caller.asked):
             head = msgspec.structs.replace(head, headers=[*head.headers, ("connection", "close")])
         await self._answer.start(head)
-        if isinstance(caller, AttendedCaller):
+        if isinstance(caller, AttendedClient):
             caller.want()
 
     def _finish(self) -> None:
@@ -372,7 +372,7 @@ class _Service:
         if self._span is not None:
             self._span.end(answer.status, self._job_id)
         self._gateway._tell(
-            Answered(
+            RequestFinished(
                 self._mount,
                 self._method,
                 self._target,

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from runner.metrics import SECONDS
 
 if TYPE_CHECKING:
-    from transport.gateway.app import Answered, Gateway
+    from transport.gateway.app import Gateway, RequestFinished
 
 METHODS: Final = frozenset(("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"))
 """Others are counted as `_OTHER`: a client must not make up labels."""
@@ -50,7 +50,7 @@ class RequestMetrics:
         active.set_function(lambda: gateway.active)
         gateway.subscribe(self._count)
 
-    def _count(self, answered: Answered) -> None:
+    def _count(self, answered: RequestFinished) -> None:
         method = answered.method if answered.method in METHODS else "_OTHER"
         key = method, answered.status if answered.status in _STATUSES else _class_of(answered.status), answered.mount
         children = self._children.get(key)

@@ -29,7 +29,7 @@ from runner.metrics import PoolMetrics
 from runner.model.limits import Limits, parse_size
 from runner.model.sandbox import Sandbox
 from runner.wire.printable import one_line
-from transport.gateway import Answered, Gateway
+from transport.gateway import Gateway, RequestFinished
 from transport.gateway.app import BrokenOff
 from transport.serving.addresses import bind_path, bind_port, inherited, name_of
 from transport.serving.admin import make_admin
@@ -435,7 +435,7 @@ def _log_refused(client: str, status: int, reason: str) -> None:
     access_logger.info('%s "-" %d refused: %s', _shown(client) or "-", status, one_line(reason), extra=extra)
 
 
-def _log_access(answered: Answered, *, queries: bool = True) -> None:
+def _log_access(answered: RequestFinished, *, queries: bool = True) -> None:
     asked = answered.target if queries else answered.target.partition("?")[0]
     target = _shown(asked)
     access_logger.info(

@@ -22,7 +22,7 @@ from runner.wire.printable import one_line
 
 if TYPE_CHECKING:
     from runner.protocols import AnyPool
-    from transport.gateway.app import Answered, Gateway
+    from transport.gateway.app import Gateway, RequestFinished
 
 _EPOCH: Final = time.time() - time.monotonic()
 
@@ -169,7 +169,7 @@ class Status:
             ],
         }
 
-    def _count(self, answered: Answered) -> None:
+    def _count(self, answered: RequestFinished) -> None:
         now = int(self._clock())
         with self._lock:
             if not self._seconds or self._seconds[-1].at < now:

@@ -1,4 +1,4 @@
-"""What a loaded handler is to its worker: a bridge that is called with one job after another."""
+"""What a loaded handler is to its worker: an adapter that is called with one job after another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..pipes import IncomingRequest, OutgoingResponse
 
 
-class Bridge(ABC):
+class Adapter(ABC):
     """A handler that is called as a function."""
 
     kind: ClassVar[HandlerKind]

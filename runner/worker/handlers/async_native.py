@@ -51,31 +51,31 @@ class AsyncHandlerRequest(RequestView):
 class AsyncHandlerResponse(FreezingHeaders):
     """The response that an async native handler writes: as `HandlerResponse`, to be awaited."""
 
-    __slots__ = ("_outgoing",)
+    __slots__ = ("_response",)
 
-    def __init__(self, outgoing: AsyncResponse) -> None:
+    def __init__(self, writer: AsyncResponse) -> None:
         super().__init__()
-        self._outgoing = outgoing
+        self._response = writer
 
     async def write_header(self, status: int) -> None:
         """Send the head with this status and the headers set so far. A second head is ignored, with a log line.
 
         TypeError or ValueError for a status or a header that HTTP does not allow.
         """
-        if self._outgoing.started:
+        if self._response.started:
             log_line(f"a second head, with status {status!r}, was ignored: the first one stands")
             return
-        await self._outgoing.start(status, self.freeze())
+        await self._response.start(status, self.freeze())
 
     async def write(self, data: Data) -> None:
         """Send body bytes; they are on their way when it returns. OSError once the caller has left."""
         size = memoryview(data).nbytes
-        if self._outgoing.started:
-            await self._outgoing.write(data)
+        if self._response.started:
+            await self._response.write(data)
         elif size:
-            await self._outgoing.start_with(200, self.freeze(), data)
+            await self._response.start_with(200, self.freeze(), data)
         else:
-            await self._outgoing.start(200, self.freeze())
+            await self._response.start(200, self.freeze())
 
     async def flush(self) -> None:
         """Do nothing: every write is sent at once. It is here for code that looks for it."""
@@ -83,11 +83,11 @@ class AsyncHandlerResponse(FreezingHeaders):
     async def finish(self, data: bytes, *, sized: bool = False) -> None:
         """Send the rest and the end; with a Content-Length where that is the whole body."""
         headers: list[Header] = []
-        if not self._outgoing.started:
+        if not self._response.started:
             headers = self.freeze()
             if sized:
                 headers = with_length(200, headers, len(data))
-        await self._outgoing.finish(200, headers, data)
+        await self._response.finish(200, headers, data)
 
 
 class AsyncNativeBridge(AsyncBridge):
@@ -99,8 +99,8 @@ class AsyncNativeBridge(AsyncBridge):
         self._handler = handler
 
     async def __call__(self, request: AsyncRequest, response: AsyncResponse) -> None:
-        outgoing = AsyncHandlerResponse(response)
-        result: object = await self._handler(AsyncHandlerRequest(request), outgoing)
+        writer = AsyncHandlerResponse(response)
+        result: object = await self._handler(AsyncHandlerRequest(request), writer)
         if result is not None and not isinstance(result, bytes):
             raise TypeError(f"the handler returned a {type(result).__name__}: it may return its body as bytes, or None")
-        await outgoing.finish(result or b"", sized=result is not None and request.head.method != "HEAD")
+        await writer.finish(result or b"", sized=result is not None and request.head.method != "HEAD")

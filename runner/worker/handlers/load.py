@@ -18,7 +18,7 @@ from ...control.orders import ZygoteConfig
 from ...errors import PlainError
 from ...model.handler_spec import APPS, FACTORIES, Call, parse_handler_spec
 from ...wire.messages import HandlerKind
-from .adapter import AsyncBridge, Bridge
+from .adapter import Adapter, AsyncBridge
 
 _REQUEST_NAMES = frozenset({"request", "req", "r", "rq"})
 _ENVIRON_NAMES = frozenset({"environ", "env", "environment", "wsgi_environ"})
@@ -29,8 +29,8 @@ class HandlerError(PlainError):
     """The handler can't be used: it is not there, is not callable, or is of another kind than was said."""
 
 
-def load(config: ZygoteConfig) -> Bridge | AsyncBridge:
-    """Import or unpickle the handler and give the bridge that calls it."""
+def load(config: ZygoteConfig) -> Adapter | AsyncBridge:
+    """Import or unpickle the handler and give the adapter that calls it."""
     if config.pickle is None:
         target = import_handler(config.handler, factory=config.factory)
     else:

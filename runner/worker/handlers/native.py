@@ -15,7 +15,7 @@ from ...wire.headers import Headers
 from ...wire.messages import Header, JobContext, RequestHead
 from ...wire.response_frames import with_length
 from ..pipes import IncomingRequest, OutgoingResponse
-from .adapter import Bridge
+from .adapter import Adapter
 from .body import body_reader
 
 Handler = Callable[["HandlerRequest", "HandlerResponse"], bytes | None]
@@ -139,30 +139,30 @@ class HandlerResponse(FreezingHeaders):
     without a head implies 200.
     """
 
-    __slots__ = ("_outgoing",)
+    __slots__ = ("_response",)
 
-    def __init__(self, outgoing: OutgoingResponse) -> None:
+    def __init__(self, writer: OutgoingResponse) -> None:
         super().__init__()
-        self._outgoing = outgoing
+        self._response = writer
 
     def write_header(self, status: int) -> None:
         """Send the head with this status and the headers set so far. A second head is ignored, with a log line.
 
         TypeError or ValueError for a status or a header that HTTP does not allow.
         """
-        if self._outgoing.started:
+        if self._response.started:
             log_line(f"a second head, with status {status!r}, was ignored: the first one stands")
             return
-        self._outgoing.start(status, self.freeze())
+        self._response.start(status, self.freeze())
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send body bytes; they are on their way when it returns."""
-        if self._outgoing.started:
-            self._outgoing.write(data)
+        if self._response.started:
+            self._response.write(data)
         elif memoryview(data).nbytes:
-            self._outgoing.start_with(200, self.freeze(), data)
+            self._response.start_with(200, self.freeze(), data)
         else:
-            self._outgoing.start(200, self.freeze())
+            self._response.start(200, self.freeze())
 
     def flush(self) -> None:
         """Do nothing: every write is sent at once. It is here for code that looks for it."""
@@ -170,11 +170,11 @@ class HandlerResponse(FreezingHeaders):
     def finish(self, data: bytes, *, sized: bool = False) -> None:
         """Send the rest and the end; with a Content-Length where that is the whole body."""
         headers: list[Header] = []
-        if not self._outgoing.started:
+        if not self._response.started:
             headers = self.freeze()
             if sized:
                 headers = with_length(200, headers, len(data))
-        self._outgoing.finish(200, headers, [data])
+        self._response.finish(200, headers, [data])
 
 
 class FrozenHeaders(Headers):
@@ -192,7 +192,7 @@ class FrozenHeaders(Headers):
         log_line(f"header {name!r} was added after the head was sent, and is ignored")
 
 
-class NativeBridge(Bridge):
+class NativeBridge(Adapter):
     """Calls a native handler."""
 
     kind = "native"
@@ -201,11 +201,11 @@ class NativeBridge(Bridge):
         self._handler = handler
 
     def __call__(self, request: IncomingRequest, response: OutgoingResponse) -> None:
-        outgoing = HandlerResponse(response)
-        result: object = self._handler(HandlerRequest(request), outgoing)
+        writer = HandlerResponse(response)
+        result: object = self._handler(HandlerRequest(request), writer)
         if result is not None and not isinstance(result, bytes):
             raise TypeError(f"the handler returned a {type(result).__name__}: it may return its body as bytes, or None")
-        outgoing.finish(result or b"", sized=result is not None and request.head.method != "HEAD")
+        writer.finish(result or b"", sized=result is not None and request.head.method != "HEAD")
 
 
 def log_line(line: str) -> None:

@@ -12,7 +12,7 @@ from ...wire.headers import check_phrase, content_length, plain_headers
 from ...wire.messages import MOST_PHRASE, PHRASES, Header
 from ...wire.response_frames import with_length
 from ..pipes import IncomingRequest, OutgoingResponse
-from .adapter import Bridge
+from .adapter import Adapter
 from .body import body_and_size
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
@@ -23,7 +23,7 @@ _SPOOLED_IN_MEMORY: Final = 1 << 20
 _PIECE: Final = 64 * 1024
 
 
-class WSGIBridge(Bridge):
+class WSGIBridge(Adapter):
     """Calls a WSGI app. `root_path` is the SCRIPT_NAME of requests that lie under it."""
 
     kind = "wsgi"

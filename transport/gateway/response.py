@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from runner.wire.messages import Header, ResponseHead
-from transport.gateway.caller import Message
+from transport.gateway.client import Message
 
 Send = Callable[[Message], Awaitable[None]]
 
@@ -19,7 +19,7 @@ MOST: Final = 599
 """The highest status code of HTTP (RFC 9110, 15)."""
 
 
-class Answer:
+class ClientResponse:
     """Sends one response. OSError, from some servers, where the client has gone.
 
     `phrases` says that the server takes a `reason` of the app's own, which ASGI does not know.

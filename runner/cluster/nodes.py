@@ -24,10 +24,9 @@ from ..errors import PoolClosed, StartError, WorkersUnavailable
 from ..events import WorkerInfo
 from . import session
 from .agent import Agent
-from .link import Link
+from .agent_client import AgentClient, ClusterContext
 from .messages import Joined, decode
 from .placement import Node
-from .round_trip import Host
 
 logger = logging.getLogger("blastdoor")
 
@@ -62,7 +61,7 @@ MOST_WORKERS: Final = 1000
 
 
 class Agents:
-    """What a fleet's agents are made from.
+    """What a manager's agents are made from.
 
     `workers` is how many there are at most on each node, None for one per core that Ray counts there. `shared` says
     that other pools may use the same ones.
@@ -103,16 +102,16 @@ class Agents:
         )
 
 
-class Fleet:
+class NodeManager:
     """Finds the nodes, has an agent on each, and knows which of them answer."""
 
-    def __init__(self, host: Host, agents: Agents, start_timeout: float) -> None:
+    def __init__(self, host: ClusterContext, agents: Agents, start_timeout: float) -> None:
         self._host = host
         self._agents = agents
         self._start_timeout = start_timeout
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._poke = threading.Event()
+        self._notify = threading.Event()
         self._pulse = threading.Event()
         self._ended = False
         self._looked = False
@@ -130,7 +129,7 @@ class Fleet:
         """Begin to follow the cluster. StartError where the system gives no thread."""
         try:
             self._spawn(self._follow_nodes, "blastdoor-nodes")
-            self._spawn(self._beat, "blastdoor-pulse")
+            self._spawn(self._beat, "blastdoor-heartbeat")
         except RuntimeError as error:
             self.end()
             raise StartError(f"the pool can't start its threads: {error}") from error
@@ -163,7 +162,7 @@ class Fleet:
             self._ended = True
             threads = list(self._threads)
             self._changed.notify_all()
-        self._poke.set()
+        self._notify.set()
         self._pulse.set()
         until = time.monotonic() + _END_PATIENCE
         for thread in threads:
@@ -197,14 +196,14 @@ class Fleet:
 
     def numbers(self) -> tuple[int, int, int]:
         """How many workers are starting, how many idle, and how many have died, as the agents last told."""
-        pulses = [link.pulse for link in list(self._host.links.values())]
-        deaths = self._deaths + sum(pulse.deaths for pulse in pulses)
-        return sum(pulse.starting for pulse in pulses), sum(pulse.idle for pulse in pulses), deaths
+        pulses = [link.heartbeat for link in list(self._host.links.values())]
+        deaths = self._deaths + sum(heartbeat.deaths for heartbeat in pulses)
+        return sum(heartbeat.starting for heartbeat in pulses), sum(heartbeat.idle for heartbeat in pulses), deaths
 
     def workers(self) -> list[WorkerInfo]:
         """The workers of all nodes, as the agents last told."""
         links = list(self._host.links.values())
-        return [_at(worker, link.node.address) for link in links for worker in link.pulse.workers]
+        return [_at(worker, link.node.address) for link in links for worker in link.heartbeat.workers]
 
     # -- the nodes' thread -------------------------------------------------------------------------
 
@@ -219,8 +218,8 @@ class Fleet:
                 if not blind:
                     logger.error("the nodes of the Ray cluster can't be listed: %s: %s", type(error).__name__, error)
                 blind = True
-            self._poke.wait(LOOK)
-            self._poke.clear()
+            self._notify.wait(LOOK)
+            self._notify.clear()
 
     def _look(self) -> None:
         alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
@@ -264,8 +263,8 @@ class Fleet:
             if joined.error:
                 error = joined.error
                 raise Unready(f"no worker can be started there: {joined.error}")
-            pulse = self._await(actor.ping.remote(self._host.name, joined.seen, logger.getEffectiveLevel()))
-            self._add(actor, Node(name, address, min(joined.capacity, MOST_WORKERS)), pulse)
+            heartbeat = self._await(actor.ping.remote(self._host.name, joined.seen, logger.getEffectiveLevel()))
+            self._add(actor, Node(name, address, min(joined.capacity, MOST_WORKERS)), heartbeat)
         except Exception as why:  # noqa: BLE001 - Ray has no one root for what it raises here
             failure = f"no agent on node {address}: {why}"
             if not self._ended:
@@ -300,10 +299,10 @@ class Fleet:
                 raise Unready("it was not ready in time")
         raise Unready("the pool is closed")
 
-    def _add(self, actor: Any, node: Node, pulse: object) -> None:
-        link = Link(actor, node, self._host, poke=self._pulse.set)
+    def _add(self, actor: Any, node: Node, heartbeat: object) -> None:
+        link = AgentClient(actor, node, self._host, notify=self._pulse.set)
         link.on_lost = self._lost
-        link.pulsed(time.monotonic(), pulse)
+        link.pulsed(time.monotonic(), heartbeat)
         with self._lock:
             if self._ended:
                 raise Unready("the pool is closed")
@@ -311,17 +310,17 @@ class Fleet:
             self._host.placement.add(node)
         logger.info("node %s takes part, with %d workers", node.address, node.capacity)
 
-    def _lost(self, link: Link) -> None:
+    def _lost(self, link: AgentClient) -> None:
         """A link's agent is gone, or cut off: have another one made, where its node still lives."""
         with self._lock:
-            self._deaths += link.pulse.deaths
+            self._deaths += link.heartbeat.deaths
             if self._host.links.get(link.node.name) is link:
                 del self._host.links[link.node.name]
             if not self._ended:
                 self._lost_actors[link.node.name] = link.actor
-        self._poke.set()
+        self._notify.set()
 
-    # -- the pulse's thread ------------------------------------------------------------------------
+    # -- the heartbeat's thread ------------------------------------------------------------------------
 
     def _beat(self) -> None:
         next_beat = 0.0

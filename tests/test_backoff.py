@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from runner.workers.backoff import RestartBrake
+from runner.workers.backoff import RestartBackoff
 
 
 def test_the_budget_costs_no_pause() -> None:
     """F8: a few deaths in start-up are followed by a new start at once."""
-    brake = RestartBrake(budget=5, window=10)
+    brake = RestartBackoff(budget=5, window=10)
     for _ in range(4):
         brake.failed(100.0)
         assert brake.delay(100.0) == 0
@@ -16,7 +16,7 @@ def test_the_budget_costs_no_pause() -> None:
 
 def test_pauses_double_to_a_ceiling() -> None:
     """F8: past the budget each try costs twice the pause of the one before, up to the longest."""
-    brake = RestartBrake(budget=2, window=10, first_pause=1, longest_pause=5)
+    brake = RestartBackoff(budget=2, window=10, first_pause=1, longest_pause=5)
     now = 100.0
     brake.failed(now)
     pauses = []
@@ -30,7 +30,7 @@ def test_pauses_double_to_a_ceiling() -> None:
 
 def test_old_failures_are_forgotten() -> None:
     """F8: the budget is per time window."""
-    brake = RestartBrake(budget=2, window=10)
+    brake = RestartBackoff(budget=2, window=10)
     for now in (0.0, 11.0, 22.0, 33.0):
         brake.failed(now)
         assert not brake.engaged
@@ -38,7 +38,7 @@ def test_old_failures_are_forgotten() -> None:
 
 def test_a_success_releases_the_brake() -> None:
     """F8: once a worker has started, the count begins anew."""
-    brake = RestartBrake(budget=2)
+    brake = RestartBackoff(budget=2)
     brake.failed(0)
     brake.failed(0)
     assert brake.engaged

@@ -33,7 +33,7 @@ class ClientGone(Exception):
     """The client went away before the end of its body."""
 
 
-class Caller:
+class ClientConnection:
     """A client, of which the server says by itself when it has gone: nothing is received before it is wanted.
 
     `leave` is called once it has gone. `patience` is how many seconds it may be waited for; each MIN_RATE bytes win a
@@ -91,7 +91,7 @@ class Caller:
         return piece
 
 
-class AttendedCaller(Caller):
+class AttendedClient(ClientConnection):
     """A client whose going its server tells only to who receives: `listen`, in a task, does so all the time.
 
     So a little of the body is received ahead. With `hold` nothing is before it is wanted (RFC 9110, 10.1.1: Expect).

@@ -1,4 +1,4 @@
-"""A host's line to one agent: calls whose answers come by callback, kills until they are heard, and a pulse."""
+"""A host's line to one agent: calls whose answers come by callback, kills until they are heard, and a heartbeat."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import ray.exceptions
 
+from ..events import Events
 from . import session
-from .messages import Pulse, decode, decode_event
-from .placement import Node
-
-if TYPE_CHECKING:
-    from .round_trip import ClusterRoundTrip, Host
+from .messages import Heartbeat, decode, decode_event
+from .placement import Node, Placement
 
 logger = logging.getLogger("blastdoor")
 
-Answered = Callable[[object], object]
+RequestFinished = Callable[[object], object]
 """Called in a thread of Ray's with the bytes of an answer, or with the exception that came instead."""
 
 SILENT: Final = 2.0
@@ -34,29 +32,43 @@ GIVE_UP: Final = 4.0
 KILL_AGAIN: Final = 1.0
 """Seconds after which a kill that was not acknowledged is sent again."""
 
-_NO_PULSE: Final = Pulse(True, 0, 0, 0, 0, 0, [], [], [], 0)
+_NO_HEARTBEAT: Final = Heartbeat(True, 0, 0, 0, 0, 0, [], [], [], 0)
 
 
-class Link:
-    """One agent, as its host sees it. `poke` is called when there is news to tell."""
+class AgentJob(Protocol):
+    """A job at an agent, as its link knows it."""
 
-    def __init__(self, actor: Any, node: Node, host: Host, poke: Callable[[], object] = lambda: None) -> None:
+    job_id: str
+
+    def node_lost(self, why: str) -> None:
+        """Its agent is gone, and it with it."""
+
+    def close(self, cause: BaseException | None = None) -> None:
+        """End it."""
+
+
+class AgentClient:
+    """One agent, as its host sees it. `notify` is called when there is news to tell."""
+
+    def __init__(
+        self, actor: Any, node: Node, host: ClusterContext, notify: Callable[[], object] = lambda: None
+    ) -> None:
         self.actor = actor
         self.node = node
         self.lost = ""
-        self.pulse = _NO_PULSE
-        self.jobs: dict[str, weakref.ref[ClusterRoundTrip]] = {}
-        self.on_lost: Callable[[Link], object] = lambda link: None
+        self.heartbeat = _NO_HEARTBEAT
+        self.jobs: dict[str, weakref.ref[AgentJob]] = {}
+        self.on_lost: Callable[[AgentClient], object] = lambda link: None
         self._host = host
-        self._poke = poke
+        self._notify = notify
         self._heard = time.monotonic()
         self._seen = 0
-        self._news: deque[Pulse] = deque()
+        self._news: deque[Heartbeat] = deque()
         self._lock = threading.RLock()  # reentrant: a finaliser may close a job in the middle of anything
         self._kills: dict[str, tuple[float, Callable[[], object]]] = {}
         self._methods = {name: getattr(actor, name) for name in ("run", "more", "feed", "kill", "ping")}
 
-    def call(self, method: str, *arguments: object, answered: Answered) -> None:
+    def call(self, method: str, *arguments: object, answered: RequestFinished) -> None:
         """Call the agent; it is never waited for here."""
         try:
             if not session.is_connected():
@@ -67,7 +79,7 @@ class Link:
             return
         future.add_done_callback(lambda done: answered(_outcome(done)))
 
-    def take(self, job: ClusterRoundTrip) -> bool:
+    def take(self, job: AgentJob) -> bool:
         """A job is this agent's now; False where the agent is lost."""
         with self._lock:
             if self.lost:
@@ -75,7 +87,7 @@ class Link:
             self.jobs[job.job_id] = weakref.ref(job)
             return True
 
-    def drop(self, job: ClusterRoundTrip) -> None:
+    def drop(self, job: AgentJob) -> None:
         """A job is over."""
         self.jobs.pop(job.job_id, None)
 
@@ -134,7 +146,7 @@ class Link:
             _, done = self._kills.pop(job_id, (0.0, lambda: None))
         done()
 
-    # -- pulse -------------------------------------------------------------------------------------
+    # -- heartbeat -------------------------------------------------------------------------------------
 
     def beat(self) -> None:
         """Ping the agent, send again what it has not heard, and give it up where it has been silent for too long."""
@@ -160,33 +172,33 @@ class Link:
             self.failed(result)
             return
         try:
-            pulse = decode(result, Pulse)
+            heartbeat = decode(result, Heartbeat)
         except ValueError as error:
-            logger.error("node %s: a pulse can't be read: %s", self.node.address, error)
+            logger.error("node %s: a heartbeat can't be read: %s", self.node.address, error)
             return
-        if not pulse.known:
+        if not heartbeat.known:
             self._retire("it had taken this host for gone")
             return
         with self._lock:
-            if sent < self._heard and self.pulse is not _NO_PULSE:
+            if sent < self._heard and self.heartbeat is not _NO_HEARTBEAT:
                 return  # overtaken by a later one
             self._heard = sent
-            self.pulse = pulse
-            if pulse.seen > self._seen:
-                self._seen = pulse.seen
-                self._news.append(pulse)
-        self._host.placement.update(self.node, silent=False, others=max(0, pulse.busy - self.node.running))
+            self.heartbeat = heartbeat
+            if heartbeat.seen > self._seen:
+                self._seen = heartbeat.seen
+                self._news.append(heartbeat)
+        self._host.placement.update(self.node, silent=False, others=max(0, heartbeat.busy - self.node.running))
         if self._news:
-            self._poke()
+            self._notify()
 
     def tell_news(self) -> None:
         """Log what the agent has logged, and tell of what has happened to its workers."""
         while self._news:
-            pulse = self._news.popleft()
-            for record in pulse.records:
+            heartbeat = self._news.popleft()
+            for record in heartbeat.records:
                 extra = {**record.extra, "node": self.node.address}
                 logger.log(record.level, "node %s: %s", self.node.address, record.message, extra=extra)
-            for data in pulse.events:
+            for data in heartbeat.events:
                 self._host.events.emit(decode_event(data))
 
 
@@ -195,3 +207,15 @@ def _outcome(future: Future[object]) -> object:
         return RuntimeError("the call was cancelled")
     error = future.exception()
     return future.result() if error is None else error
+
+
+class ClusterContext:
+    """What the jobs of one ClusterPool share."""
+
+    def __init__(self, name: str, placement: Placement, events: Events, links: dict[str, AgentClient]) -> None:
+        self.name = name
+        self.placement = placement
+        self.events = events
+        self.links = links
+        self.closing = False
+        self.in_forked_child = False

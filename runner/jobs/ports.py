@@ -1,0 +1,36 @@
+"""What jobs know of the pool that their workers are of: a protocol (PEP 544), which its `Supervisor` fulfils.
+
+For the types only: no call of a request's way goes through more than it names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from ..events import Events
+    from ..model.limits import Limits
+    from ..workers.abandoned import Remainder
+    from ..workers.leases import Leases
+    from ..workers.record import Worker
+
+
+class Custodian(Protocol):
+    """Whoever has the workers, and takes back those that their jobs leave."""
+
+    limits: Limits
+    events: Events
+    leases: Leases
+
+    @property
+    def in_forked_child(self) -> bool:
+        """Whether this is a forked child, where the workers are the parent's."""
+
+    def look_for_lost(self) -> None:
+        """A job is about to lease a worker: have workers looked for that an interrupted one has left with nobody."""
+
+    def look_after_jobs(self) -> None:
+        """A worker is leased for a job: have the job held to the pool's limits."""
+
+    def adopt(self, worker: Worker, remainder: Remainder) -> None:
+        """A job has left this worker in the middle of its response, or to its background work: see to it."""
