@@ -1,0 +1,91 @@
+"""What the build of the documentation does beyond MkDocs (`scripts/docs`, `mkdocs.yml`).
+
+It takes in the pages that stand at the project's root, whose links are written for a code host, and it warns, which
+fails a strict build, of public names that the API page leaves out, or that have no docstring.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+logger = logging.getLogger("mkdocs.hooks.documentation")
+
+ROOT: Final = Path(__file__).parents[1]
+
+PAGES: Final = ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+"""Pages of the project's root that are part of the site."""
+
+MODULES: Final = (
+    "runner",
+    "runner.cluster",
+    "runner.events",
+    "runner.metrics",
+    "runner.traces",
+    "transport",
+    "transport.gateway",
+    "transport.httpx",
+    "transport.httpx2",
+    "transport.requests",
+)
+"""Modules whose public names are documented: those of `__all__`, or those that they define."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Take in the pages of the project's root."""
+    for name in PAGES:
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links between the root and `docs/` to where the pages stand on the site."""
+    if page.file.src_uri in PAGES:
+        return re.sub(r"\]\(docs/", "](", re.sub(r"\]\(README\.md", "](index.md", markdown))
+    return re.sub(r"\]\(\.\./README\.md", "](index.md", re.sub(r"\]\(\.\./(?=[A-Z]+\.md)", "](", markdown))
+
+
+def on_pre_build(config: MkDocsConfig) -> None:
+    """Warn of gaps in the API page."""
+    listed = set(re.findall(r"^::: (\S+)", Path(config.docs_dir, "api.md").read_text(), re.MULTILINE))
+    for name in sorted(set(public_names()) - listed):
+        logger.warning("api.md leaves out the public name %s", name)
+    for name in sorted(listed):
+        for bare in undocumented(name):
+            logger.warning("the public name %s has no docstring", bare)
+
+
+def public_names() -> Iterator[str]:
+    """The full names of all that is public."""
+    for module in map(importlib.import_module, MODULES):
+        yield from (f"{module.__name__}.{name}" for name in getattr(module, "__all__", None) or _defined(module))
+
+
+def _defined(module: Any) -> list[str]:
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+    ]
+
+
+def undocumented(name: str) -> Iterator[str]:
+    """Of a public name and the public attributes of its class those without a docstring, inherited ones counted."""
+    home, _, attribute = name.rpartition(".")
+    value = getattr(importlib.import_module(home), attribute)
+    if not inspect.getdoc(value):
+        yield name
+    if inspect.isclass(value):
+        for member, found in inspect.getmembers_static(value):
+            function = isinstance(found, (property, classmethod, staticmethod)) or inspect.isfunction(found)
+            if function and not member.startswith("_") and not inspect.getdoc(getattr(value, member)):
+                yield f"{name}.{member}"
