@@ -22,8 +22,16 @@ logger = logging.getLogger("mkdocs.hooks.documentation")
 
 ROOT: Final = Path(__file__).parents[1]
 
-PAGES: Final = ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
-"""Pages of the project's root that are part of the site."""
+PAGES: Final = {
+    "README.md": "overview.md",  # MkDocs takes a README for an index
+    "ARCHITECTURE.md": "architecture.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
+"""Pages of the project's root that are part of the site, and their names there."""
+
+_LINK: Final = re.compile(r"\]\((?:\.\./|docs/)?([A-Za-z]+\.md)(?=[)#])")
 
 MODULES: Final = (
     "runner",
@@ -50,16 +58,14 @@ ELSEWHERE: Final = {
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Take in the pages of the project's root."""
-    for name in PAGES:
-        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    for name, uri in PAGES.items():
+        files.append(File.generated(config, uri, abs_src_path=str(ROOT / name)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links between the root and `docs/` to where the pages stand on the site."""
-    if page.file.src_uri in PAGES:
-        return re.sub(r"\]\(docs/", "](", re.sub(r"\]\(README\.md", "](index.md", markdown))
-    return re.sub(r"\]\(\.\./README\.md", "](index.md", re.sub(r"\]\(\.\./(?=[A-Z]+\.md)", "](", markdown))
+    return _LINK.sub(lambda link: f"]({PAGES.get(link[1], link[1])}", markdown)
 
 
 def on_pre_build(config: MkDocsConfig) -> None:
