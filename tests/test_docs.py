@@ -56,6 +56,10 @@ NOT_RUN: Final = {
 """Commands that are not run, and why."""
 
 
+_API: Final = ROOT / "docs" / "api.md"
+_LISTED: Final = r"^::: (\S+)(?:\n    options:\n      members: \[(.*?)\])?"
+
+
 def _listed(found: list[Block]) -> Callable[[Any], Any]:
     return pytest.mark.parametrize("block", found, ids=str)
 
@@ -78,7 +82,10 @@ def test_the_site_builds(tmp_path: Path) -> None:
     for page in PAGES[1:]:
         name = "" if page.stem == "index" else page.stem
         assert (tmp_path / "site" / name / "index.html").exists(), page
-    assert "Worker processes that run one handler" in (tmp_path / "site" / "api" / "index.html").read_text()
+    api = (tmp_path / "site" / "api" / "index.html").read_text()
+    for name, members in re.findall(_LISTED, _API.read_text(), re.MULTILINE):
+        assert all(f'id="{name}.{member}"' in api for member in members.split(", ") if member), name
+        assert f'id="{name}"' in api
     assert 'class="mermaid"' in (tmp_path / "site" / "cancellation" / "index.html").read_text()
 
 
