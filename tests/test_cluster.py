@@ -67,7 +67,7 @@ HEALTH = {
     "RAY_timeout_ms_task_wait_for_death_info": "100",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""The settings that the README advises: a node that is gone is found in seconds."""
+"""The settings that docs/cluster.md advises: a node that is gone is found in seconds."""
 
 
 def _is_pool_s(process: psutil.Process) -> bool:
