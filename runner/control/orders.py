@@ -6,12 +6,16 @@ msgspec structs, checked field by field on decoding. Nothing here is ever pickle
 from __future__ import annotations
 
 import signal
+from typing import Final
 
 import msgspec
 
 from ..model.limits import Limits
 from ..model.sandbox import Sandbox
 from ..wire.messages import Kind
+
+MAX_MESSAGE: Final = 128 * 1024
+"""The cap on a control message, in bytes; the socket keeps message boundaries (SOCK_SEQPACKET, unix(7))."""
 
 
 class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -503,6 +503,10 @@ class RoundTrip:
             self._outcome = "protocol"
             self._discard()
             return
+        if exchange.surplus:
+            logger.warning(
+                "job %s: a response body is longer than its Content-Length: the rest is cut off", self.job_id
+            )
         report = exchange.report
         if report is not None and exchange.whole:
             log_background_failure(self._worker, self.job_id, report)

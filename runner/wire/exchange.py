@@ -11,7 +11,6 @@ and no more and no less than an announced Content-Length.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterable
 from enum import IntEnum, auto
@@ -32,8 +31,6 @@ from .frames import (
 from .headers import check_headers, check_phrase, content_length
 from .messages import FaultReport, ResponseHead
 from .printable import clean_report
-
-logger = logging.getLogger("blastdoor")
 
 
 class State(IntEnum):
@@ -78,19 +75,20 @@ class ResponseExchange:
 
     `violation` says what the worker did wrong: in the state BROKEN, or after the end of a response that is
     whole. `report` is set when the state is FAULTED. `printed` tells that the handler has printed something, `whole`
-    that the response came to its end, whatever became of the background work after it.
+    that the response came to its end, whatever became of the background work after it, `surplus` that its body was
+    longer than its Content-Length, and was cut off there.
     """
 
     __slots__ = (
         "_left",
         "_method",
-        "_surplus",
         "body",
         "head",
         "job",
         "printed",
         "report",
         "state",
+        "surplus",
         "violation",
         "whole",
     )
@@ -99,7 +97,7 @@ class ResponseExchange:
         self.job = job
         self._method = method
         self._left: int | None = None
-        self._surplus = False
+        self.surplus = False
         self.state = State.HEAD_EXPECTED
         self.head: ResponseHead | None = None
         self.body: deque[bytes] = deque()
@@ -224,9 +222,7 @@ class ResponseExchange:
             return
         if self._left is not None:
             if len(data) > self._left:
-                if not self._surplus:
-                    self._surplus = True
-                    logger.warning("a response body is longer than its Content-Length: the rest is cut off")
+                self.surplus = True
                 data = data[: self._left]
             self._left -= len(data)
         if data:

@@ -29,6 +29,7 @@ import multiprocess
 from ..control import snapshot
 from ..control.names import AppsFirst
 from ..control.orders import (
+    MAX_MESSAGE,
     Born,
     Died,
     Failed,
@@ -40,7 +41,6 @@ from ..control.orders import (
     ZygoteConfig,
 )
 from ..platform import linux
-from ..workers.zygote_client import MAX_MESSAGE
 from . import main as worker
 from . import orphans
 from .fault_report import report_on_start

@@ -13,17 +13,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import msgspec
 
 from ..control.names import BOOTSTRAP, HOME, NAMES, OTHER_NAME, taken_names
-from ..control.orders import News, Spawn, ZygoteConfig
+from ..control.orders import MAX_MESSAGE, News, Spawn, ZygoteConfig
 from .channel import make_pipe
 from .logs import LogPipe
-
-MAX_MESSAGE: Final = 128 * 1024
-"""The cap on a control message, in bytes; the socket keeps message boundaries (SOCK_SEQPACKET, unix(7))."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_news = msgspec.msgpack.Decoder(News).decode
