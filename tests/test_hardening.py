@@ -24,7 +24,7 @@ from transport import Route
 from transport.cli.serve import _make_room
 from transport.cli.top import render
 from transport.requests import Transport
-from transport.serving.server import _LoopErrors
+from transport.serving.server_log import LoopErrors
 from transport.serving.status import Status, steady_time
 
 ESCAPE = "\x1b]0;owned\x07"
@@ -350,7 +350,7 @@ def test_out_of_descriptors(tmp_path: Path) -> None:
 
 def test_errors_of_the_loop_are_told_at_a_rate(caplog: pytest.LogCaptureFixture) -> None:
     """G7: a listener that is out of descriptors has one line a second, not thousands."""
-    tell = _LoopErrors()
+    tell = LoopErrors()
     loop = asyncio.new_event_loop()
     try:
         with caplog.at_level(logging.ERROR):

@@ -17,7 +17,7 @@ import pickle
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final, ParamSpec
 
@@ -30,15 +30,14 @@ from ..model.request import Request, Upload
 from ..model.scope import CancelScope
 from ..pool import Pool
 from ..wire.messages import JobContext, RequestHead
+from .agent_news import AgentNews
 from .messages import (
     Heartbeat,
     JobEnd,
     Joined,
-    LogRecord,
     ResponseChunk,
     StartJob,
     encode,
-    encode_event,
     ending_of,
 )
 from .upload import FedUpload
@@ -67,7 +66,6 @@ _ORDER_PATIENCE: Final = 1.0
 """Seconds that a piece of a body waits for its job's order."""
 
 _LOOK: Final = 0.5
-_MOST_NEWS: Final = 2000
 
 _decode_order = msgspec.msgpack.Decoder(StartJob).decode
 _decode_head = msgspec.msgpack.Decoder(RequestHead).decode
@@ -127,7 +125,7 @@ class Agent:
         self._starting = threading.Lock()
         self._ending = False
         self._orphaned_since = time.monotonic()
-        self._news = _News()
+        self._news = AgentNews()
         threading.Thread(target=self._watch_hosts, name="blastdoor-lease", daemon=True).start()
 
     # -- hosts -------------------------------------------------------------------------------------
@@ -280,20 +278,20 @@ class Agent:
         with self._lock:
             running = self._jobs.pop(job_id, None)
             if running is not None and running.upload is not None:
-                self._on_worker_exit(job_id)
+                self._mark_over(job_id)
         if running is not None and running.upload is not None:
             running.upload.close()
 
     def _end_job(self, job_id: str, why: str) -> None:
         with self._lock:
             running = self._jobs.pop(job_id, None)
-            self._on_worker_exit(job_id)
+            self._mark_over(job_id)
         if running is not None:
             running.scope.cancel(JobClosed(why))
             if running.upload is not None:
                 running.upload.close()
 
-    def _on_worker_exit(self, job_id: str) -> None:
+    def _mark_over(self, job_id: str) -> None:
         now = time.monotonic()
         self._over[job_id] = now
         self._arrived.notify_all()
@@ -361,44 +359,3 @@ class Agent:
 def _request_of(head: RequestHead, body: bytes) -> tuple[Request, JobContext]:
     request = Request(head.method, head.target, head.headers, body or None, head.scheme, head.server, head.client)
     return request, head.context
-
-
-class _News(logging.Handler):
-    """What an agent logs, and what happens to its workers, kept for its hosts to fetch; the oldest go first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: deque[tuple[int, LogRecord | bytes]] = deque(maxlen=_MOST_NEWS)
-        self._number = 0
-        self._mutex = threading.RLock()
-        logger.addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        extra = {
-            name: str(value)
-            for name in ("job_id", "provider", "source", "worker")
-            if (value := getattr(record, name, None)) is not None
-        }
-        message = record.getMessage()
-        if record.exc_info:
-            message = f"{message}\n{logging.Formatter().formatException(record.exc_info)}"
-        self._note(LogRecord(record.levelno, message, extra))
-
-    def note_event(self, event: object) -> None:
-        """An event of the pool."""
-        data = encode_event(event)
-        if data is not None:
-            self._note(data)
-
-    def since(self, seen: int) -> tuple[list[LogRecord], list[bytes], int]:
-        """The records and events after number `seen`, and the number of the latest."""
-        with self._mutex:
-            kept = [what for number, what in self._kept if number > seen]
-            latest = self._number
-        records = [what for what in kept if isinstance(what, LogRecord)]
-        return records, [what for what in kept if isinstance(what, bytes)], latest
-
-    def _note(self, what: LogRecord | bytes) -> None:
-        with self._mutex:
-            self._number += 1
-            self._kept.append((self._number, what))

@@ -4,7 +4,8 @@ gateway = Gateway(pool)                                     # any ASGI server ca
 gateway = Gateway({"/openai": openai, "/tools": tools})     # several mounts, each with a pool of its own
 """
 
-from transport.gateway.app import Gateway, RequestFinished
+from transport.gateway.app import Gateway
 from transport.gateway.mounts import Mount, TrustedHeaders
+from transport.gateway.protocol import RequestFinished
 
 __all__ = ["RequestFinished", "Gateway", "Mount", "TrustedHeaders"]

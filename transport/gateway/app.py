@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import anyio
@@ -34,8 +34,16 @@ from runner.model.request import INLINE, Request
 from runner.wire.messages import JobContext, ResponseHead
 from transport.errors import TargetEscapes
 from transport.faults import problem, refusal
-from transport.gateway.client import AttendedClient, BodyTooLarge, BodyTooSlow, ClientConnection, ClientGone, Receive
+from transport.gateway.client import (
+    AttendedClient,
+    BodyTooLarge,
+    BodyTooSlow,
+    ClientConnection,
+    ClientGone,
+    Receive,
+)
 from transport.gateway.mounts import Mount, Mounts, Unauthorized
+from transport.gateway.protocol import EXTENSION, BrokenOff, Connection, RequestFinished
 from transport.gateway.response import MOST, ClientResponse, Send, end_to_end
 from transport.gateway.traces import Span, span_of
 
@@ -48,45 +56,6 @@ Scope = Mapping[str, Any]
 
 _PORTS: Final = {"http": 80, "https": 443}
 _PATH_CHARACTERS: Final = "/!$&'()*+,;=:@~"
-
-EXTENSION: Final = "blastdoor.connection"
-"""Under this key of a scope's extensions the server of our own has a `Connection`."""
-
-
-class Connection(Protocol):
-    """What the server of our own does for a request beyond ASGI."""
-
-    def on_lost(self, callback: Callable[[], object]) -> None:
-        """Have `callback` called once the connection is lost. ASGI tells that only to who receives."""
-
-    def whole_body(self) -> int | None:
-        """How many bytes the request's body has, where all of it has come; else None."""
-
-    def break_off(self) -> None:
-        """What was begun of the answer comes to no end."""
-
-
-class RequestFinished(msgspec.Struct, frozen=True):
-    """A request at the gateway is over: what was asked, by whom, what was sent of the answer, in how many seconds.
-
-    `status` is None where the client had gone before there was one; `whole` tells whether all of the answer was sent.
-    `target` and `request_id` (the client's X-Request-ID) are the client's words.
-    """
-
-    mount: str
-    method: str
-    target: str
-    client: str
-    status: int | None
-    sent: int
-    whole: bool
-    seconds: float
-    job_id: str
-    request_id: str
-
-
-class BrokenOff(Exception):
-    """Raised to the ASGI server so that it breaks the connection off: the answer has failed after its head."""
 
 
 class Gateway:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import select
 import socket
 import struct
 import sys
@@ -27,12 +26,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from transport.faults import refusal
-from transport.gateway.app import EXTENSION
+from transport.gateway.protocol import EXTENSION
 from transport.serving.cycle import Cycle
+from transport.serving.hangup import HangupWatch, WatchedFlow
 
 HEAD_SECONDS: Final = 10.0
 MOST_HEAD: Final = 64 * 1024
@@ -72,7 +71,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._fruitless = 0
         self._answered: RequestResponseCycle | None = None
         self._on_lost: Callable[[], object] | None = None
-        self._vigil: _Vigil | None = None
+        self._vigil: HangupWatch | None = None
         self._next_probe: asyncio.TimerHandle | None = None
         self._complaint: tuple[int, str] | None = None
         self._upgrading = False
@@ -84,7 +83,7 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected: the time of its first head begins."""
         super().connection_made(transport)
-        self.flow = _WatchedFlow(transport, self._watch)
+        self.flow = WatchedFlow(transport, self._watch)
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of anything that has not left
         if len(self.connections) > self._most + SURPLUS:
             transport.abort()
@@ -114,7 +113,7 @@ class BoundedConnection(HttpToolsProtocol):
             return None  # it knows no interim responses, and is taken to have gone
         self.cycle.keep_alive = False
         if self._vigil is None:
-            self._vigil = _Vigil(self.loop, self.transport, half_closed=None)
+            self._vigil = HangupWatch(self.loop, self.transport, half_closed=None)
             self._probe()
         return True
 
@@ -309,7 +308,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _watch(self) -> None:
         """Reading is paused: a client that goes away meanwhile is heard of otherwise, from now on."""
         if self._vigil is None and self.scheme != "https":
-            self._vigil = _Vigil(self.loop, self.transport, half_closed=self._probe)
+            self._vigil = HangupWatch(self.loop, self.transport, half_closed=self._probe)
         if self._next_probe is None:
             self._next_probe = self.loop.call_later(PROBE_SECONDS, self._probe_again)
 
@@ -371,49 +370,3 @@ class BoundedConnection(HttpToolsProtocol):
         lines = [f"HTTP/1.1 {head.status} {head.reason}", *(f"{name}: {value}" for name, value in head.headers)]
         self.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
         self.transport.close()
-
-
-class _WatchedFlow(FlowControl):
-    """uvicorn's flow control, which says that reading is paused."""
-
-    def __init__(self, transport: asyncio.Transport, paused: Callable[[], object]) -> None:
-        super().__init__(transport)
-        self._paused = paused
-
-    def pause_reading(self) -> None:
-        super().pause_reading()
-        self._paused()
-
-
-class _Vigil:
-    """Hears of a connection what reading would tell, where nobody reads: `half_closed`, once, and its reset.
-
-    asyncio reads no more after the end of what a client sends, nor while reading is paused.
-    """
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, half_closed: Callable[[], object] | None
-    ) -> None:
-        sock: socket.socket = transport.get_extra_info("socket")
-        self._fd = sock.fileno()
-        self._loop = loop
-        self._transport = transport
-        self._half_closed = half_closed
-        self._epoll = select.epoll(1)
-        # EPOLLERR and EPOLLHUP are always told (epoll_ctl(2)).
-        self._epoll.register(self._fd, 0 if half_closed is None else select.EPOLLRDHUP)
-        loop.add_reader(self._epoll.fileno(), self._look)
-
-    def _look(self) -> None:
-        for _, events in self._epoll.poll(0):
-            if events & (select.EPOLLERR | select.EPOLLHUP):
-                self.end()
-                self._transport.abort()
-            elif self._half_closed is not None:
-                self._epoll.modify(self._fd, 0)
-                self._half_closed()
-
-    def end(self) -> None:
-        if not self._epoll.closed:
-            self._loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()

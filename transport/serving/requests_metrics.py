@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from runner.metrics import SECONDS
 
 if TYPE_CHECKING:
-    from transport.gateway.app import Gateway, RequestFinished
+    from transport.gateway.app import Gateway
+    from transport.gateway.protocol import RequestFinished
 
 METHODS: Final = frozenset(("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"))
 """Others are counted as `_OTHER`: a client must not make up labels."""

@@ -26,18 +26,15 @@ from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, Proce
 
 from runner.errors import BlastdoorError, ConfigurationError, StartError
 from runner.metrics import PoolMetrics
-from runner.model.limits import Limits, parse_size
-from runner.model.sandbox import Sandbox
-from runner.wire.printable import one_line
-from transport.gateway import Gateway, RequestFinished
-from transport.gateway.app import BrokenOff
+from transport.gateway import Gateway
 from transport.serving.addresses import bind_path, bind_port, inherited, name_of
 from transport.serving.admin import make_admin
 from transport.serving.connection import BoundedConnection
 from transport.serving.forwarded import Forwarded
 from transport.serving.log_format import know_mount
 from transport.serving.requests_metrics import RequestMetrics
-from transport.serving.settings import PoolSettings, Settings, parse_sandbox
+from transport.serving.server_log import LoopErrors, QuietBreaks, describe, log_access, log_refused
+from transport.serving.settings import PoolSettings, Settings
 from transport.serving.status import Status
 
 if TYPE_CHECKING:
@@ -45,7 +42,6 @@ if TYPE_CHECKING:
     from transport.serving.settings import MountSettings
 
 logger = logging.getLogger("blastdoor")
-access_logger = logging.getLogger("blastdoor.access")
 
 _PATIENCE: Final = 86400.0
 """Seconds that the jobs of a pool that was replaced may take, unless the service ends."""
@@ -96,7 +92,7 @@ class Service:
         failed.set_function(lambda: bool(self.status.reload_error))
         RequestMetrics(self.gateway, self.registry)
         if settings.access_log:
-            self.gateway.subscribe(functools.partial(_log_access, queries=settings.access_log_queries))
+            self.gateway.subscribe(functools.partial(log_access, queries=settings.access_log_queries))
         self._ends: dict[str, list[Callable[[], object]]] = {}
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -122,7 +118,7 @@ class Service:
         StartError where a handler can't be loaded: nothing is left running then.
         """
         pools = self.gateway.pools
-        quiet = _QuietBreaks()
+        quiet = QuietBreaks()
         logging.getLogger("uvicorn.error").addFilter(quiet)
         logger.addHandler(self.status.log)
         try:
@@ -245,7 +241,7 @@ class Service:
                     BoundedConnection,
                     settings.send_timeout,
                     settings.connections,
-                    told=_log_refused if settings.access_log else lambda *_: None,
+                    told=log_refused if settings.access_log else lambda *_: None,
                 ),
                 limit_concurrency=settings.connections + 1,  # uvicorn counts the connection that asks
                 timeout_graceful_shutdown=settings.drain + _SETTLE,
@@ -291,7 +287,7 @@ class Service:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(_LoopErrors())
+        loop.set_exception_handler(LoopErrors())
         handlers = {
             signal.SIGTERM: self.stop,
             signal.SIGINT: self.stop,
@@ -365,7 +361,7 @@ class Service:
 
     def _log_started(self) -> None:
         for path, mount in self._mounts.items():
-            logger.info("%s: %s", path, _describe(mount, mount.with_defaults(self._defaults)))
+            logger.info("%s: %s", path, describe(mount, mount.with_defaults(self._defaults)))
             pool = self.gateway.pools[path]
             if getattr(pool, "kind", "") == "asgi":
                 logger.warning("%s: %s", path, _ASGI_HINT)
@@ -381,83 +377,3 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-class _LoopErrors:
-    """Tells of errors in the event loop, no more than one of a kind each second: a loop that is out of descriptors has
-    thousands (accept(2), EMFILE)."""
-
-    def __init__(self) -> None:
-        self._next: dict[str, float] = {}
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        message, error = context.get("message", "an error"), context.get("exception")
-        now = loop.time()
-        kind = f"{message} {type(error).__name__}"
-        if now < self._next.get(kind, 0.0) or len(self._next) > 100:
-            return
-        self._next[kind] = now + 1.0
-        short = isinstance(error, OSError)
-        logger.error("%s: %s", message, error, exc_info=None if short or error is None else error)
-
-
-class _QuietBreaks(logging.Filter):
-    """Drops uvicorn's traceback of an answer that was broken off on purpose: its reason is in the log already."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, (BrokenOff, asyncio.CancelledError))
-
-
-def _shown(text: str) -> str:
-    """A client's word in the access log: it can neither end its field nor drive a terminal."""
-    return one_line(text).replace("\\", "\\\\").replace('"', '\\"') if not text.isalnum() else text
-
-
-def _describe(mount: MountSettings, settings: PoolSettings) -> str:
-    """What holds for a mount, in a line."""
-    sandbox = settings.sandbox if isinstance(settings.sandbox, Sandbox) else parse_sandbox(settings.sandbox or "none")
-    limits = Limits() if sandbox is None else sandbox.fill_in(Limits())
-    memory = settings.memory or limits.memory
-    said = [
-        mount.app,
-        f"workers {settings.workers or os.cpu_count() or 1}",
-        "no sandbox" if sandbox is None else f"sandbox {sandbox.profile}",
-        "memory unlimited" if not memory else f"memory {parse_size(memory) >> 20} MiB",
-        f"timeout {settings.timeout:g} s" if settings.timeout else "no timeout",
-    ]
-    return ", ".join(said)
-
-
-def _log_refused(client: str, status: int, reason: str) -> None:
-    """What was no request, or none that is taken, stands in the access log too."""
-    extra = {"client": client, "status": status, "reason": reason}
-    access_logger.info('%s "-" %d refused: %s', _shown(client) or "-", status, one_line(reason), extra=extra)
-
-
-def _log_access(answered: RequestFinished, *, queries: bool = True) -> None:
-    asked = answered.target if queries else answered.target.partition("?")[0]
-    target = _shown(asked)
-    access_logger.info(
-        '%s "%s %s" %s %d %.1f ms%s%s',
-        _shown(answered.client) or "-",
-        _shown(answered.method),
-        target,
-        answered.status or "-",
-        answered.sent,
-        answered.seconds * 1000,
-        f" job {answered.job_id}" if answered.job_id else "",
-        "" if answered.whole else " cut off",
-        extra={
-            "job_id": answered.job_id,
-            "mount": answered.mount,
-            "request_id": answered.request_id,
-            "client": answered.client,
-            "method": answered.method,
-            "target": asked,
-            "status": answered.status,
-            "sent": answered.sent,
-            "seconds": round(answered.seconds, 6),
-            "whole": answered.whole,
-        },
-    )

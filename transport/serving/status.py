@@ -22,7 +22,8 @@ from runner.wire.printable import one_line
 
 if TYPE_CHECKING:
     from runner.protocols import AnyPool
-    from transport.gateway.app import Gateway, RequestFinished
+    from transport.gateway.app import Gateway
+    from transport.gateway.protocol import RequestFinished
 
 _EPOCH: Final = time.time() - time.monotonic()
 
