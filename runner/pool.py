@@ -11,7 +11,6 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
@@ -22,25 +21,23 @@ from .events import Events, PoolStats, WorkerInfo
 from .jobs.dispatch import Dispatch, load_async
 from .jobs.job import Job
 from .model.durations import check_seconds
-from .model.limits import Limits, parse_size, share_cores
-from .model.paths import check_paths
+from .model.limits import Limits
 from .model.recycle import Recycle
 from .model.request import Body, Request, Upload
 from .model.sandbox import Profile, Sandbox
 from .pool_base import Startable
 from .pool_options import (
-    PLAIN_ENVIRONMENT,
-    check_admission,
-    check_kinds,
-    check_label,
-    check_preload,
-    check_sandbox,
-    check_settings,
-    portable,
+    Environment,
+    PoolConfig,
+    Queueing,
+    Times,
+    recycling,
+    size_of,
+    zygote_config,
 )
 from .wire.messages import JobContext, Kind
-from .workers.leases import Admission, Leases
-from .workers.supervisor import Size, Supervisor
+from .workers.leases import Leases
+from .workers.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from .jobs.async_job import AsyncJob
@@ -112,71 +109,39 @@ class Pool(Startable):
         debug: bool = False,
         label: str = "",
     ) -> None:
-        if workers is None:
-            workers = os.cpu_count() or 1
-        least, most = workers if isinstance(workers, tuple) and len(workers) == 2 else (workers, workers)
-        check_settings(kind, least, env, root_path)
-        check_settings(kind, most, env, root_path)
-        check_settings(kind, most, set_env, root_path)
-        check_admission(least, most, spares, queue, per_provider, overload)
-        check_seconds("queue_timeout", queue_timeout, optional=True, endless=True)
-        for name, seconds in (
-            ("grace", grace),
-            ("drain", drain),
-            ("start_timeout", start_timeout),
-            ("stop_timeout", stop_timeout),
-            ("shrink_after", shrink_after),
-        ):
-            check_seconds(name, seconds)
-        self.debug = debug
-        sandbox = check_sandbox(sandbox)
-        check_kinds(limits, recycle)
-        check_preload(preload, sandbox)
-        limits = limits or Limits()
-        if sandbox is not None:
-            limits = sandbox.fill_in(limits)
-            if sandbox.strictly:
-                recycle = replace(recycle or Recycle(), after_jobs=1)
-        name, pickle = portable(handler)
-        self._config = ZygoteConfig(
-            handler=name,
-            pickle=pickle,
+        self._config = zygote_config(
+            handler,
             kind=kind,
             factory=factory,
-            debug=debug,
-            label=check_label(label),
-            preload=preload is True,
-            path=list(check_paths("path", path)),
-            modules=() if isinstance(preload, bool) else tuple(preload),
+            preload=preload,
+            path=path,
             root_path=root_path,
+            spool_uploads=spool_uploads,
             limits=limits,
-            grace=grace,
             sandbox=sandbox,
-            spool_uploads=None if spool_uploads is None else parse_size(spool_uploads),
+            grace=grace,
+            debug=debug,
+            label=label,
         )
-        self._settings: dict[str, Any] = {
-            "size": Size(least=least, most=most, spares=spares, shrink_after=shrink_after),
-            "queue": queue,
-            "queue_timeout": queue_timeout,
-            "per_provider": dict(per_provider or {}),
-            "overload": overload,
-            "recycle": recycle,
-            "env": None if env is None else dict(env),
-            "set_env": dict(set_env or {}),
-            "grace": grace,
-            "drain": drain,
-            "start_timeout": start_timeout,
-            "stop_timeout": stop_timeout,
-            "debug": debug,
-        }
+        self._options = PoolConfig(
+            size=size_of(workers, spares, shrink_after),
+            queueing=Queueing(
+                queue=queue,
+                queue_timeout=queue_timeout,
+                per_provider=dict(per_provider or {}),
+                overload=overload,
+            ),
+            times=Times(grace=grace, drain=drain, start_timeout=start_timeout, stop_timeout=stop_timeout),
+            environment=Environment(env=env, set_env=set_env or {}),
+            recycle=recycling(recycle, self._config.sandbox),
+        )
         self._set_up()
 
     def _set_up(self) -> None:
-        self._drain: float = self._settings["drain"]
         self._token = uuid.uuid4().hex
-        self._size: Size = self._settings["size"]
-        self._queue_timeout: float | None = self._settings["queue_timeout"]
-        self.overload: str = self._settings["overload"]
+        self._queue_timeout = self._options.queueing.queue_timeout
+        self.debug = self._config.debug
+        self.overload: str = self._options.queueing.overload
         self._leases = self._make_leases()
         self._events = Events()
         self._supervisor: Supervisor | None = None
@@ -188,12 +153,8 @@ class Pool(Startable):
         _pools[self._token] = self
 
     def _make_leases(self) -> Leases:
-        admission = Admission(
-            jobs=self._size.most if self._size.spares else None,
-            queue=self._settings["queue"],
-            per_provider=self._settings["per_provider"],
-        )
-        return Leases(admission, self._settings["recycle"])
+        options = self._options
+        return Leases(options.queueing.admission(options.size), options.recycle)
 
     # -- life ----------------------------------------------------------------------------------------
 
@@ -220,13 +181,8 @@ class Pool(Startable):
             if self._closed:
                 raise PoolClosed("the pool is closed: open a new one")
             if self._supervisor is None:
-                env, more = self._settings["env"], self._settings["set_env"]
-                sandbox = self._config.sandbox
-                if env is None or sandbox is not None:
-                    env = dict(os.environ) if sandbox is None else {**PLAIN_ENVIRONMENT, **(env or {})}
-                    preload = self._config.preload or bool(self._config.modules)
-                    share_cores(env, self._size.most, self._config.limits, preload=preload)
-                env = {**env, **more}
+                options, sandbox = self._options, self._config.sandbox
+                env = options.environment.of_workers(self._config, options.size.most)
                 if sandbox is not None and sandbox.protect_host:
                     from .platform import linux  # ctypes is loaded where it is used
 
@@ -236,11 +192,10 @@ class Pool(Startable):
                         self._leases,
                         self._events,
                         self._config,
-                        self._size,
+                        options.size,
                         env,
-                        self._settings["grace"],
-                        self._settings["start_timeout"],
-                        self._settings["stop_timeout"],
+                        options.times.start_timeout,
+                        options.times.stop_timeout,
                     )
                     supervisor.begin()
                 except (OSError, RuntimeError) as error:
@@ -268,7 +223,7 @@ class Pool(Startable):
             self._closed = True
             self._leases.close(lambda: PoolClosed("the pool is closed: open a new one"))
             supervisor, self._supervisor = self._supervisor, None
-        drain = self._drain if drain is None else drain
+        drain = self._options.times.drain if drain is None else drain
         if supervisor is None:
             self._leases.shorten_drain(drain)
             return
@@ -277,7 +232,7 @@ class Pool(Startable):
         finally:
             for job in self._leases.jobs():
                 job.close(PoolClosed("the pool was closed before the job's end"))
-            supervisor.stop(self._settings["stop_timeout"])
+            supervisor.stop(self._options.times.stop_timeout)
 
     @property
     def _has_begun(self) -> bool:
@@ -285,7 +240,7 @@ class Pool(Startable):
 
     def __reduce__(self) -> tuple[Callable[..., Pool], tuple[Any, ...]]:
         # In this process a pickle is a reference; elsewhere it is a pool of its own, set up alike.
-        return restore_pool, (self._token, msgspec.msgpack.encode(self._config), self._settings)
+        return restore_pool, (self._token, msgspec.msgpack.encode(self._config), self._options)
 
     def _after_fork_in_child(self) -> None:
         """This is a forked child now: the workers, if there are any, are the parent's."""
@@ -473,14 +428,13 @@ def endless(timeout: float | None) -> float | None:
 _pools: weakref.WeakValueDictionary[str, Pool] = weakref.WeakValueDictionary()
 
 
-def restore_pool(token: str, config: bytes, settings: dict[str, Any]) -> Pool:
-    """The pool that a pickle stands for: the one with this token in this process, or another with its settings."""
+def restore_pool(token: str, config: bytes, options: PoolConfig) -> Pool:
+    """The pool that a pickle stands for: the one with this token in this process, or another with its options."""
     pool = _pools.get(token)
     if pool is None:
         pool = Pool.__new__(Pool)
         pool._config = msgspec.msgpack.decode(config, type=ZygoteConfig)
-        pool._settings = settings
-        pool.debug = settings["debug"]
+        pool._options = options
         pool._set_up()
     return pool
 

@@ -418,7 +418,7 @@ def test_a_file_and_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(pool, Pool)
     assert pool._config.sandbox is not None
     assert pool._config.sandbox.connect == (443,)
-    assert (pool._size.least, pool._size.most, pool._config.limits.wall_seconds) == (2, 16, 30)
+    assert (pool._options.size.least, pool._options.size.most, pool._config.limits.wall_seconds) == (2, 16, 30)
     assert pool._config.root_path == "/b"
 
 

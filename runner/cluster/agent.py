@@ -29,6 +29,7 @@ from ..jobs.job import Job
 from ..model.request import Request, Upload
 from ..model.scope import CancelScope
 from ..pool import Pool
+from ..pool_options import Environment
 from ..wire.messages import JobContext, RequestHead
 from .agent_news import AgentNews
 from .messages import (
@@ -145,7 +146,7 @@ class Agent:
                     pool.subscribe(self._news.note_event)
                     pool.start()
                     self._pool = pool
-            answer = Joined(self._pool._size.most, self._news.since(0)[2])
+            answer = Joined(self._pool._options.size.most, self._news.since(0)[2])
         except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
             words = str(error) if isinstance(error, BlastdoorError) else f"{type(error).__name__}: {error}"
             answer = Joined(error=words or type(error).__name__)
@@ -307,11 +308,15 @@ class Agent:
         """The pool of this node: with none of Ray's environment for its workers, and by its own number of cores."""
         pool, path = pickle.loads(self._payload)
         sys.path += [place for place in path if place not in sys.path]
-        settings = pool._settings
-        if settings["env"] is None and pool._config.sandbox is None:
-            settings["env"] = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        options = pool._options
+        if options.environment.env is None and pool._config.sandbox is None:
+            env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+            environment = Environment(env=env, set_env=options.environment.set_env)
+            options = msgspec.structs.replace(options, environment=environment)
         if self._cores is not None:
-            settings["size"] = msgspec.structs.replace(settings["size"], least=self._cores, most=self._cores)
+            size = msgspec.structs.replace(options.size, least=self._cores, most=self._cores)
+            options = msgspec.structs.replace(options, size=size)
+        pool._options = options
         pool._set_up()
         assert isinstance(pool, Pool)
         return pool

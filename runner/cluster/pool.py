@@ -22,8 +22,9 @@ from ..jobs.prepared import PreparedRequest
 from ..model.request import Request, Upload
 from ..pool import Pool, check_timeouts, endless, restore_pool, sized_body
 from ..pool_base import Startable
-from ..pool_options import PoolOptions
+from ..pool_options import PoolConfig, PoolOptions, Queueing
 from ..wire.messages import JobContext
+from ..workers.scaling import Size
 from . import session
 from .agent_client import ClusterContext
 from .job import ClusterAsyncJob, ClusterJob
@@ -68,24 +69,23 @@ class ClusterPool(Startable):
         self._set_up(template, options.get("workers") is None, address, name)
 
     def _set_up(self, template: Pool, by_cores: bool, address: str | None, name: str | None) -> None:
-        settings = template._settings
+        options = template._options
         self._made_from = template.__reduce__()[1][1:], by_cores, address, name
-        self.debug: bool = settings["debug"]
-        self.overload: str = settings["overload"]
-        self._drain: float = settings["drain"]
-        self._start_timeout: float = settings["start_timeout"]
-        self._queue_timeout: float | None = settings["queue_timeout"]
+        self.debug = template.debug
+        self.overload = template.overload
+        self._times = options.times
+        self._queue_timeout = options.queueing.queue_timeout
         self._address = address
-        per_node = {**settings, "queue": None, "queue_timeout": None, "per_provider": {}}
+        per_node = msgspec.structs.replace(options, queueing=Queueing(overload=options.queueing.overload))
         token = uuid.uuid4().hex
-        workers = None if by_cores else per_node["size"].most
+        workers = None if by_cores else per_node.size.most
         self._agents = Agents(
             f"pool-{token}" if name is None else f"{name}-{_digest(template, per_node, workers)}",
             pickle.dumps((_pool_of(template, per_node), _path())),
             workers,
             shared=name is not None,
         )
-        self._placement = Placement(settings["queue"], settings["per_provider"])
+        self._placement = Placement(options.queueing.queue, options.queueing.per_provider)
         self._events = Events()
         self._host = ClusterContext(token, self._placement, self._events, {})
         self._node_manager: NodeManager | None = None
@@ -105,7 +105,7 @@ class ClusterPool(Startable):
         """
         manager = self._begin()
         try:
-            manager.wait_started(self._start_timeout + 30)
+            manager.wait_started(self._times.start_timeout + 30)
         except BaseException as error:
             self._start_over(manager, error)
             raise
@@ -121,7 +121,7 @@ class ClusterPool(Startable):
                 raise PoolClosed("the pool is closed: open a new one")
             if self._node_manager is None:
                 session.attach(self._address)
-                manager = NodeManager(self._host, self._agents, self._start_timeout)
+                manager = NodeManager(self._host, self._agents, self._times.start_timeout)
                 try:
                     manager.begin()
                 except BaseException:
@@ -156,7 +156,7 @@ class ClusterPool(Startable):
             self._host.closing = True
             self._placement.close(lambda: PoolClosed("the pool is closed: open a new one"))
             manager, self._node_manager = self._node_manager, None
-        drain = self._drain if drain is None else drain
+        drain = self._times.drain if drain is None else drain
         if manager is None:
             self._placement.shorten_drain(drain)
             return
@@ -283,24 +283,24 @@ def _path() -> list[str]:
     return [os.path.abspath(place) for place in sys.path]
 
 
-def _digest(template: Pool, settings: dict[str, Any], workers: int | None) -> str:
+def _digest(template: Pool, options: PoolConfig, workers: int | None) -> str:
     """What tells pools of one name apart that run something else, or otherwise. None: one worker per core of a node."""
     if workers is None:
-        settings = {name: value for name, value in settings.items() if name != "size"}
+        options = msgspec.structs.replace(options, size=Size(least=1, most=1))
     config = msgspec.msgpack.encode(template._config)
-    return hashlib.sha256(config + repr(sorted(settings.items())).encode()).hexdigest()[:12]
+    return hashlib.sha256(config + repr(options).encode()).hexdigest()[:12]
 
 
-def _pool_of(template: Pool, settings: dict[str, Any]) -> Pool:
-    """A local pool like this one, with these settings."""
-    return restore_pool("", msgspec.msgpack.encode(template._config), settings)
+def _pool_of(template: Pool, options: PoolConfig) -> Pool:
+    """A local pool like this one, with these options."""
+    return restore_pool("", msgspec.msgpack.encode(template._config), options)
 
 
 _pools: weakref.WeakValueDictionary[str, ClusterPool] = weakref.WeakValueDictionary()
 
 
 def _restore(
-    token: str, template: tuple[bytes, dict[str, Any]], by_cores: bool, address: str | None, name: str | None
+    token: str, template: tuple[bytes, PoolConfig], by_cores: bool, address: str | None, name: str | None
 ) -> ClusterPool:
     pool = _pools.get(token)
     if pool is None:

@@ -10,14 +10,13 @@ A job holds its worker until it settles, exactly once, in one of three ways:
 - the job was left early, or has background work to do: the worker goes to the supervisor;
 - the worker broke or died: it is discarded.
 
-The thread or task that is between `_take_channel` and `_release_channel` settles the job; `close` from elsewhere
-only wakes it.
+`gate` says who uses the channel, `sending` sends the body. What is left is one life cycle, which is longer than other
+modules.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import warnings
 import weakref
@@ -25,32 +24,26 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ..errors import (
-    JobClosed,
     JobFailed,
     JobTimedOut,
     ReadTimeout,
     WorkerDied,
     WriteTimeout,
-    closed_by,
 )
 from ..events import JobAnswered, JobEnded, JobStarted, Outcome
 from ..model.durations import min_timeout
 from ..model.limits import over_wall_time
-from ..model.scope import CancelScope, Watcher
 from ..wire.exchange import ResponseExchange
 from ..wire.frames import (
-    BODY,
-    END,
-    STOP,
     Frame,
-    encode,
-    pack_header,
 )
 from ..wire.messages import ResponseHead
 from ..wire.printable import quoted
 from ..workers.abandoned import Remainder, log_background_failure
 from .failures import over_limit, response_failure, worker_death
+from .gate import Gate
 from .prepared import PreparedRequest, job_number
+from .sending import Sending, waker
 
 if TYPE_CHECKING:
     from ..workers.holder import Holder
@@ -71,9 +64,6 @@ LAST_WORDS: Final = "; its last output:\n"
 NOTHING: Final[list[Frame]] = []
 """Instead of frames: there are none yet."""
 
-_CLOSER: Final = object()
-"""Uses the channel where `close` ends a job that nobody reads at the moment."""
-
 
 class NeverTaken(Exception):
     """The worker was gone before it took a byte of the request: another worker may have it.
@@ -86,34 +76,21 @@ class NeverTaken(Exception):
         self.error = error
 
 
-class RoundTrip:
+class RoundTrip(Sending):
     """A request in a worker, and its response."""
 
     __slots__ = (
-        "__weakref__",
-        "_channel",
-        "_closed_by",
         "_context",
-        "_custodian",
-        "_ending",
         "_exchange",
         "_expires",
-        "_lock",
-        "_number",
         "_outcome",
-        "_owes_end",
         "_read_timeout",
         "_scope",
-        "_settled",
-        "_upload",
-        "_uploading",
-        "_user",
         "_wall_seconds",
         "_worker",
         "_write_timeout",
         "began",
         "head",
-        "job_id",
         "method",
         "target",
     )
@@ -141,11 +118,7 @@ class RoundTrip:
         self._custodian = custodian
         self._upload = request.upload
         self._read_timeout, self._write_timeout = request.timeouts
-        # Reentrant: a signal's handler may close the job in the midst of anything that its thread does.
-        self._lock = threading.RLock()
-        self._user: object = None
-        self._ending = False
-        self._closed_by: BaseException | None = None
+        Gate.__init__(self)
         worker.jobs += 1
         worker.log.job_id = job_id
         self._number = job_number(worker.jobs)
@@ -162,7 +135,7 @@ class RoundTrip:
         # From here on the job is the one that has to let the worker go. No signal is handled within this line.
         self._settled, worker.job = False, reference
         if self._upload.lazy:
-            self._upload.on_ready(_waker(self))
+            self._upload.on_ready(waker(self))
         if custodian.events.subscribers:
             waited = self.began - request.asked_at
             custodian.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
@@ -178,18 +151,6 @@ class RoundTrip:
                 )
             finally:
                 self.close()
-
-    @property
-    def settled(self) -> bool:
-        """Whether the job holds no worker any more; pieces of its body may still be there to be read."""
-        return self._settled
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing is done for the job any more: its worker is let go, or forgotten, by an interrupt."""
-        if self._ending:
-            return False
-        return self._settled or (self._closed_by is not None and self._user in (None, _CLOSER))
 
     @property
     def worker_pid(self) -> int | None:
@@ -211,9 +172,6 @@ class RoundTrip:
                 JobAnswered(self.job_id, context.provider, context.source, self._worker.pid, head.status, seconds)
             )
 
-    def _watch_scope(self, scope: CancelScope) -> None:
-        scope.watch(id(self), _closer(self))
-
     def _next_piece(self) -> bytes | None:
         """A piece of the body that is there, b"" at its end; None where it has to be waited for."""
         if self._closed_by is not None:
@@ -227,40 +185,9 @@ class RoundTrip:
             self._check_end()
         return b""
 
-    def close(self, cause: BaseException | None = None) -> None:
-        """End the job; from any thread. A thread that is blocked in `read` is freed at once, with JobClosed.
-
-        Nothing happens where the response has ended. Otherwise the handler has the pool's grace time to end,
-        and then its worker is killed; nobody waits for that here.
-        """
-        if self._settled or self._custodian.in_forked_child:
-            return  # it is over; or this is a forked child, and the job is the parent's
-        with self._lock:
-            if self._settled or self._closed_by is not None:
-                return
-            self._closed_by = cause or JobClosed("close() was called")
-            if self._user is not None:
-                self._channel.wake()
-                return
-            self._user = _CLOSER
-        self._abandon()
-
-    def _fail_to_open(self, error: BaseException) -> None:
-        """End a job whose opening has raised this, if it has begun to be one."""
-        if not getattr(self, "_settled", True):
-            self.close(error)
-
     def over_time(self, detail: str) -> None:
         """End the job, which is over a time limit of the pool, with these words."""
         self.close(over_limit("timeout", detail, self.job_id))
-
-    def _wake(self) -> None:
-        """The upload has something to send: have whoever waits for the channel look."""
-        with self._lock:
-            if self._user is not None and not self._settled:
-                self._channel.wake()
-
-    # -- sending -------------------------------------------------------------------------------------
 
     def _send_request(self, request: PreparedRequest) -> None:
         upload = self._upload
@@ -277,89 +204,6 @@ class RoundTrip:
             self._discard()
             raise NeverTaken(None) from None
         self._uploading = upload.lazy or not channel.flushed
-
-    def _push_upload(self) -> None:
-        """Send on: what is left over, then one more piece of the source."""
-        channel = self._channel
-        upload = self._upload
-        try:
-            channel.flush()
-            if channel.flushed and upload.lazy and upload.ready:
-                piece = upload.pull()
-                if piece:
-                    channel.send(pack_header(BODY, self._number, len(piece)), piece)
-                else:
-                    self._end_upload(END)
-        except BrokenPipeError:
-            # The worker takes no more: its answer, or its death, tells the rest.
-            channel.drop_unsent()
-            self._close_upload()
-        self._uploading = upload.lazy or not channel.flushed
-
-    def _close_upload(self) -> None:
-        try:
-            self._upload.close()
-        except Exception:
-            logger.exception("job %s: closing the request body failed", self.job_id)
-
-    def _stop_upload(self) -> None:
-        """End an upload that has not come to its end: complete the frame that is under way, then STOP."""
-        if self._uploading or (self._owes_end and self._channel.written):
-            self._uploading = False
-            self._close_upload()
-            if self._owes_end:
-                try:
-                    self._end_upload(STOP)
-                except BrokenPipeError:
-                    self._channel.drop_unsent()
-
-    def _end_upload(self, kind: int) -> None:
-        """Send the frame that ends the request: once, or the stream counts as torn."""
-        frame = encode(kind, self._number)
-        self._channel.torn, self._owes_end = True, False
-        self._channel.send(frame)
-
-    # -- receiving -----------------------------------------------------------------------------------
-
-    def _take_channel(self, step: object) -> None:
-        """Become the one that uses the channel, for this step. Raises what the job was closed with."""
-        with self._lock:
-            if self._settled or self._closed_by is not None:
-                raise self._closed()
-            if self._user is not None:
-                raise RuntimeError(f"job {self.job_id} is being read already: one thread or task reads at a time")
-            self._user = step
-            if self._closed_by is not None:  # by a signal's handler, just now
-                raise self._closed()
-
-    def _break_off(self, step: object, error: BaseException) -> None:
-        """The step has raised: the job is over, where it had the channel."""
-        if self._user is step:
-            self._closed_by = self._closed_by or error
-            if not self._settled:
-                self._abandon()
-
-    def _release_channel(self, step: object) -> bool:
-        """Use the channel no more; whether a close came meanwhile, which has been seen to."""
-        with self._lock:
-            if self._user is not step:
-                return False
-            leave = self._closed_by is not None and not self._settled
-            if not leave:
-                self._user = None
-        if leave:
-            self._abandon()
-        return leave
-
-    def _forget_user(self, step: object) -> None:
-        """The step has raised and is over, whatever has become of letting the channel go."""
-        if self._user is step:
-            self._user = _CLOSER
-
-    @property
-    def _wants_write(self) -> bool:
-        """Whether there is something to send, once the worker takes more."""
-        return self._uploading and (self._upload.ready or not self._channel.flushed)
 
     def _patience(self) -> float | None:
         """How long to wait for the channel now, in seconds."""
@@ -478,12 +322,6 @@ class RoundTrip:
             "source": context.source,
             "worker": self._worker.pid,
         }
-
-    def _closed(self) -> BaseException:
-        """What a read of a job that was ended raises: the fault that ended it, or that it was closed."""
-        if isinstance(self._closed_by, JobFailed):
-            return self._closed_by
-        return closed_by(self._closed_by or JobClosed("it is over"), f"job {self.job_id}")
 
     # -- settling ------------------------------------------------------------------------------------
 
@@ -627,25 +465,3 @@ class RoundTrip:
         if failure is not None:
             return failure.fault.detail
         return "" if self._closed_by is None else str(self._closed_by)
-
-
-def _waker(job: RoundTrip) -> Callable[[], None]:
-    """Wakes the job, without keeping it alive."""
-    reference = weakref.ref(job)
-
-    def wake() -> None:
-        if (found := reference()) is not None:
-            found._wake()
-
-    return wake
-
-
-def _closer(job: RoundTrip) -> Watcher:
-    """Closes the job when its scope is cancelled, without keeping it alive."""
-    reference = weakref.ref(job)
-
-    def close(cause: BaseException) -> None:
-        if (found := reference()) is not None:
-            found.close(cause)
-
-    return close

@@ -1,24 +1,23 @@
-"""Births and deaths: one thread per pool that keeps the wanted number of workers alive.
+"""Starts and ends of workers: one thread per pool that keeps the wanted number of workers alive.
 
-It stands beside the lane, never on it. Its loop waits for the zygote's news (births, exits), for the
-response pipes of workers that start (READY) or that were left by their callers (the end of the job,
-within the grace time), for the log pipes, and for orders from other threads.
+It stands beside the lane, never on it. Its loop waits for the zygote's news (births, exits), for the response pipes of
+workers that start (READY) or that their callers have left (the end of the job, within the grace time), for the log
+pipes, and for orders from other threads.
+
+It is longer than other modules: a birth, an exit and the zygote's own end meet in one state. What could be told apart
+has modules of its own: scaling, spawning, zygote_watch, watchdog, abandoned.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
-import re
 import signal
 import threading
 import time
 from collections.abc import Mapping
 from typing import Final
-
-import msgspec
 
 from ..control.orders import (
     Born,
@@ -33,61 +32,31 @@ from ..control.snapshot import make_snapshot
 from ..errors import StartError, WorkersUnavailable
 from ..events import Events, WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
 from ..model.durations import longest_wait
-from ..wire.frames import FAULT, READY
-from ..wire.messages import FaultReport, Ready
+from ..wire.frames import FAULT
 from ..wire.printable import one_line, quoted
 from .abandoned import AbandonedJobs, Remainder
 from .backoff import RestartBackoff
-from .channel import Channel, make_pipe
 from .leases import Leases
 from .logs import LogPipe
 from .reactor import Reactor
 from .record import Worker
+from .scaling import Scaler, Size
+from .spawning import order_worker, read_first_frame
+from .start_failures import StartFailureLog
 from .watchdog import Watchdog
 from .zygote_client import ZygoteClient
+from .zygote_watch import ZygoteWatch
 
 logger = logging.getLogger("blastdoor")
-
-_decode_ready = msgspec.msgpack.Decoder(Ready).decode
-_decode_report = msgspec.msgpack.Decoder(FaultReport).decode
 
 _SETTLED: Final = 2.0
 """Seconds that a worker has to live after READY to count as a start that has succeeded."""
 
-_SHORTEST_LOOK: Final = 0.02
-
 _STATUS_LIMIT: Final = 1.0
 """Seconds that the zygote has to tell how a worker has ended."""
 
-_SILENCE_LIMIT: Final = 5.0
-"""Seconds that the zygote may say nothing while it owes us news."""
-
-_PIDS: Final = re.compile(r"worker \d+|line \d+")
-
 _EXIT_LIMIT: Final = 1.0
 """Seconds that the zygote has to exit by itself when a pool closes."""
-
-
-class Size(msgspec.Struct, frozen=True, kw_only=True):
-    """How many workers there are: from `least` to `most` by demand, and `spares` that are warm beyond that.
-
-    A worker that has been idle for `shrink_after` seconds goes, where there are more than the least.
-    """
-
-    least: int
-    most: int
-    spares: int = 0
-    shrink_after: float = 10.0
-
-    @property
-    def look_after(self) -> float:
-        """Seconds between two looks for a worker that may go."""
-        return max(self.shrink_after / 4, _SHORTEST_LOOK)
-
-    @property
-    def elastic(self) -> bool:
-        """Whether the number of workers follows the demand."""
-        return self.most > self.least
 
 
 class Supervisor:
@@ -100,7 +69,6 @@ class Supervisor:
         config: ZygoteConfig,
         size: Size,
         env: Mapping[str, str] | None,
-        grace: float,
         start_timeout: float,
         stop_timeout: float,
     ) -> None:
@@ -108,17 +76,11 @@ class Supervisor:
         self.leases = leases
         self.events = events
         self._config = config
-        self._size = size
-        self._wanted = size.least + size.spares
         self._retiring: set[Worker] = set()
-        self._last_failure = ""
-        self._same_failures = 0
         self._label = f"{config.label}: " if config.label else ""
-        self._growth_is_due = False
+        self._start_failures = StartFailureLog(self._label)
         self._orders_are_held = False
         leases.retire = lambda worker: self._reactor.call(lambda: self._retire(worker))
-        if size.elastic:
-            leases.on_saturated = self._on_saturated
         self._env = env
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
@@ -127,10 +89,6 @@ class Supervisor:
         self._numbers = itertools.count(1)
         self._ready_unborn: set[Worker] = set()
         self._zygote: ZygoteClient | None = None
-        self._zygote_heard_at = math.inf
-        self._zygote_is_watched = False
-        self._zygote_owes_since = 0.0
-        self._unreported: set[int] = set()
         self._started = threading.Event()
         self._start_error = ""
         self._zygote_error = ""
@@ -140,8 +98,10 @@ class Supervisor:
         self.in_forked_child = False
         self.kind = ""
         self._reactor = Reactor()
+        self._scaler = Scaler(size, leases, self._reactor, self._respawn, self._retire)
+        self._zygote_watch = ZygoteWatch(self._reactor, self._births_owed, self._zygote_is_silent)
         background = None if config.sandbox is None else config.sandbox.background_seconds
-        self._abandoned = AbandonedJobs(self._reactor, leases, grace, config.limits.wall_seconds, background)
+        self._abandoned = AbandonedJobs(self._reactor, leases, config.grace, config.limits.wall_seconds, background)
         self.watchdog = Watchdog(self._reactor, leases, self._abandoned, config.limits, self._in_service)
         self.look_for_lost, self.look_after_jobs = self.watchdog.look_for_lost, self.watchdog.look_after_jobs
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
@@ -207,33 +167,9 @@ class Supervisor:
 
     def describe_workers(self) -> list[WorkerInfo]:
         """The workers of this moment."""
-        import psutil  # loaded where it is used
+        from .inventory import describe_workers  # psutil is loaded where it is used
 
-        found = []
-        for worker in list(self._workers.values()):
-            if worker.pid is None:
-                continue
-            try:
-                process = psutil.Process(worker.pid)
-                with process.oneshot():
-                    rss, times = process.memory_info().rss, process.cpu_times()
-            except psutil.Error:
-                continue  # it has ended meanwhile
-            leased = self.leases.is_leased(worker)
-            job = worker.job() if leased and worker.job is not None else None
-            found.append(
-                WorkerInfo(
-                    worker.pid,
-                    "busy" if leased else "idle" if worker.ready else "starting",
-                    worker.log.job_id if leased else "",
-                    worker.jobs,
-                    time.monotonic() - worker.ordered_at,
-                    rss,
-                    times.user + times.system,
-                    request="" if job is None else f"{job.method} {job.target}",
-                )
-            )
-        return found
+        return describe_workers(list(self._workers.values()), self.leases)
 
     def _run(self) -> None:
         # A signal to the process must not come here: it would interrupt no wait of the main thread (signal(7)).
@@ -258,7 +194,7 @@ class Supervisor:
             return
         self._zygote = zygote
         self._orders_are_held = False
-        self._zygote_heard_at = math.inf  # until it has forked its first worker it may import for as long as that takes
+        self._zygote_watch.begin()
         self._watch_log(zygote.log)
         self._reactor.watch(zygote.control_fd, self._hear_zygote)
         self._reactor.watch(zygote.pidfd, self._zygote_ended)
@@ -272,7 +208,7 @@ class Supervisor:
             if self._zygote.silent:
                 self._reactor.unwatch(self._zygote.control_fd)  # it is ending; its pidfd tells the rest
             return False
-        self._zygote_heard_at = time.monotonic()
+        self._zygote_watch.heard()
         news, pidfd = heard
         if isinstance(news, (Born, Died)):
             self._spawn_held()
@@ -286,7 +222,7 @@ class Supervisor:
             else:
                 self._born(self._workers[news.worker], news.pid, pidfd)
         elif isinstance(news, Died):
-            self._unreported.discard(news.worker)
+            self._zygote_watch.unreported.discard(news.worker)
             if (worker := self._workers.get(news.worker)) is not None:  # else it was too late to tell
                 self._on_worker_exit(worker, news.status)
         elif isinstance(news, Stopped):
@@ -314,7 +250,7 @@ class Supervisor:
             self._reactor.unwatch(fd)
         status = zygote.close()
         self._zygote = None
-        self._unreported.clear()
+        self._zygote_watch.unreported.clear()
         workers = list(self._workers.values())
         inodes = {os.fstat(fd).st_ino for worker in workers for fd in worker.pipe_ends()}
         for worker in workers:
@@ -339,45 +275,27 @@ class Supervisor:
         if worker.pidfd is not None:
             self._reactor.unwatch(worker.pidfd)
         self._reactor.after(_STATUS_LIMIT, lambda: self._on_exit_untold(worker))
-        self._watch_zygote()
-        self._unreported.add(worker.number)
+        self._zygote_watch.expect_news()
+        self._zygote_watch.unreported.add(worker.number)
 
     def _on_exit_untold(self, worker: Worker) -> None:
         if not worker.dead:
             self._on_worker_exit(worker, None)
 
-    def _watch_zygote(self) -> None:
-        """Have the zygote looked at as long as it owes us news: it is about to owe some."""
-        if not self._zygote_owes:
-            self._zygote_owes_since = time.monotonic()
-        if not self._zygote_is_watched:
-            self._zygote_is_watched = True
-            self._reactor.after(_SILENCE_LIMIT, self._look_at_zygote)
+    def _births_owed(self) -> bool:
+        return any(worker.pid is None for worker in self._workers.values())
 
-    @property
-    def _zygote_owes(self) -> bool:
-        """Whether a birth or a death is still to be told of."""
-        return bool(self._unreported) or any(worker.pid is None for worker in self._workers.values())
-
-    def _look_at_zygote(self) -> None:
-        """Begin anew where the zygote owes us a birth or a death and says nothing: it was stopped, or hangs."""
-        self._zygote_is_watched = False
+    def _zygote_is_silent(self, seconds: float) -> None:
+        """It was stopped, or hangs: begin anew."""
         if self._zygote is None or self._stopping:
             return
-        if not self._zygote_owes:
-            return
-        silent = max(time.monotonic() - max(self._zygote_heard_at, self._zygote_owes_since), 0)
-        if silent >= _SILENCE_LIMIT:
-            logger.error(
-                "the zygote process %d has said nothing for %.0f s, though it should: it is stopped, or hangs. "
-                "It is killed, with all its workers, and starts anew",
-                self._zygote.pid,
-                silent,
-            )
-            self._zygote.kill()
-        else:
-            self._zygote_is_watched = True
-            self._reactor.after(_SILENCE_LIMIT - silent, self._look_at_zygote)
+        logger.error(
+            "the zygote process %d has said nothing for %.0f s, though it should: it is stopped, or hangs. "
+            "It is killed, with all its workers, and starts anew",
+            self._zygote.pid,
+            seconds,
+        )
+        self._zygote.kill()
 
     # -- the number of workers -----------------------------------------------------------------------
 
@@ -389,32 +307,6 @@ class Supervisor:
         self._respawn()
         worker.channel.end_requests()
         self._reactor.after(self._stop_timeout, lambda: self.leases.kill(worker))
-
-    def _on_saturated(self) -> None:
-        if not self._growth_is_due:
-            self._growth_is_due = True
-            self._reactor.call(self._grow)
-
-    def _grow(self) -> None:
-        """Have as many workers as jobs that run and callers that wait, and the spares, within bounds."""
-        self._growth_is_due = False
-        _, running, waiting = self.leases.numbers()
-        wanted = min(max(running + waiting, self._size.least), self._size.most) + self._size.spares
-        if wanted > self._wanted and not self._closing:
-            self._wanted = wanted
-            self._respawn()
-            self._reactor.after(self._size.look_after, self._shrink)
-
-    def _shrink(self) -> None:
-        """Let go of a worker that has been idle for long; look again until as few are left as there should be."""
-        if self._closing:
-            return
-        least = self._size.least + self._size.spares
-        while self._wanted > least and (worker := self.leases.withdraw_idle(self._size.shrink_after)) is not None:
-            self._wanted -= 1
-            self._retire(worker)
-        if self._wanted > least:
-            self._reactor.after(self._size.look_after, self._shrink)
 
     def _in_service(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if worker not in self._retiring]
@@ -469,7 +361,7 @@ class Supervisor:
     def _spawn_missing(self) -> None:
         if self._orders_are_held:
             return
-        missing = self._wanted - len(self._workers) + len(self._retiring)
+        missing = self._scaler.wanted - len(self._workers) + len(self._retiring)
         if self._backoff.engaged:
             starting = any(not worker.ready for worker in self._workers.values())
             missing = 0 if starting else min(missing, 1)  # one try at a time
@@ -480,38 +372,18 @@ class Supervisor:
     def _spawn(self) -> bool:
         assert self._zygote is not None
         number = next(self._numbers)
-        fds: list[int] = []
         try:
-            for _ in range(4):
-                fds += make_pipe()
-            request_read, request_write, response_read, response_write, out_read, out_write, err_read, err_write = fds
-            cancel_read, cancel_write = os.pipe2(os.O_CLOEXEC)
-            fds += cancel_read, cancel_write
-            channel = Channel(request_write, response_read, cancel_write)
-        except OSError as error:  # out of descriptors
-            for fd in fds:
-                os.close(fd)
+            worker = order_worker(self._zygote, number, self._label)
+        except BlockingIOError:  # its socket is full of orders
+            self._orders_are_held = True  # it answers each that is there: see `_spawn_held`
+            return False
+        except OSError as error:  # out of descriptors; or the zygote is gone
             self._spawn_failed(error)
             return False
-        try:
-            self._zygote.spawn(number, (request_read, response_write, out_write, err_write, cancel_read))
-        except OSError as error:  # its socket is full of orders; or it is gone
-            channel.close()
-            for fd in (request_read, response_write, out_read, out_write, err_read, err_write, cancel_read):
-                os.close(fd)
-            if isinstance(error, BlockingIOError):
-                self._orders_are_held = True  # it answers each that is there: see `_spawn_held`
-            else:
-                self._spawn_failed(error)
-            return False
-        for fd in (request_read, response_write, out_write, err_write, cancel_read):
-            os.close(fd)
-        log = LogPipe(out_read, err_read, f"{self._label}worker {number} (starting)")
-        worker = Worker(number, channel, log)
-        self._watch_zygote()
+        self._zygote_watch.expect_news()
         self._workers[number] = worker
-        self._watch_log(log)
-        self._reactor.watch(response_read, lambda: self._hear_starting(worker))
+        self._watch_log(worker.log)
+        self._reactor.watch(worker.channel.response_fd, lambda: self._hear_starting(worker))
         self._reactor.after(self._start_timeout, lambda: self._check_started(number))
         return True
 
@@ -541,21 +413,11 @@ class Supervisor:
         if frames == []:
             return
         self._reactor.unwatch(channel.response_fd)
-        kind, _, payload = frames[0] if frames else (None, 0, b"")
-        try:
-            if kind == READY and frames is not None and len(frames) == 1 and channel.clean:
-                self.kind = _decode_ready(payload).kind
-                self._ready(worker)
-                return
-            if kind == FAULT:
-                report = _decode_report(payload)
-                worker.failure_says_all = not report.traceback
-                worker.failure = quoted(report.traceback or report.message)
-            elif kind is not None:
-                worker.failure = "its first frame was not READY: something in its start wrote to its response pipe"
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            worker.failure = f"its first frame does not hold up: {error}"
-        if kind != FAULT:
+        ready = read_first_frame(worker, frames)
+        if ready is not None:
+            self.kind = ready.kind
+            self._ready(worker)
+        elif not frames or frames[0][0] != FAULT:
             self.leases.kill(worker)
 
     def _ready(self, worker: Worker) -> None:
@@ -572,7 +434,7 @@ class Supervisor:
     @property
     def _all_ready(self) -> bool:
         """Whether as many workers as are wanted are there, and all ready."""
-        return len(self._workers) >= self._wanted and all(worker.ready for worker in self._workers.values())
+        return len(self._workers) >= self._scaler.wanted and all(worker.ready for worker in self._workers.values())
 
     def _check_settled(self, worker: Worker) -> None:
         if not worker.dead:
@@ -596,6 +458,7 @@ class Supervisor:
         if not self._started.is_set():
             self._start_error = why
             self._closing = True
+            self._scaler.end()
             self.leases.refuse(lambda: StartError(why))
             self._started.set()
             return
@@ -604,7 +467,7 @@ class Supervisor:
         now = time.monotonic()
         self._backoff.failed(now)
         pause = self._backoff.delay(now)
-        self._log_failed_start(why, pause)
+        self._start_failures.add(why, pause)
         if self._backoff.engaged and not any(worker.ready for worker in self._workers.values()):
             first_line = why.splitlines()[0]
             self.leases.refuse(
@@ -613,18 +476,6 @@ class Supervisor:
                     max(self._backoff.delay(time.monotonic()), 1.0),
                 )
             )
-
-    def _log_failed_start(self, why: str, pause: float) -> None:
-        """Tell of it, all of it once: what fails the same way over and over is counted."""
-        again = f"\nnext try in {pause:.1f} s" if pause else ""
-        said = _PIDS.sub("worker", why)
-        if said == self._last_failure:
-            self._same_failures += 1
-            first = why.splitlines()[0]
-            logger.error("%s%s (the same as before, %d times now)%s", self._label, first, self._same_failures, again)
-            return
-        self._last_failure, self._same_failures = said, 1
-        logger.error("%s%s%s", self._label, why, again)
 
     # -- ends ----------------------------------------------------------------------------------------
 
@@ -672,6 +523,7 @@ class Supervisor:
 
     def _begin_stop(self, grace: float) -> None:
         self._closing = self._stopping = True
+        self._scaler.end()
         self.watchdog.end()
         for worker in self._workers.values():
             if worker.ready and not self.leases.is_leased(worker):

@@ -1,0 +1,94 @@
+"""How many workers there should be: by the demand, within the bounds that the pool was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from .leases import Leases
+from .reactor import Reactor
+from .record import Worker
+
+_SHORTEST_LOOK: Final = 0.02
+
+
+class Size(msgspec.Struct, frozen=True, kw_only=True):
+    """How many workers there are: from `least` to `most` by demand, and `spares` that are warm beyond that.
+
+    A worker that has been idle for `shrink_after` seconds goes, where there are more than the least.
+    """
+
+    least: int
+    most: int
+    spares: int = 0
+    shrink_after: float = 10.0
+
+    @property
+    def look_after(self) -> float:
+        """Seconds between two looks for a worker that may go."""
+        return max(self.shrink_after / 4, _SHORTEST_LOOK)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers follows the demand."""
+        return self.most > self.least
+
+
+class Scaler:
+    """Follows the demand. `wanted` is how many workers there should be now.
+
+    It calls `grow` when that has grown, and `retire` with each worker that is not needed any more; all in the
+    supervisor's thread.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        leases: Leases,
+        reactor: Reactor,
+        grow: Callable[[], object],
+        retire: Callable[[Worker], object],
+    ) -> None:
+        self.wanted = self._least = size.least + size.spares
+        self._size = size
+        self._leases = leases
+        self._reactor = reactor
+        self._grow_pool = grow
+        self._retire = retire
+        self._growth_is_due = False
+        self._ended = False
+        if size.elastic:
+            leases.on_saturated = self._on_saturated
+
+    def end(self) -> None:
+        """The pool closes: the number changes no more."""
+        self._ended = True
+
+    def _on_saturated(self) -> None:
+        if not self._growth_is_due:
+            self._growth_is_due = True
+            self._reactor.call(self._grow)
+
+    def _grow(self) -> None:
+        """Have as many workers as jobs that run and callers that wait, and the spares, within bounds."""
+        self._growth_is_due = False
+        size = self._size
+        _, running, waiting = self._leases.numbers()
+        wanted = min(max(running + waiting, size.least), size.most) + size.spares
+        if wanted > self.wanted and not self._ended:
+            self.wanted = wanted
+            self._grow_pool()
+            self._reactor.after(size.look_after, self._shrink)
+
+    def _shrink(self) -> None:
+        """Let go of a worker that has been idle for long; look again until as few are left as there should be."""
+        if self._ended:
+            return
+        least, shrink_after = self._least, self._size.shrink_after
+        while self.wanted > least and (worker := self._leases.withdraw_idle(shrink_after)) is not None:
+            self.wanted -= 1
+            self._retire(worker)
+        if self.wanted > least:
+            self._reactor.after(self._size.look_after, self._shrink)
