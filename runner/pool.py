@@ -1,11 +1,13 @@
-"""The pool: workers behind one handler, and the way to have a request run by one of them."""
+"""The pool: workers behind one handler, and the way to have a request run by one of them.
+
+Longer than other modules by its docstrings: they are the contract that users read.
+"""
 
 from __future__ import annotations
 
 import atexit
 import itertools
 import logging
-import math
 import os
 import threading
 import uuid
@@ -20,12 +22,12 @@ from .errors import PoolClosed, PoolForked, StartError
 from .events import Events, PoolStats, WorkerInfo
 from .jobs.dispatch import Dispatch, load_async
 from .jobs.job import Job
-from .model.durations import check_seconds
 from .model.limits import Limits
 from .model.recycle import Recycle
-from .model.request import Body, Request, Upload
+from .model.request import Request, Upload
 from .model.sandbox import Profile, Sandbox
 from .pool_base import Startable
+from .pool_calls import check_request, check_timeouts, endless, sized_body, tell_of_dropped
 from .pool_options import (
     Environment,
     PoolConfig,
@@ -382,47 +384,6 @@ class Pool(Startable):
 
 
 _ENDLESS = (None, None)
-
-
-def sized_body(request: Request) -> Body:
-    """A request's body, held to the length that its headers announce. InvalidLength for another."""
-    if request.body is None or not request.headers:
-        return request.body
-    from .jobs.body_length import held_to_length  # loaded where it is used
-
-    return held_to_length(request.body, request.headers)
-
-
-def check_request(request: object) -> None:
-    """TypeError for what is no request."""
-    if type(request) is not Request and not isinstance(request, Request):
-        raise TypeError(f"a pool opens a Request, as in pool.open(Request('GET', '/')), not {request!r}")
-
-
-def check_timeouts(lease: float | None, read: float | None, write: float | None) -> None:
-    """ConfigurationError for what is no time in seconds. Infinity is for ever, as None is."""
-    if lease is not None:
-        check_seconds("lease_timeout", lease, endless=True)
-    if read is not None:
-        check_seconds("read_timeout", read, endless=True)
-    if write is not None:
-        check_seconds("write_timeout", write, endless=True)
-
-
-def tell_of_dropped(request: Request, job_id: str) -> None:
-    """Say which headers a WSGI app is not given. One short line: it is the client's doing, not the worker's."""
-    names = [name for name, _ in request.headers if "_" in name]
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        which = ", ".join(repr(name[:40]) for name in names[:3])
-        logger.info(
-            "job %s: headers that hold an underscore are dropped: %s%s", job_id, which, more, extra={"job_id": job_id}
-        )
-
-
-def endless(timeout: float | None) -> float | None:
-    """A timeout in seconds, infinity as None."""
-    return None if timeout == math.inf else timeout
 
 
 _pools: weakref.WeakValueDictionary[str, Pool] = weakref.WeakValueDictionary()

@@ -20,8 +20,9 @@ from ..errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from ..events import Events, PoolStats, WorkerInfo
 from ..jobs.prepared import PreparedRequest
 from ..model.request import Request, Upload
-from ..pool import Pool, check_timeouts, endless, restore_pool, sized_body
+from ..pool import Pool, restore_pool
 from ..pool_base import Startable
+from ..pool_calls import check_timeouts, endless, sized_body
 from ..pool_options import PoolConfig, PoolOptions, Queueing
 from ..wire.messages import JobContext
 from ..workers.scaling import Size

@@ -6,6 +6,8 @@ response at any time, and one for the request's body: `run`, which gives the hea
 
 A job holds its slot until it settles: its end has come, its node is lost, or its caller has left and the agent has
 acknowledged that.
+
+One life cycle, longer than other modules: it does what `jobs.round_trip` does, over calls of Ray's in place of pipes.
 """
 
 from __future__ import annotations

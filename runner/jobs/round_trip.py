@@ -23,20 +23,12 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from ..errors import (
-    JobFailed,
-    JobTimedOut,
-    ReadTimeout,
-    WorkerDied,
-    WriteTimeout,
-)
+from ..errors import JobFailed, JobTimedOut, ReadTimeout, WorkerDied, WriteTimeout
 from ..events import JobAnswered, JobEnded, JobStarted, Outcome
 from ..model.durations import min_timeout
 from ..model.limits import over_wall_time
 from ..wire.exchange import ResponseExchange
-from ..wire.frames import (
-    Frame,
-)
+from ..wire.frames import Frame
 from ..wire.messages import ResponseHead
 from ..wire.printable import quoted
 from ..workers.abandoned import Remainder, log_background_failure
