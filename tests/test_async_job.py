@@ -861,7 +861,7 @@ def drop(jobs: list[Any]) -> None:
 
 
 def test_a_job_that_is_dropped(start: Callable[..., Pool], run: Run) -> None:
-    """C1: the finaliser ends it, with a ResourceWarning."""
+    """C1: the finalizer ends it, with a ResourceWarning."""
     pool = start(workers=1)
 
     async def main() -> None:

@@ -910,7 +910,7 @@ def test_forks(pool: ClusterPool) -> None:
     assert get(pool, "/hello") == b"hello"
 
 
-def test_finalisers(pool: ClusterPool) -> None:
+def test_finalizers(pool: ClusterPool) -> None:
     """D4, C4: a job that is collected while its line is in use ends; nobody waits for himself."""
     jobs = [pool.open(Request("GET", "/endless")) for _ in range(2)]
     for link in list(pool._host.links.values()):

@@ -34,7 +34,7 @@ frames = st.one_of(
 
 
 def joined(found: list[Frame]) -> list[Frame]:
-    """The frames with neighbouring pieces of a job's body put together: how they come is the stream's affair."""
+    """The frames with neighboring pieces of a job's body put together: how they come is the stream's affair."""
     whole: list[Frame] = []
     for kind, job, payload in found:
         if kind == BODY and whole and whole[-1][:2] == (BODY, job):

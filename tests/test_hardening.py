@@ -277,7 +277,7 @@ def tenants(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [Sandbox.default, Sandbox.strict], ids=["default", "strict"])
-def test_a_package_s_neighbours(start: Callable[..., Pool], tenants: Path, make: Callable[..., Sandbox]) -> None:
+def test_a_package_s_neighbors(start: Callable[..., Pool], tenants: Path, make: Callable[..., Sandbox]) -> None:
     """S: a handler's package is its to read; what lies beside it is not, by name, by list or by import."""
     pool = start("tenant_a.web:app", workers=1, sandbox=make(path=[tenants]))
 
@@ -291,7 +291,7 @@ def test_a_package_s_neighbours(start: Callable[..., Pool], tenants: Path, make:
     assert "tenant_b" in get("import")  # by name: it is not granted, or, below a hidden /tmp, not even there
 
 
-def test_a_neighbour_that_is_granted(start: Callable[..., Pool], tenants: Path) -> None:
+def test_a_neighbor_that_is_granted(start: Callable[..., Pool], tenants: Path) -> None:
     """S: what is named is found, beside the app or not."""
     sandbox = Sandbox.default(path=[tenants], readable=[tenants / "tenant_b"])
     pool = start("tenant_a.web:app", workers=1, sandbox=sandbox)

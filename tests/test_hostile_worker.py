@@ -174,7 +174,7 @@ def test_a_cut_off_without_a_head(pool: Pool) -> None:
         pool.open(Request("POST", "/protocol", body=report))
 
 
-def test_an_array_is_no_misbehaviour(pool: Pool) -> None:
+def test_an_array_is_no_misbehavior(pool: Pool) -> None:
     """H1: a memoryview of wider items is sent as the bytes that it is."""
     with pool.open(Request("GET", "/array")) as job:
         assert len(b"".join(job)) == 40_000

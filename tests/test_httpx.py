@@ -508,7 +508,7 @@ def test_a_scope_of_ours(httpx: Any, client: Any, pool: Pool, tmp_path: Path) ->
 def test_responses_that_are_dropped(
     start: Callable[..., Pool], httpx: Any, transports: Any, connect: Callable[..., Any], run: Run
 ) -> None:
-    """C1, X: a finaliser ends what nobody closes, with a ResourceWarning."""
+    """C1, X: a finalizer ends what nobody closes, with a ResourceWarning."""
     pool = start(workers=1)
     with httpx.Client(transport=transports.Transport(pool)) as client:
         responses = [client.send(client.build_request("GET", f"{URL}/endless"), stream=True)]

@@ -29,7 +29,7 @@ class Interrupted(BaseException):
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Jobs that are dropped in the midst say so, and an exception in a finaliser is only told."""
+    """Jobs that are dropped in the midst say so, and an exception in a finalizer is only told."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     with warnings.catch_warnings():

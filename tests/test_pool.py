@@ -586,7 +586,7 @@ def test_warnings_as_errors_leak_nothing(start: Callable[..., Pool]) -> None:
 
 @contextlib.contextmanager
 def unraisable() -> Iterator[list[str]]:
-    """What finalisers raise meanwhile."""
+    """What finalizers raise meanwhile."""
     raised: list[str] = []
     hook = sys.unraisablehook
     sys.unraisablehook = lambda caught: raised.append(str(caught.exc_value))

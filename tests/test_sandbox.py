@@ -116,7 +116,7 @@ def test_a_tls_connection_where_it_is_granted(
 
 @every_profile
 def test_granted_paths(start: Callable[..., Pool], make: Make, tmp_path: Path) -> None:
-    """S: what is named can be read, or written, and its neighbours can't."""
+    """S: what is named can be read, or written, and its neighbors can't."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "text").write_text("to be read")
     (tmp_path / "out").mkdir(mode=0o777)

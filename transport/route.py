@@ -91,7 +91,7 @@ class Route:
             return location
         rest = rest[len(self.mount) :]
         if rest and rest[0] not in "/?#":
-            return location  # a neighbour whose name begins alike
+            return location  # a neighbor whose name begins alike
         if (lead := _SLASHES.match(rest)) is not None:
             rest = "/" + rest[lead.end() :]  # browsers read "/\\host" and "/<tab>/host" as "//host", another host
         return start + prefix + (rest if rest.startswith("/") else "/" + rest)

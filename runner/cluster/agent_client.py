@@ -64,7 +64,7 @@ class AgentClient:
         self._heard = time.monotonic()
         self._seen = 0
         self._news: deque[Heartbeat] = deque()
-        self._lock = threading.RLock()  # reentrant: a finaliser may close a job in the middle of anything
+        self._lock = threading.RLock()  # reentrant: a finalizer may close a job in the middle of anything
         self._kills: dict[str, tuple[float, Callable[[], object]]] = {}
         self._methods = {name: getattr(actor, name) for name in ("run", "more", "feed", "kill", "ping")}
 

@@ -14,7 +14,7 @@ from ray.job_config import JobConfig
 
 from ..errors import ConfigurationError, PoolForked, StartError
 
-_lock = threading.RLock()  # reentrant: a finaliser may close a pool in the middle of anything
+_lock = threading.RLock()  # reentrant: a finalizer may close a pool in the middle of anything
 _inherited = False
 _KNOCK: Final = 5.0
 """Seconds that the head of a cluster has to take a connection."""

@@ -1,4 +1,4 @@
-"""What jobs know of the pool that their workers are of: a protocol (PEP 544), which its `Supervisor` fulfils.
+"""What jobs know of the pool that their workers are of: a protocol (PEP 544), which its `Supervisor` fulfills.
 
 For the types only: no call of a request's way goes through more than it names.
 """

@@ -31,7 +31,7 @@ class Reactor:
         self._timers: list[tuple[float, int, Callback]] = []
         self._timer_numbers = itertools.count()
         self._calls: deque[Callback] = deque()
-        # Reentrant, since `call` may come from a finaliser that runs in the middle of anything.
+        # Reentrant, since `call` may come from a finalizer that runs in the middle of anything.
         self._lock = threading.RLock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:

@@ -38,7 +38,7 @@ class WaitQueue(ABC, Generic[Resource]):
     def __init__(self, queue: int | None) -> None:
         self._queue = queue
         self.on_saturated: Callable[[], object] | None = None
-        self._lock = threading.RLock()  # reentrant: a finaliser may give a resource up in the middle of anything
+        self._lock = threading.RLock()  # reentrant: a finalizer may give a resource up in the middle of anything
         self._drained = threading.Condition(self._lock)
         self._drain_until = math.inf
         self._waiters: deque[Waiter[Resource]] = deque()

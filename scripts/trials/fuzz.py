@@ -45,7 +45,7 @@ METHODS = ("GET", "HEAD", "POST")
 
 
 def joined(frames: list[Frame]) -> list[Frame]:
-    """The frames with neighbouring pieces of a job's body put together: where they were cut is the stream's affair."""
+    """The frames with neighboring pieces of a job's body put together: where they were cut is the stream's affair."""
     whole: list[Frame] = []
     for kind, job, payload in frames:
         if kind == BODY and whole and whole[-1][0] == BODY and whole[-1][1] == job:
