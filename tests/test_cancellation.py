@@ -25,7 +25,7 @@ from runner.wire.frames import (
 )
 from runner.wire.messages import JobContext, RequestHead
 from runner.worker.cancellation import Cancellation
-from runner.worker.handlers.native import HandlerRequest, HandlerResponse, NativeBridge
+from runner.worker.handlers.native import HandlerRequest, HandlerResponse, NativeAdapter
 from runner.worker.main import run_job
 from runner.worker.pipes import OutgoingResponse, Pipes
 from runner.worker.stdio import Prints
@@ -44,7 +44,7 @@ class Bench:
         self.cancellation = Cancellation(self.cancel_read)
         self.cancellation.install()
         self.pipes = Pipes(self.request_read, self.response_write, self.cancellation, Prints())
-        self.bridge = NativeBridge(handler)
+        self.bridge = NativeAdapter(handler)
 
     def send(self, number: int, body: bytes, *, apart: bool) -> None:
         head = RequestHead("POST", "/", [], "http", ("app", 80), True, JobContext("job"), ("", 0))

@@ -67,7 +67,7 @@ def _offers(entry: str, name: str, ours: str) -> bool:
     return any(file.endswith(_SOURCES) for place in places if os.path.isdir(place) for file in os.listdir(place))
 
 
-class AppsFirst:
+class AppModuleFinder:
     """A finder of modules (`sys.meta_path`) that gives an app its own of these names, wherever on the path they are.
 
     A directory without an `__init__.py` would else come after a package of ours.

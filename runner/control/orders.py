@@ -82,7 +82,7 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=True):
     why: str
 
 
-class Lacking(msgspec.Struct, array_like=True, frozen=True, tag=True):
+class MissingLayers(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Zygote to host: layers of the sandbox that this machine can't give, and that it was told to go without."""
 
     layers: list[str]
@@ -94,7 +94,7 @@ class Noted(msgspec.Struct, array_like=True, frozen=True, tag=True):
     lines: list[str]
 
 
-News = Born | Died | Stopped | Failed | Lacking | Noted
+News = Born | Died | Stopped | Failed | MissingLayers | Noted
 """What a zygote tells its host."""
 
 

@@ -25,7 +25,7 @@ from . import orphans
 from .async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
 from .fault_report import describe, report_on
 from .forks import is_fork, leave, leave_with_result
-from .handlers.adapter import AsyncBridge
+from .handlers.adapter import AsyncAdapter
 from .pipes import HostGone
 from .stdio import Prints
 from .task_stacks import print_stacks
@@ -39,7 +39,7 @@ _IMPLIED_HEAD: Final[tuple[int, list[Header]]] = (200, [])
 class AsyncWorker:
     """One worker's event loop. `start`, then `serve`; both in the main thread."""
 
-    def __init__(self, handler: AsyncBridge, fds: tuple[int, int, int], prints: Prints, grace: float) -> None:
+    def __init__(self, handler: AsyncAdapter, fds: tuple[int, int, int], prints: Prints, grace: float) -> None:
         self._handler = handler
         self._request_fd, self._response_fd, self._cancel_fd = fds
         self._prints = prints

@@ -28,7 +28,7 @@ from . import orphans
 from .cancellation import Cancellation
 from .fault_report import report_on, report_on_start
 from .forks import disown_forks, is_fork, leave
-from .handlers.adapter import Adapter, AsyncBridge
+from .handlers.adapter import Adapter, AsyncAdapter
 from .handlers.load import load
 from .pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
 from .stdio import LogStream, Prints
@@ -46,7 +46,7 @@ _DESCRIPTOR_CEILING: Final = 1 << 20
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class Birth(msgspec.Struct, frozen=True):
+class ChildSetup(msgspec.Struct, frozen=True):
     """How a worker is born: its parent's pid, its descriptors, and those that a preload had opened before.
 
     `code_fd` is the snapshot of the app's code, -1 for none.
@@ -62,24 +62,24 @@ class Birth(msgspec.Struct, frozen=True):
     enter_namespaces: Callable[[], None] | None = None
 
 
-def run(config: ZygoteConfig, handler: Adapter | AsyncBridge | None, birth: Birth) -> NoReturn:
+def run(config: ZygoteConfig, handler: Adapter | AsyncAdapter | None, setup: ChildSetup) -> NoReturn:
     """The life of a worker. `handler` is given where the zygote has preloaded it."""
-    if birth.enter_namespaces is not None:
-        birth.enter_namespaces()
-    code = snapshot.own_view(birth.code_fd)
-    _take_descriptors(birth.fds, birth.inherited, code, sandboxed=birth.enter is not None)
+    if setup.enter_namespaces is not None:
+        setup.enter_namespaces()
+    code = snapshot.own_view(setup.code_fd)
+    _take_descriptors(setup.fds, setup.inherited, code, sandboxed=setup.enter is not None)
     cancellation = Cancellation(CANCEL_FD)
     prints = Prints()
     pipes = Pipes(REQUEST_FD, RESPONSE_FD, cancellation, prints)
-    _shed(birth.parent, prints)
+    _shed(setup.parent, prints)
     disown_forks((REQUEST_FD, RESPONSE_FD, CANCEL_FD), pipes.sever)
     orphans.begin()
     set_title("worker", config.label)
     _reseed()
     try:
         config.limits.apply()
-        if birth.enter is not None:
-            birth.enter()
+        if setup.enter is not None:
+            setup.enter()
             sys.path[:] = config.path  # the app's directories too, now that its modules run in the sandbox
         handler = handler or _load(config, code)
         if code >= 0:
@@ -97,7 +97,7 @@ def run(config: ZygoteConfig, handler: Adapter | AsyncBridge | None, birth: Birt
     sys.exit(0)
 
 
-def _load(config: ZygoteConfig, code: int) -> Adapter | AsyncBridge:
+def _load(config: ZygoteConfig, code: int) -> Adapter | AsyncAdapter:
     """Load the handler, from the pool's snapshot of its code where there is one; else make that."""
     fresh = config.by_name and not snapshot.use(code)
     handler = load(config)
@@ -116,7 +116,7 @@ def _wind_up() -> None:
 
 
 def _begin(
-    handler: Adapter | AsyncBridge, config: ZygoteConfig, pipes: Pipes, cancellation: Cancellation
+    handler: Adapter | AsyncAdapter, config: ZygoteConfig, pipes: Pipes, cancellation: Cancellation
 ) -> Callable[[], object]:
     """Get the handler ready; gives what then serves its jobs until there are no more."""
     if isinstance(handler, Adapter):

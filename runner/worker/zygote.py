@@ -27,13 +27,13 @@ import msgspec
 import multiprocess
 
 from ..control import snapshot
-from ..control.names import AppsFirst
+from ..control.names import AppModuleFinder
 from ..control.orders import (
     MAX_MESSAGE,
     Born,
     Died,
     Failed,
-    Lacking,
+    MissingLayers,
     News,
     Noted,
     Spawn,
@@ -45,7 +45,7 @@ from . import main as worker
 from . import orphans
 from .fault_report import report_on_start
 from .forks import leave
-from .handlers.adapter import Adapter, AsyncBridge
+from .handlers.adapter import Adapter, AsyncAdapter
 from .handlers.load import HandlerError, load
 from .titles import set_title
 
@@ -74,7 +74,7 @@ def main() -> None:
         os.close(null)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open
     if config.taken:
-        sys.meta_path.insert(0, AppsFirst(config.taken))
+        sys.meta_path.insert(0, AppModuleFinder(config.taken))
     linux.become_subreaper()
     set_title("template", config.label)
     zygote = Zygote(control, config, code_fd)
@@ -99,7 +99,7 @@ class Zygote:
         self._control = control
         self._config = config
         self._sandbox: SandboxRuntime | None = None
-        self._handler: Adapter | AsyncBridge | None = None
+        self._handler: Adapter | AsyncAdapter | None = None
         self._workers: dict[int, tuple[int, Any]] = {}
         self._kept: frozenset[int] = frozenset()
         self._inherited: frozenset[int] = frozenset()
@@ -136,7 +136,7 @@ class Zygote:
                 self._send(Failed(str(error)))
                 return False
             if self._sandbox.lacking:
-                self._send(Lacking(self._sandbox.lacking))
+                self._send(MissingLayers(self._sandbox.lacking))
             if self._sandbox.notes:
                 self._send(Noted(self._sandbox.notes))
         return True
@@ -216,7 +216,7 @@ class Zygote:
         sandbox = self._sandbox
         name = f"blastdoor-worker-{number}"
         if sandbox is None:
-            process = self._process(name, worker.Birth(os.getpid(), fds, self._inherited, self._code_fd))
+            process = self._process(name, worker.ChildSetup(os.getpid(), fds, self._inherited, self._code_fd))
             process.start()
             return process, process.pid, os.pidfd_open(process.pid)
         try:
@@ -226,7 +226,7 @@ class Zygote:
 
                 def begin(control: socket.socket) -> Any:
                     enter = functools.partial(sandbox.enter, resources, 1)
-                    birth = worker.Birth(
+                    setup = worker.ChildSetup(
                         1,
                         fds,
                         self._inherited,
@@ -234,13 +234,13 @@ class Zygote:
                         enter,
                         functools.partial(enter_namespaces, control, network=sandbox.network),
                     )
-                    return self._process(name, birth)
+                    return self._process(name, setup)
 
                 nested = Nested(begin)
                 return nested, nested.worker_pid, nested.pidfd
             parent = os.getpid()
             enter = functools.partial(sandbox.enter, resources, parent)
-            process = self._process(name, worker.Birth(parent, fds, self._inherited, self._code_fd, enter))
+            process = self._process(name, worker.ChildSetup(parent, fds, self._inherited, self._code_fd, enter))
             process.start()
             return process, process.pid, os.pidfd_open(process.pid)
         except BaseException:
@@ -255,8 +255,8 @@ class Zygote:
         except OSError:
             traceback.print_exc()
 
-    def _process(self, name: str, birth: worker.Birth) -> Any:
-        return _fork_context.Process(target=worker.run, args=(self._config, self._handler, birth), name=name)
+    def _process(self, name: str, setup: worker.ChildSetup) -> Any:
+        return _fork_context.Process(target=worker.run, args=(self._config, self._handler, setup), name=name)
 
     def _reap(self) -> None:
         """Report the workers that have ended, and kill and reap what they left behind."""

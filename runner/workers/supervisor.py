@@ -22,7 +22,7 @@ from typing import Final
 from ..control.orders import (
     Born,
     Died,
-    Lacking,
+    MissingLayers,
     Noted,
     Stopped,
     ZygoteConfig,
@@ -228,7 +228,7 @@ class Supervisor:
         elif isinstance(news, Stopped):
             if (worker := self._workers.get(news.worker)) is not None:
                 self.watchdog.look_at_stopped(worker)
-        elif isinstance(news, Lacking):
+        elif isinstance(news, MissingLayers):
             for layer in news.layers:
                 logger.warning("the sandbox goes without a layer on this machine: %s", layer)
         elif isinstance(news, Noted):

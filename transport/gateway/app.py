@@ -161,7 +161,7 @@ class _Service:
         self._failure: Exception | None = None
         self._connection: Connection | None = (scope.get("extensions") or {}).get(EXTENSION)
         self._answer = ClientResponse(send, phrases=self._connection is not None)
-        self._caller: ClientConnection | None = None
+        self._client: ClientConnection | None = None
         self._version: str = scope.get("http_version", "1.1")
         self._headers = [
             (name.decode("latin-1"), value.decode("latin-1").strip(" \t")) for name, value in scope["headers"]
@@ -187,18 +187,18 @@ class _Service:
             limits = self._gateway._body_timeout, self._gateway._max_body
             if self._connection is not None:
                 with anyio.CancelScope() as scope:
-                    caller = self._caller = ClientConnection(self._receive, scope.cancel, *limits)
-                    self._connection.on_lost(caller.lost)
-                    await self._try(mount, request, context, caller)
+                    client = self._client = ClientConnection(self._receive, scope.cancel, *limits)
+                    self._connection.on_lost(client.lost)
+                    await self._try(mount, request, context, client)
             else:
                 async with anyio.create_task_group() as group:
                     leave = group.cancel_scope.cancel
                     attended = AttendedClient(self._receive, leave, *limits, hold=self._expects)
-                    caller = self._caller = attended
+                    client = self._client = attended
                     group.start_soon(attended.listen)
-                    await self._try(mount, request, context, caller)
+                    await self._try(mount, request, context, client)
                     group.cancel_scope.cancel()
-            if self._failure is not None and not caller.gone:
+            if self._failure is not None and not client.gone:
                 raise BrokenOff(f"{self._job_id or self._path[:200]}: {self._failure}") from self._failure
         finally:
             if self._connection is not None and self._answer.status is not None and not self._answer.whole:
@@ -246,17 +246,17 @@ class _Service:
 
     # -- the job -------------------------------------------------------------------------------------
 
-    async def _try(self, mount: Mount, request: Request, context: JobContext, caller: ClientConnection) -> None:
+    async def _try(self, mount: Mount, request: Request, context: JobContext, client: ClientConnection) -> None:
         try:
             with self._span.active() if self._span is not None else nullcontext():
-                await self._serve(mount, request, context, caller)
+                await self._serve(mount, request, context, client)
         except (BlastdoorError, BodyTooLarge, BodyTooSlow, ClientGone, OSError) as error:
             self._failure = error
 
-    async def _serve(self, mount: Mount, request: Request, context: JobContext, caller: ClientConnection) -> None:
+    async def _serve(self, mount: Mount, request: Request, context: JobContext, client: ClientConnection) -> None:
         """Have a job answer. Raises what ends the answer after its head."""
         try:
-            job = await self._open(mount, request, context, caller)
+            job = await self._open(mount, request, context, client)
         except BodyTooSlow:
             await self._give(*refusal(408, {"detail": "the body came too slowly"}, [("connection", "close")]))
         except BodyTooLarge:
@@ -280,16 +280,16 @@ class _Service:
             async with job:
                 await self._pass_on(mount, job)
 
-    async def _open(self, mount: Mount, request: Request, context: JobContext, caller: ClientConnection) -> AnyAsyncJob:
+    async def _open(self, mount: Mount, request: Request, context: JobContext, client: ClientConnection) -> AnyAsyncJob:
         """Have a worker take the request. A small body is there before one is leased: it can't be held by it."""
         length = self._length
         if length is None and self._connection is not None:
             length = self._connection.whole_body()
-        small = await caller.whole() if length is not None and 0 < length <= INLINE else None
+        small = await client.whole() if length is not None and 0 < length <= INLINE else None
         while True:
             pool = mount.pool
             if self._length != 0:
-                request = replace(request, body=caller.body() if small is None else small)
+                request = replace(request, body=client.body() if small is None else small)
             try:
                 return await pool.aopen(request, context=context, write_timeout=math.inf)
             except PoolClosed:
@@ -328,12 +328,12 @@ class _Service:
 
     async def _start(self, head: ResponseHead) -> None:
         """The answer's head. A client that was not told to go on may or may not send its body: that ends here."""
-        caller = self._caller
-        if self._expects and self._version.startswith("1") and (caller is None or not caller.asked):
+        client = self._client
+        if self._expects and self._version.startswith("1") and (client is None or not client.asked):
             head = msgspec.structs.replace(head, headers=[*head.headers, ("connection", "close")])
         await self._answer.start(head)
-        if isinstance(caller, AttendedClient):
-            caller.want()
+        if isinstance(client, AttendedClient):
+            client.want()
 
     def _finish(self) -> None:
         answer = self._answer

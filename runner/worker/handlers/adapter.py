@@ -21,7 +21,7 @@ class Adapter(ABC):
         """Run one job. What it raises is the job's fault."""
 
 
-class AsyncBridge(ABC):
+class AsyncAdapter(ABC):
     """A handler that is called as a coroutine, on the worker's event loop.
 
     `asks_first` says that it hears that its caller has left without having its task cancelled.

@@ -20,7 +20,7 @@ from ...errors import PlainError
 from ...wire.messages import Header
 from ..async_pipes import AsyncRequest, AsyncResponse, let_cancelled_go
 from ..pipes import UploadStopped
-from .adapter import AsyncBridge
+from .adapter import AsyncAdapter
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -36,7 +36,7 @@ class StartUpFailed(PlainError):
     """The app has refused to start: it sent lifespan.startup.failed."""
 
 
-class ASGIBridge(AsyncBridge):
+class ASGIAdapter(AsyncAdapter):
     """Calls an ASGI app. `root_path` is that of requests that lie under it."""
 
     kind = "asgi"

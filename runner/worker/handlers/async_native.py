@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from ...wire.messages import Header
 from ...wire.response_frames import Data, with_length
 from ..async_pipes import AsyncRequest, AsyncResponse
-from .adapter import AsyncBridge
+from .adapter import AsyncAdapter
 from .native import FreezingHeaders, RequestView, log_line
 
 AsyncHandler = Callable[["AsyncHandlerRequest", "AsyncHandlerResponse"], Awaitable[bytes | None]]
@@ -90,7 +90,7 @@ class AsyncHandlerResponse(FreezingHeaders):
         await self._response.finish(200, headers, data)
 
 
-class AsyncNativeBridge(AsyncBridge):
+class AsyncNativeAdapter(AsyncAdapter):
     """Calls an async native handler."""
 
     kind = "native"

@@ -18,7 +18,7 @@ from ...control.orders import ZygoteConfig
 from ...errors import PlainError
 from ...model.handler_spec import APPS, FACTORIES, Call, parse_handler_spec
 from ...wire.messages import HandlerKind
-from .adapter import Adapter, AsyncBridge
+from .adapter import Adapter, AsyncAdapter
 
 _REQUEST_NAMES = frozenset({"request", "req", "r", "rq"})
 _ENVIRON_NAMES = frozenset({"environ", "env", "environment", "wsgi_environ"})
@@ -29,7 +29,7 @@ class HandlerError(PlainError):
     """The handler can't be used: it is not there, is not callable, or is of another kind than was said."""
 
 
-def load(config: ZygoteConfig) -> Adapter | AsyncBridge:
+def load(config: ZygoteConfig) -> Adapter | AsyncAdapter:
     """Import or unpickle the handler and give the adapter that calls it."""
     if config.pickle is None:
         target = import_handler(config.handler, factory=config.factory)
@@ -54,20 +54,20 @@ def load(config: ZygoteConfig) -> Adapter | AsyncBridge:
     elif found is not None and found != kind:
         raise HandlerError(f"handler {name} looks like a {found} handler, not the {kind} one that kind= says")
     if kind == "wsgi":
-        from .wsgi import WSGIBridge
+        from .wsgi import WSGIAdapter
 
-        return WSGIBridge(target, config.root_path, config.spool_uploads)
+        return WSGIAdapter(target, config.root_path, config.spool_uploads)
     if kind == "asgi":
-        from .asgi import ASGIBridge
+        from .asgi import ASGIAdapter
 
-        return ASGIBridge(target, config.root_path)
+        return ASGIAdapter(target, config.root_path)
     if is_coroutine_function(target):
-        from .async_native import AsyncNativeBridge
+        from .async_native import AsyncNativeAdapter
 
-        return AsyncNativeBridge(target)
-    from .native import NativeBridge
+        return AsyncNativeAdapter(target)
+    from .native import NativeAdapter
 
-    return NativeBridge(target)
+    return NativeAdapter(target)
 
 
 def is_coroutine_function(target: Callable[..., Any]) -> bool:

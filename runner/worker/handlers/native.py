@@ -192,7 +192,7 @@ class FrozenHeaders(Headers):
         log_line(f"header {name!r} was added after the head was sent, and is ignored")
 
 
-class NativeBridge(Adapter):
+class NativeAdapter(Adapter):
     """Calls a native handler."""
 
     kind = "native"

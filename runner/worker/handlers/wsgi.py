@@ -23,7 +23,7 @@ _SPOOLED_IN_MEMORY: Final = 1 << 20
 _PIECE: Final = 64 * 1024
 
 
-class WSGIBridge(Adapter):
+class WSGIAdapter(Adapter):
     """Calls a WSGI app. `root_path` is the SCRIPT_NAME of requests that lie under it."""
 
     kind = "wsgi"
