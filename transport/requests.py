@@ -84,6 +84,7 @@ class Transport(BaseAdapter):
         closed or can't be started.
         A job that fails before its head gives a 500, 502 or 503 with an application/problem+json body.
         """
+        # One function, though long: the order of its checks is that of requests' own adapter, which users rely on.
         connect, read = _timeouts(timeout)
         context = JobContext() if self._route is None else self._route.context()
         try:

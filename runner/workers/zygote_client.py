@@ -42,6 +42,7 @@ class ZygoteClient:
             taken = taken_names([*apps, *host], len(apps)) if config.by_name else []
         path = [*apps, *(host if config.sandbox is None else map(os.path.abspath, host))]
         config = msgspec.structs.replace(config, path=path, taken=taken)
+        # One function, though long: each thing that is opened is closed by the handler next to it.
         preamble = _preamble(path if config.sandbox is None else _trusted(host), config)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:

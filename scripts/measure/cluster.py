@@ -96,6 +96,7 @@ def main() -> None:
 
 
 def measure(pool: ClusterPool, rounds: int, seconds: float) -> None:
+    # One function, though long: it reads as the list of what is measured.
     node = sorted(pool._host.links)[0]
     there = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
     sync: Any = ray.remote(num_cpus=0)(Smallest).options(**there).remote()

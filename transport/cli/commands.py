@@ -87,6 +87,7 @@ def options(
     pass
 
 
+# Long by its options: their declarations are the help that users read.
 @app.command(cls=_Command)
 def serve(
     apps: Annotated[
