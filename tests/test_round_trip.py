@@ -7,11 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 
-from runner import HandlerRaised, Job, JobClosed, JobTimedOut, Limits, WorkerDied, WorkerMisbehaved
+from runner import (
+    BlastdoorError,
+    HandlerRaised,
+    Job,
+    JobClosed,
+    JobTimedOut,
+    LeaseTimeout,
+    Limits,
+    WorkerDied,
+    WorkerMisbehaved,
+)
 from runner.events import JobAnswered, JobEnded, JobStarted
 from runner.wire.frames import BODY, BUSY, END, HEAD, REQUEST, STOP
 from runner.wire.messages import ResponseHead
 from tests.lane import END_FRAME, HEAD_200, RAISED, Lane, lane
+from tests.waiting import wait_until
 
 
 @pytest.fixture(name="lane")
@@ -44,8 +55,8 @@ def test_an_end_gives_the_worker_back(lane: Lane) -> None:
     assert ended(lane).outcome == "ok"
 
 
-def test_the_request_goes_out_as_one_write(lane: Lane) -> None:
-    """T4: head, small body and end together."""
+def test_a_small_request(lane: Lane) -> None:
+    """T4: head, body and end, in this order, and nothing else."""
     lane.say(HEAD_200, END_FRAME)
     lane.open("POST", b"body")
     assert [(kind, job) for kind, job, _ in lane.heard()] == [(REQUEST, 1), (BODY, 1), (END, 1)]
@@ -85,12 +96,26 @@ def test_a_body_that_is_complete_waits_for_no_end(lane: Lane) -> None:
     lane.leases.discard(lane.worker)
 
 
-def test_a_death_before_the_request_is_taken(lane: Lane) -> None:
-    """W8: all that was written is unread in the pipe: another worker may have it."""
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_death_before_the_head(lane: Lane, taken: bool) -> None:
+    """W8, F3: where all that was written is unread in the pipe another worker may have it; else it has died in the job."""
+    raised: list[BaseException] = []
+
+    def open_job() -> None:
+        try:
+            lane.open()
+        except BlastdoorError as error:
+            raised.append(error)
+
+    opener = threading.Thread(target=open_job)
+    opener.start()
+    wait_until(lambda: lane.worker.channel.written > 0)
+    if taken:
+        assert [kind for kind, _, _ in lane.heard()] == [REQUEST]
     lane.die(-9)
-    with pytest.raises(Exception, match="no worker") as caught:
-        lane.open()
-    assert not isinstance(caught.value, WorkerDied)
+    opener.join()
+    # There is no other worker here, so that a request that was not taken waits for one in vain.
+    assert [type(error) for error in raised] == [WorkerDied if taken else LeaseTimeout]
 
 
 def test_a_death_after_the_head(lane: Lane) -> None:
