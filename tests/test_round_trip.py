@@ -98,7 +98,7 @@ def test_a_body_that_is_complete_waits_for_no_end(lane: Lane) -> None:
 
 @pytest.mark.parametrize("taken", [False, True])
 def test_a_death_before_the_head(lane: Lane, taken: bool) -> None:
-    """W8, F3: where all that was written is unread in the pipe another worker may have it; else it has died in the job."""
+    """W8, F3: where all that was written is unread in the pipe another worker may have it; else it died in the job."""
     raised: list[BaseException] = []
 
     def open_job() -> None:
@@ -109,7 +109,7 @@ def test_a_death_before_the_head(lane: Lane, taken: bool) -> None:
 
     opener = threading.Thread(target=open_job)
     opener.start()
-    wait_until(lambda: lane.worker.channel.written > 0)
+    wait_until(lambda: lane.worker.channel.unread() > 0)
     if taken:
         assert [kind for kind, _, _ in lane.heard()] == [REQUEST]
     lane.die(-9)
