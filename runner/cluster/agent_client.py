@@ -80,7 +80,14 @@ class AgentClient:
         future.add_done_callback(lambda done: answered(_outcome(done)))
 
     def take(self, job: AgentJob) -> bool:
-        """A job is this agent's now; False where the agent is lost."""
+        """A job is this agent's now; False where the agent is lost.
+
+        A host that was stopped itself finds that here, before its next heartbeat would: a job that it sent now would be
+        lost with the agent.
+        """
+        silence = time.monotonic() - self._heard
+        if silence > GIVE_UP:
+            self.lose(f"it has not answered for {silence:.1f} s")
         with self._lock:
             if self.lost:
                 return False
