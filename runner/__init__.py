@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from .errors import WriteTimeout as WriteTimeout
     from .jobs.async_job import AsyncJob as AsyncJob
     from .jobs.job import Job as Job
+    from .model.cancel_scope import CancelScope as CancelScope
     from .model.limits import Limits as Limits
     from .model.recycle import Recycle as Recycle
     from .model.request import Request as Request
     from .model.sandbox import Sandbox as Sandbox
-    from .model.scope import CancelScope as CancelScope
     from .pool import Pool as Pool
     from .wire.headers import Headers as Headers
     from .wire.messages import JobContext as JobContext
@@ -72,7 +72,7 @@ _HOMES = {
     "model.recycle": "Recycle",
     "model.request": "Request",
     "model.sandbox": "Sandbox",
-    "model.scope": "CancelScope",
+    "model.cancel_scope": "CancelScope",
     "pool": "Pool",
     "wire.headers": "Headers",
     "wire.messages": "JobContext ResponseHead",

@@ -46,7 +46,7 @@ class JobCancelled(BaseException):
     """
 
 
-class PlainError(Exception):
+class ErrorWithoutTraceback(Exception):
     """An error whose words say all: where it was raised helps nobody."""
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 import msgspec
 
-from .control.orders import ZygoteConfig
+from .call_checks import check_request, check_timeouts, endless, sized_body, tell_of_dropped
+from .control.zygote_messages import ZygoteConfig
 from .errors import PoolClosed, PoolForked, StartError
 from .events import Events, PoolStats, WorkerInfo
 from .jobs.dispatch import Dispatch, load_async
@@ -27,7 +28,6 @@ from .model.recycle import Recycle
 from .model.request import Request, Upload
 from .model.sandbox import Profile, Sandbox
 from .pool_base import Startable
-from .pool_calls import check_request, check_timeouts, endless, sized_body, tell_of_dropped
 from .pool_options import (
     Environment,
     PoolConfig,
@@ -37,9 +37,9 @@ from .pool_options import (
     size_of,
     zygote_config,
 )
+from .supervision.leases import Leases
+from .supervision.supervisor import Supervisor
 from .wire.messages import JobContext, Kind
-from .workers.leases import Leases
-from .workers.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from .jobs.async_job import AsyncJob
@@ -346,7 +346,7 @@ class Pool(Startable):
         if supervisor is None or self._forked:
             supervisor = self._begin()
         upload = load_async()[1](sized_body(request))
-        from .workers.waiters import in_thread
+        from .supervision.waiters import in_thread
 
         try:
             call = self._call(request, upload, context, self._next_job_id(), lease_timeout, read_timeout, write_timeout)

@@ -40,7 +40,7 @@ class Startable:
         self.close()
 
     async def __aenter__(self) -> Self:
-        from .workers.waiters import in_thread
+        from .supervision.waiters import in_thread
 
         try:
             await in_thread(self.start)
@@ -56,7 +56,7 @@ class Startable:
 
     async def aclose(self, drain: float | None = None) -> None:
         """As `close`, without blocking the event loop, and not to be interrupted."""
-        from .workers.waiters import in_thread
+        from .supervision.waiters import in_thread
 
         await in_thread(lambda: self.close(drain))
 

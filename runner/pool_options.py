@@ -9,7 +9,7 @@ from typing import Final, Literal, TypedDict
 
 import msgspec
 
-from .control.orders import ZygoteConfig
+from .control.zygote_messages import ZygoteConfig
 from .errors import ConfigurationError
 from .model.durations import check_seconds
 from .model.handler_spec import parse_handler_spec
@@ -17,9 +17,9 @@ from .model.limits import Limits, parse_size, share_cores
 from .model.paths import check_paths
 from .model.recycle import Recycle
 from .model.sandbox import Profile, Sandbox
+from .supervision.leases import Admission
+from .supervision.scaling import Size
 from .wire.messages import KINDS, Kind
-from .workers.leases import Admission
-from .workers.scaling import Size
 
 PLAIN_ENVIRONMENT: Final = {"LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"}
 """The environment of sandboxed workers, but for what `env` names, and the thread counts of numeric libraries."""

@@ -14,17 +14,25 @@ from runner.jobs.dispatch import Dispatch
 from runner.jobs.job import Job
 from runner.model.limits import Limits
 from runner.model.request import Request, Upload
-from runner.wire.frames import END, FAULT, HEAD, TO_WORKER, Frame, FrameDecoder, encode
+from runner.supervision.abandoned_jobs import Remainder
+from runner.supervision.channel import Channel, make_pipe
+from runner.supervision.leases import Leases
+from runner.supervision.logs import LogPipe
+from runner.supervision.record import Worker
+from runner.wire.frames import (
+    END,
+    FAULT,
+    HEAD,
+    TO_WORKER,
+    Frame,
+    FrameDecoder,
+    encode,
+)
 from runner.wire.messages import FaultReport, JobContext, ResponseHead
-from runner.workers.abandoned import Remainder
-from runner.workers.channel import Channel, make_pipe
-from runner.workers.leases import Leases
-from runner.workers.logs import LogPipe
-from runner.workers.record import Worker
 
 
 class Lane:
-    """One worker of a pool that has no other, and no process. It is the `Custodian` of its jobs.
+    """One worker of a pool that has no other, and no process. It is the `WorkerOwner` of its jobs.
 
     `adopted` is what jobs have left with it. `say` writes frames as the worker would, `heard` gives what has come.
     """

@@ -1,4 +1,4 @@
-"""runner.worker.handlers.asgi and runner.worker.loop: ASGI 3, one event loop a worker, background work."""
+"""runner.worker.handlers.asgi and runner.worker.async_loop: ASGI 3, one event loop a worker, background work."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from runner.worker.cancellation import Cancellation
 from runner.worker.handlers.native import HandlerRequest, HandlerResponse, NativeAdapter
 from runner.worker.main import run_job
 from runner.worker.pipes import OutgoingResponse, Pipes
-from runner.worker.stdio import Prints
+from runner.worker.stdio import OutputFlag
 
 HANDLE_SIGNALS = ("CALL", "RESUME", "JUMP_BACKWARD")
 """Bytecodes after which signals are handled (CPython's eval breaker)."""
@@ -43,7 +43,7 @@ class Bench:
         self.cancel_read, self.cancel_write = os.pipe()
         self.cancellation = Cancellation(self.cancel_read)
         self.cancellation.install()
-        self.pipes = Pipes(self.request_read, self.response_write, self.cancellation, Prints())
+        self.pipes = Pipes(self.request_read, self.response_write, self.cancellation, OutputFlag())
         self.bridge = NativeAdapter(handler)
 
     def send(self, number: int, body: bytes, *, apart: bool) -> None:

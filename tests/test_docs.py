@@ -31,8 +31,8 @@ from tests.documented import PAGES, ROOT, Block, blocks, blocks_of, commands
 from tests.serving import Process
 from transport.cli.commands import app
 from transport.gateway import Gateway
-from transport.serving.parsing import parse_mounts
 from transport.serving.settings import load_settings
+from transport.serving.settings_parsing import parse_mounts
 
 COMMAND: Final[Any] = typer.main.get_command(app)
 

@@ -1,4 +1,4 @@
-"""runner.model.limits and runner.workers.sampler: what a worker and its jobs may use, and what happens past it."""
+"""runner.model.limits and runner.supervision.sampler: what a worker and its jobs may use, and what happens past it."""
 
 from __future__ import annotations
 

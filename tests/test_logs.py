@@ -1,4 +1,4 @@
-"""runner.workers.logs: what handlers print, in the host's log."""
+"""runner.supervision.logs: what handlers print, in the host's log."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from runner import Pool, Request
-from runner.workers.channel import make_pipe
-from runner.workers.logs import BUDGET, LogPipe
+from runner.supervision.channel import make_pipe
+from runner.supervision.logs import BUDGET, LogPipe
 
 
 def get(pool: Pool, target: str) -> bytes:

@@ -40,8 +40,8 @@ from transport import httpx as httpx_transport
 from transport import httpx2 as httpx2_transport
 from transport.gateway import Gateway
 from transport.requests import Transport
-from transport.serving.reference import WORDS, reference
 from transport.serving.settings import load_settings
+from transport.serving.settings_reference import WORDS, reference
 
 APP = "tests.handlers:app"
 

@@ -136,7 +136,7 @@ def test_callables_go_by_value(start: Callable[..., Pool]) -> None:
 
 def test_the_host_loads_nothing_from_workers() -> None:
     """W2: no module of the host's side can unpickle, evaluate or import on a worker's word."""
-    sources = [path for room in ("wire", "jobs", "workers") for path in (ROOT / "runner" / room).glob("*.py")]
+    sources = [path for room in ("wire", "jobs", "supervision") for path in (ROOT / "runner" / room).glob("*.py")]
     assert len(sources) > 20
     for path in sources:
         source = path.read_text()

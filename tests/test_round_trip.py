@@ -19,7 +19,14 @@ from runner import (
     WorkerMisbehaved,
 )
 from runner.events import JobAnswered, JobEnded, JobStarted
-from runner.wire.frames import BODY, BUSY, END, HEAD, REQUEST, STOP
+from runner.wire.frames import (
+    BODY,
+    BUSY,
+    END,
+    HEAD,
+    REQUEST,
+    STOP,
+)
 from runner.wire.messages import ResponseHead
 from tests.lane import END_FRAME, HEAD_200, RAISED, Lane, lane
 from tests.waiting import wait_until

@@ -27,7 +27,7 @@ from runner import (
     WorkerDied,
 )
 from runner.events import Event, WorkerEnded
-from runner.sandbox import machine
+from runner.sandbox import probe
 from tests.processes import kill, wait_gone
 from tests.waiting import wait_until
 
@@ -335,7 +335,7 @@ def test_modules_of_the_app_never_run_outside(tmp_path: Path, name: str) -> None
     (directory / "planted.py").write_text("def app(request, response): return b'planted'")
     code = (
         "import sys, dill, psutil; from runner import Pool, Request, Sandbox\n"
-        "import runner.pool, runner.workers.supervisor\n"
+        "import runner.pool, runner.supervision.supervisor\n"
         f"sys.path.insert(0, {str(directory)!r})\n"
         "with Pool('planted:app', workers=1, sandbox=Sandbox.default()) as pool:\n"
         "    with pool.open(Request('GET', '/')) as job: print(b''.join(job))"
@@ -413,7 +413,7 @@ def test_what_the_doctor_says() -> None:
     """S: each layer, and each profile."""
     done = subprocess.run([sys.executable, "-m", "transport.cli", "doctor"], capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, 1)
-    for layer in (machine.FILES, machine.CALLS, machine.SCRATCH, machine.NAMESPACES):
+    for layer in (probe.FILES, probe.CALLS, probe.SCRATCH, probe.NAMESPACES):
         assert f"  {layer}: " in done.stdout
     for profile in ("default", "strict"):
         assert f"Sandbox.{profile}()" in done.stdout

@@ -1,4 +1,4 @@
-"""runner.model.scope and what cancelling does: who is freed when, what the handler sees, and whose worker dies."""
+"""runner.model.cancel_scope and cancels: who is freed when, what the handler sees, and whose worker dies."""
 
 from __future__ import annotations
 

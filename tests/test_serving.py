@@ -27,8 +27,8 @@ from tests.processes import kill, wait_gone
 from tests.serving import Process, Served, receive_all, receive_until
 from tests.waiting import wait_until
 from transport.serving import addresses
-from transport.serving.parsing import parse_address, parse_mounts, parse_workers
 from transport.serving.settings import Settings, load_settings
+from transport.serving.settings_parsing import parse_address, parse_mounts, parse_workers
 
 HANDLER = "tests.handlers:app"
 

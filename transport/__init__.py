@@ -4,9 +4,9 @@
 clients, in threads and in tasks.
 """
 
-import transport._beside  # noqa: F401 - first: it finds the `runner` that belongs here
+import transport._import_runner  # noqa: F401 - first: it finds the `runner` that belongs here
 from runner.errors import BlastdoorError
-from runner.model.scope import CancelScope
+from runner.model.cancel_scope import CancelScope
 from transport.errors import MissingIdentity, TargetEscapes, UnknownProvider
 from transport.factory import TransportFactory
 from transport.identity import attribution, delegated_api_key_id

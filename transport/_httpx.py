@@ -29,7 +29,7 @@ from runner.errors import (
 from runner.model.request import Body, Request
 from runner.wire.messages import JobContext, ResponseHead
 from transport.errors import TargetEscapes, check_pool
-from transport.faults import problem
+from transport.problem_details import problem
 from transport.route import Route, scheme_for_handlers, under_scheme
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ from runner.model.request import Request
 from runner.wire.headers import check_headers
 from runner.wire.messages import Header, JobContext, ResponseHead
 from transport.errors import TargetEscapes, check_pool
-from transport.faults import problem
+from transport.problem_details import problem
 from transport.route import Route, scheme_for_handlers, under_scheme
 
 if TYPE_CHECKING:

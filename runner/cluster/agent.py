@@ -26,16 +26,16 @@ import ray
 
 from ..errors import BlastdoorError, JobClosed
 from ..jobs.job import Job
+from ..model.cancel_scope import CancelScope
 from ..model.request import Request, Upload
-from ..model.scope import CancelScope
 from ..pool import Pool
 from ..pool_options import Environment
 from ..wire.messages import JobContext, RequestHead
-from .agent_news import AgentNews
+from .agent_outbox import AgentOutbox
 from .messages import (
     Heartbeat,
     JobEnd,
-    Joined,
+    JoinReply,
     ResponseChunk,
     StartJob,
     encode,
@@ -126,17 +126,17 @@ class Agent:
         self._starting = threading.Lock()
         self._ending = False
         self._orphaned_since = time.monotonic()
-        self._news = AgentNews()
+        self._news = AgentOutbox()
         threading.Thread(target=self._watch_hosts, name="blastdoor-lease", daemon=True).start()
 
     # -- hosts -------------------------------------------------------------------------------------
 
     @_answers("life")
     def join(self, host: str) -> bytes:
-        """A host is there. Starts the pool, if that has not been done; a Joined."""
+        """A host is there. Starts the pool, if that has not been done; a JoinReply."""
         with self._lock:
             if self._ending:
-                return encode(Joined(ending=True))
+                return encode(JoinReply(ending=True))
             self._hosts[host] = time.monotonic() + 3600  # until it is told that it has joined
         self._end_jobs_of(host, "their host had given this agent up")  # and comes anew: it waits for none of them
         try:
@@ -146,10 +146,10 @@ class Agent:
                     pool.subscribe(self._news.note_event)
                     pool.start()
                     self._pool = pool
-            answer = Joined(self._pool._options.size.most, self._news.since(0)[2])
+            answer = JoinReply(self._pool._options.size.most, self._news.since(0)[2])
         except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
             words = str(error) if isinstance(error, BlastdoorError) else f"{type(error).__name__}: {error}"
-            answer = Joined(error=words or type(error).__name__)
+            answer = JoinReply(error=words or type(error).__name__)
         with self._lock:
             self._hosts[host] = time.monotonic()
         return encode(answer)

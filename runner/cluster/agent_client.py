@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import ray.exceptions
 
 from ..events import Events
-from . import session
+from . import ray_connection
 from .messages import Heartbeat, decode, decode_event
 from .placement import Node, Placement
 
@@ -71,7 +71,7 @@ class AgentClient:
     def call(self, method: str, *arguments: object, answered: RequestFinished) -> None:
         """Call the agent; it is never waited for here."""
         try:
-            if not session.is_connected():
+            if not ray_connection.is_connected():
                 raise ConnectionError("this process has left the Ray cluster")
             future: Future[object] = self._methods[method].remote(*arguments).future()
         except Exception as error:  # noqa: BLE001 - Ray has no one root for what it raises here

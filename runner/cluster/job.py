@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 from anyio.lowlevel import checkpoint
 
 from ..errors import LeaseTimeout, WorkersUnavailable
-from ..jobs.readable import AsyncReadable, Readable
-from ..workers.waiters import TaskWaiter
+from ..jobs.job_base import BaseAsyncJob, BaseJob
+from ..supervision.waiters import TaskWaiter
 from .agent_client import ClusterContext
-from .round_trip import ClusterRoundTrip, PlaceAnew, remaining
+from .round_trip import ClusterRoundTrip, NotTakenByNode, remaining
 
 if TYPE_CHECKING:
     from ..jobs.prepared import PreparedRequest
 
 
-class ClusterJob(ClusterRoundTrip, Readable):
+class ClusterJob(ClusterRoundTrip, BaseJob):
     """A request at an agent, and its response, for threads: what `runner.Job` is on one machine."""
 
     __slots__ = ("_bell",)
@@ -45,7 +45,7 @@ class ClusterJob(ClusterRoundTrip, Readable):
                 while job._head is None and job._failure is None:
                     job._advance()
                 break
-            except PlaceAnew:
+            except NotTakenByNode:
                 continue
             except BaseException as error:
                 job.close(error)
@@ -74,7 +74,7 @@ class ClusterJob(ClusterRoundTrip, Readable):
                 patience = self._patience()
                 self._bell.acquire(timeout=-1 if patience is None else patience)
             self._look()
-        except PlaceAnew:
+        except NotTakenByNode:
             raise
         except BaseException as error:
             self._break_off(error)
@@ -85,7 +85,7 @@ class ClusterJob(ClusterRoundTrip, Readable):
             raise self._closed()
 
 
-class ClusterAsyncJob(ClusterRoundTrip, AsyncReadable):
+class ClusterAsyncJob(ClusterRoundTrip, BaseAsyncJob):
     """A request at an agent, and its response, for tasks: what `runner.AsyncJob` is on one machine."""
 
     __slots__ = ("_waiter",)
@@ -111,7 +111,7 @@ class ClusterAsyncJob(ClusterRoundTrip, AsyncReadable):
                 while job._head is None and job._failure is None:
                     await job._advance()
                 break
-            except PlaceAnew:
+            except NotTakenByNode:
                 continue
             except BaseException as error:
                 job.close(error)
@@ -142,7 +142,7 @@ class ClusterAsyncJob(ClusterRoundTrip, AsyncReadable):
                 await waiter.wait(self._patience())
             self._waiter = None
             self._look()
-        except PlaceAnew:
+        except NotTakenByNode:
             raise
         except BaseException as error:
             self._break_off(error)

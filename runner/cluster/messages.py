@@ -62,7 +62,7 @@ class ResponseChunk(msgspec.Struct, array_like=True, frozen=True):
     end: JobEnd | None
 
 
-class Joined(msgspec.Struct, array_like=True, frozen=True):
+class JoinReply(msgspec.Struct, array_like=True, frozen=True):
     """An agent is ready for a host, for so many jobs at once; or can't be, and why; or it is about to end.
 
     `seen` is the number of its latest news: what was before concerns others.
@@ -74,7 +74,7 @@ class Joined(msgspec.Struct, array_like=True, frozen=True):
     ending: bool = False
 
 
-class LogRecord(msgspec.Struct, array_like=True, frozen=True):
+class LogEntry(msgspec.Struct, array_like=True, frozen=True):
     """A line of an agent's log: what its workers print, how jobs went wrong."""
 
     level: int
@@ -95,7 +95,7 @@ class Heartbeat(msgspec.Struct, array_like=True, frozen=True):
     waiting: int
     deaths: int
     workers: list[WorkerInfo]
-    records: list[LogRecord]
+    records: list[LogEntry]
     events: list[bytes]
     seen: int
 

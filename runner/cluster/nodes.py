@@ -22,10 +22,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import PoolClosed, StartError, WorkersUnavailable
 from ..events import WorkerInfo
-from . import session
+from . import ray_connection
 from .agent import Agent
 from .agent_client import AgentClient, ClusterContext
-from .messages import Joined, decode
+from .messages import JoinReply, decode
 from .placement import Node
 
 logger = logging.getLogger("blastdoor")
@@ -60,7 +60,7 @@ MOST_WORKERS: Final = 1000
 """How many jobs one agent runs at most: each has a thread of its own there while it is answered."""
 
 
-class Agents:
+class AgentSpec:
     """What a manager's agents are made from.
 
     `workers` is how many there are at most on each node, None for one per core that Ray counts there. `shared` says
@@ -105,7 +105,7 @@ class Agents:
 class NodeManager:
     """Finds the nodes, has an agent on each, and knows which of them answer."""
 
-    def __init__(self, host: ClusterContext, agents: Agents, start_timeout: float) -> None:
+    def __init__(self, host: ClusterContext, agents: AgentSpec, start_timeout: float) -> None:
         self._host = host
         self._agents = agents
         self._start_timeout = start_timeout
@@ -174,7 +174,7 @@ class NodeManager:
             self._host.links.clear()
         for node in self._host.placement.nodes():
             self._host.placement.remove(node)
-        if session.is_connected():
+        if ray_connection.is_connected():
             with contextlib.suppress(Exception):  # those that can't be told hear of no host any more, and end
                 self._leave([link.actor for link in links], _LEAVE_PATIENCE)
             with contextlib.suppress(Exception):
@@ -211,7 +211,7 @@ class NodeManager:
         blind = False
         while not self._ended:
             try:
-                if session.is_connected():
+                if ray_connection.is_connected():
                     self._look()
                 blind = False
             except Exception as error:  # noqa: BLE001 - Ray has no one root for what it raises here
@@ -257,7 +257,7 @@ class NodeManager:
         actor = None
         try:
             actor = self._joining[name] = self._agents.on(name, cores, self._host.name)
-            joined = decode(self._await(actor.join.remote(self._host.name)), Joined)
+            joined = decode(self._await(actor.join.remote(self._host.name)), JoinReply)
             if joined.ending:
                 raise Unready("it is about to end")
             if joined.error:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ..errors import LeaseTimeout
-from ..workers.wait_queue import WaitQueue
-from ..workers.waiters import Caller
+from ..supervision.wait_queue import WaitQueue
+from ..supervision.waiters import Caller
 
 PATIENCE: Final = 0.03
 """Seconds that a job waits for a worker at its node, before it is placed anew."""

@@ -16,20 +16,20 @@ from typing import Any, Final, Self, Unpack
 
 import msgspec
 
+from ..call_checks import check_timeouts, endless, sized_body
 from ..errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from ..events import Events, PoolStats, WorkerInfo
 from ..jobs.prepared import PreparedRequest
 from ..model.request import Request, Upload
 from ..pool import Pool, restore_pool
 from ..pool_base import Startable
-from ..pool_calls import check_timeouts, endless, sized_body
 from ..pool_options import PoolConfig, PoolOptions, Queueing
+from ..supervision.scaling import Size
 from ..wire.messages import JobContext
-from ..workers.scaling import Size
-from . import session
+from . import ray_connection
 from .agent_client import ClusterContext
 from .job import ClusterAsyncJob, ClusterJob
-from .nodes import Agents, NodeManager
+from .nodes import AgentSpec, NodeManager
 from .placement import Placement
 
 _NO_CONTEXT: Final = JobContext()
@@ -80,7 +80,7 @@ class ClusterPool(Startable):
         per_node = msgspec.structs.replace(options, queueing=Queueing(overload=options.queueing.overload))
         token = uuid.uuid4().hex
         workers = None if by_cores else per_node.size.most
-        self._agents = Agents(
+        self._agents = AgentSpec(
             f"pool-{token}" if name is None else f"{name}-{_digest(template, per_node, workers)}",
             pickle.dumps((_pool_of(template, per_node), _path())),
             workers,
@@ -121,12 +121,12 @@ class ClusterPool(Startable):
             if self._closed:
                 raise PoolClosed("the pool is closed: open a new one")
             if self._node_manager is None:
-                session.attach(self._address)
+                ray_connection.attach(self._address)
                 manager = NodeManager(self._host, self._agents, self._times.start_timeout)
                 try:
                     manager.begin()
                 except BaseException:
-                    session.detach()
+                    ray_connection.detach()
                     raise
                 self._node_manager = manager
             return self._node_manager
@@ -142,7 +142,7 @@ class ClusterPool(Startable):
         try:
             failed.end()
         finally:
-            session.detach()
+            ray_connection.detach()
 
     def close(self, drain: float | None = None) -> None:
         """Take no more requests, wait up to `drain` seconds for the jobs under way, then end the workers of all nodes.
@@ -171,7 +171,7 @@ class ClusterPool(Startable):
             try:
                 manager.end()
             finally:
-                session.detach()
+                ray_connection.detach()
 
     @property
     def _has_begun(self) -> bool:
@@ -245,7 +245,7 @@ class ClusterPool(Startable):
     ) -> ClusterAsyncJob:
         """The async twin of `open`, for tasks of asyncio and trio: the event loop is never blocked."""
         from ..jobs.async_upload import upload_of  # anyio is loaded where it is used
-        from ..workers.waiters import in_thread
+        from ..supervision.waiters import in_thread
 
         upload = upload_of(sized_body(request))
         try:

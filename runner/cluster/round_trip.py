@@ -58,7 +58,7 @@ LOST: Final = "lost"
 _MOST_TRIES: Final = 3
 
 
-class PlaceAnew(Exception):
+class NotTakenByNode(Exception):
     """No worker took the job at this node."""
 
 
@@ -169,7 +169,7 @@ class ClusterRoundTrip:
     # -- placing -----------------------------------------------------------------------------------
 
     def _sit(self, slot: Slot, left: float | None) -> None:
-        """Send the request to the agent of this slot. PlaceAnew where that is lost already.
+        """Send the request to the agent of this slot. NotTakenByNode where that is lost already.
 
         `left` is how many seconds the caller waits for a worker at most.
         """
@@ -181,7 +181,7 @@ class ClusterRoundTrip:
             if link is None:
                 host.placement.remove(slot.node)
             host.placement.give_back(slot)
-            raise PoolClosed("the pool is closed: open a new one") if host.closing else PlaceAnew
+            raise PoolClosed("the pool is closed: open a new one") if host.closing else NotTakenByNode
         self._settled = self._stopped = self._feeding = False
         self.began = time.monotonic()
         if request.scope is not None:
@@ -340,7 +340,7 @@ class ClusterRoundTrip:
             self._unsettle()
             if end.kind == "unavailable" and not self._tries:
                 raise WorkersUnavailable(end.words, end.retry_after)
-            raise PlaceAnew
+            raise NotTakenByNode
         if end.kind == "ok" and self._head is not None:
             self._outcome = "ok"
             self._settle()

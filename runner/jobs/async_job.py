@@ -14,16 +14,16 @@ from anyio.lowlevel import checkpoint
 
 from ..errors import WorkersUnavailable
 from ..wire.frames import Frame
-from .readable import AsyncReadable
+from .job_base import BaseAsyncJob
 from .round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
-    from ..workers.record import Worker
-    from .ports import Custodian
+    from ..supervision.record import Worker
     from .prepared import PreparedRequest
+    from .worker_owner import WorkerOwner
 
 
-class AsyncJob(RoundTrip, AsyncReadable):
+class AsyncJob(RoundTrip, BaseAsyncJob):
     """A request in a worker, and its response: the async twin of `Job`.
 
     `Pool.aopen` makes it and returns once the head is there. Iterate for the body: each piece as it comes.
@@ -36,13 +36,13 @@ class AsyncJob(RoundTrip, AsyncReadable):
     async def open(
         cls,
         worker: Worker,
-        custodian: Custodian,
+        owner: WorkerOwner,
         request: PreparedRequest,
     ) -> AsyncJob:
         """Send the request and wait for the response's head."""
         job = cls.__new__(cls)
         try:
-            job.__init__(worker, custodian, request)  # type: ignore[misc] # a signal's handler may raise in it
+            job.__init__(worker, owner, request)  # type: ignore[misc] # a signal's handler may raise in it
             if job._scope is not None:
                 job._watch_scope(job._scope)
             job._open_event_fd()
@@ -121,7 +121,7 @@ class AsyncJob(RoundTrip, AsyncReadable):
 
     async def _wait_for_death(self) -> None:
         worker, channel = self._worker, self._channel
-        self._custodian.leases.kill(worker)  # one that lives on without its pipe is of no use
+        self._owner.leases.kill(worker)  # one that lives on without its pipe is of no use
         event_fd = channel.event_fd()
         channel.stop_listening()
         with anyio.move_on_after(EXIT_LIMIT):

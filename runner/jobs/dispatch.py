@@ -11,12 +11,12 @@ from ..events import JobRefused
 from ..model.request import Body, Upload
 from .job import Job
 from .prepared import PreparedRequest, job_number
-from .round_trip import NeverTaken, RoundTrip
+from .round_trip import RequestNotTaken, RoundTrip
 
 if TYPE_CHECKING:
-    from ..workers.record import Worker
+    from ..supervision.record import Worker
     from .async_job import AsyncJob
-    from .ports import Custodian
+    from .worker_owner import WorkerOwner
 
 _MAX_TRIES: Final = 3
 
@@ -27,19 +27,19 @@ class Dispatch(PreparedRequest):
     It holds the worker that was leased for it until a job does, so that one is let go whatever is raised where.
     """
 
-    __slots__ = ("_custodian",)
+    __slots__ = ("_owner",)
 
-    def run(self, custodian: Custodian) -> Job:
+    def run(self, owner: WorkerOwner) -> Job:
         """Lease a worker and have it do the job; gives the job once the response's head is there."""
-        self._custodian = custodian
+        self._owner = owner
         tries = _MAX_TRIES
         while True:
             try:
-                custodian.look_for_lost()
-                worker = custodian.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
-                custodian.look_after_jobs()
-                return Job(worker, custodian, self)
-            except NeverTaken as never:
+                owner.look_for_lost()
+                worker = owner.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
+                owner.look_after_jobs()
+                return Job(worker, owner, self)
+            except RequestNotTaken as never:
                 tries = _next_try(never, tries)
             except (LeaseTimeout, WorkersUnavailable) as error:
                 self._refused(error)
@@ -48,18 +48,18 @@ class Dispatch(PreparedRequest):
                 self._let_go()
                 raise
 
-    async def run_async(self, custodian: Custodian) -> AsyncJob:
+    async def run_async(self, owner: WorkerOwner) -> AsyncJob:
         """As `run`, for a task of an event loop."""
         job_type = load_async()[0]
-        self._custodian = custodian
+        self._owner = owner
         tries = _MAX_TRIES
         while True:
             try:
-                custodian.look_for_lost()
-                worker = await custodian.leases.lease_async(self.lease_timeout, self.scope, self.context.provider, self)
-                custodian.look_after_jobs()
-                return await job_type.open(worker, custodian, self)
-            except NeverTaken as never:
+                owner.look_for_lost()
+                worker = await owner.leases.lease_async(self.lease_timeout, self.scope, self.context.provider, self)
+                owner.look_after_jobs()
+                return await job_type.open(worker, owner, self)
+            except RequestNotTaken as never:
                 tries = _next_try(never, tries)
             except (LeaseTimeout, WorkersUnavailable) as error:
                 self._refused(error)
@@ -69,7 +69,7 @@ class Dispatch(PreparedRequest):
                 raise
 
     def _refused(self, error: BlastdoorError) -> None:
-        events = self._custodian.events
+        events = self._owner.events
         if events.subscribers:
             context, waited = self.context, time.monotonic() - self.asked_at
             refused = JobRefused(
@@ -79,7 +79,7 @@ class Dispatch(PreparedRequest):
 
     def _let_go(self) -> None:
         """Whatever was raised: a worker that was leased, and that no job holds, goes back."""
-        worker = self._custodian.leases.held_by(self)
+        worker = self._owner.leases.held_by(self)
         if worker is not None:
             self.withdraw(worker)
 
@@ -97,11 +97,11 @@ class Dispatch(PreparedRequest):
     def withdraw(self, worker: Worker) -> None:
         """Give up a worker that was found: one that has begun ends the job as any that its caller leaves."""
         if self.sent_at is not None:
-            RoundTrip(worker, self._custodian, self).close()
+            RoundTrip(worker, self._owner, self).close()
         elif worker.channel.torn:
-            self._custodian.leases.discard(worker)
+            self._owner.leases.discard(worker)
         else:
-            self._custodian.leases.give_back(worker)
+            self._owner.leases.give_back(worker)
 
 
 def load_async() -> tuple[type[AsyncJob], Callable[[Body], Upload]]:
@@ -114,7 +114,7 @@ def load_async() -> tuple[type[AsyncJob], Callable[[Body], Upload]]:
     return AsyncJob, upload_of
 
 
-def _next_try(never: NeverTaken, tries: int) -> int:
+def _next_try(never: RequestNotTaken, tries: int) -> int:
     """How many tries are left. Nothing written is proof; that nothing was read, a hostile worker can feign."""
     if never.error is None:
         return tries

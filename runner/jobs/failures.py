@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from ..control.orders import describe_exit
+from ..control.zygote_messages import describe_exit
 from ..errors import (
     BodyIncomplete,
     Fault,

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from ..model.durations import min_timeout
 from ..wire.frames import Frame
-from .readable import Readable
+from .job_base import BaseJob
 from .round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
-    from ..workers.record import Worker
-    from .ports import Custodian
+    from ..supervision.record import Worker
     from .prepared import PreparedRequest
+    from .worker_owner import WorkerOwner
 
 
-class Job(RoundTrip, Readable):
+class Job(RoundTrip, BaseJob):
     """A request in a worker, and its response.
 
     `Pool.open` makes it and returns once the head is there. Iterate for the body: each piece as it comes.
@@ -29,11 +29,11 @@ class Job(RoundTrip, Readable):
     def __init__(
         self,
         worker: Worker,
-        custodian: Custodian,
+        owner: WorkerOwner,
         request: PreparedRequest,
     ) -> None:
         try:
-            super().__init__(worker, custodian, request)
+            super().__init__(worker, owner, request)
             if self._scope is not None:
                 self._watch_scope(self._scope)
             self._use(lambda: self._await_head(request))
@@ -104,7 +104,7 @@ class Job(RoundTrip, Readable):
         if frames is None and self._closed_by is not None:
             return  # the worker may have died of that: `_use` has the rest
         if frames is None:
-            self._custodian.leases.kill(self._worker)  # one that lives on without its pipe is of no use
+            self._owner.leases.kill(self._worker)  # one that lives on without its pipe is of no use
             self._worker.exited.wait(EXIT_LIMIT)
             self._raise_worker_death()
         else:

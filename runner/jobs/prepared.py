@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..errors import InvalidRequest, closed_by
+from ..model.cancel_scope import CancelScope, current_scope
 from ..model.request import Request, Upload
-from ..model.scope import CancelScope, current_scope
 from ..wire.frames import BODY, END, MAX_HEAD, REQUEST, pack_header
 from ..wire.messages import JobContext, RequestHead
 
 if TYPE_CHECKING:
-    from ..workers.channel import Channel
+    from ..supervision.channel import Channel
 
 _encode = msgspec.msgpack.Encoder().encode
 

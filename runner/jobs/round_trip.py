@@ -27,20 +27,20 @@ from ..errors import JobFailed, JobTimedOut, ReadTimeout, WorkerDied, WriteTimeo
 from ..events import JobAnswered, JobEnded, JobStarted, Outcome
 from ..model.durations import min_timeout
 from ..model.limits import over_wall_time
+from ..supervision.abandoned_jobs import Remainder, log_background_failure
 from ..wire.exchange import ResponseExchange
 from ..wire.frames import Frame
 from ..wire.messages import ResponseHead
 from ..wire.printable import quoted
-from ..workers.abandoned import Remainder, log_background_failure
+from .channel_guard import ChannelGuard
 from .failures import over_limit, response_failure, worker_death
-from .gate import Gate
 from .prepared import PreparedRequest, job_number
 from .sending import Sending, waker
 
 if TYPE_CHECKING:
-    from ..workers.holder import Holder
-    from ..workers.record import Worker
-    from .ports import Custodian
+    from ..supervision.leased_job import LeasedJob
+    from ..supervision.record import Worker
+    from .worker_owner import WorkerOwner
 
 logger = logging.getLogger("blastdoor")
 
@@ -57,7 +57,7 @@ NOTHING: Final[list[Frame]] = []
 """Instead of frames: there are none yet."""
 
 
-class NeverTaken(Exception):
+class RequestNotTaken(Exception):
     """The worker was gone before it took a byte of the request: another worker may have it.
 
     `error` is what to raise where no other worker is tried; None where nothing was written at all.
@@ -92,12 +92,12 @@ class RoundTrip(Sending):
     def __init__(
         self,
         worker: Worker,
-        custodian: Custodian,
+        owner: WorkerOwner,
         request: PreparedRequest,
     ) -> None:
         self._settled = True  # until the last line: whoever leased the worker sees to it
         context = request.context
-        wall_seconds = custodian.limits.wall_seconds
+        wall_seconds = owner.limits.wall_seconds
         self.job_id = job_id = context.job_id
         self._context = context
         self.method, self.target = request.method, request.target
@@ -107,10 +107,10 @@ class RoundTrip(Sending):
         self._scope = request.scope
         self._worker = worker
         self._channel = worker.channel
-        self._custodian = custodian
+        self._owner = owner
         self._upload = request.upload
         self._read_timeout, self._write_timeout = request.timeouts
-        Gate.__init__(self)
+        ChannelGuard.__init__(self)
         worker.jobs += 1
         worker.log.job_id = job_id
         self._number = job_number(worker.jobs)
@@ -123,17 +123,17 @@ class RoundTrip(Sending):
         else:
             self._uploading = self._upload.lazy or not self._channel.flushed
         self._owes_end = self._upload.lazy
-        reference: weakref.ref[Holder] = weakref.ref(self)
+        reference: weakref.ref[LeasedJob] = weakref.ref(self)
         # From here on the job is the one that has to let the worker go. No signal is handled within this line.
         self._settled, worker.job = False, reference
         if self._upload.lazy:
             self._upload.on_ready(waker(self))
-        if custodian.events.subscribers:
+        if owner.events.subscribers:
             waited = self.began - request.asked_at
-            custodian.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
+            owner.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
 
     def __del__(self) -> None:
-        if not getattr(self, "_settled", True) and not self._custodian.in_forked_child:
+        if not getattr(self, "_settled", True) and not self._owner.in_forked_child:
             try:
                 warnings.warn(
                     f"job {self.job_id} was dropped before its end: read it to the end, or close it",
@@ -157,7 +157,7 @@ class RoundTrip(Sending):
     def _answered(self, head: ResponseHead) -> None:
         """The head is there: hand it out, and tell of it where the body is still to come."""
         self.head = head
-        events = self._custodian.events
+        events = self._owner.events
         if events.subscribers and not self._settled:
             context, seconds = self._context, time.monotonic() - self.began
             events.emit(
@@ -189,12 +189,12 @@ class RoundTrip(Sending):
                 request.send(channel, self._number)
             elif channel.torn:
                 # Whoever sent it was interrupted. What the worker has read of it, if anything, its end will show.
-                self._custodian.leases.kill(self._worker)
+                self._owner.leases.kill(self._worker)
             request.sent_at = None
         except BrokenPipeError:
             self._outcome = "not taken"
             self._discard()
-            raise NeverTaken(None) from None
+            raise RequestNotTaken(None) from None
         self._uploading = upload.lazy or not channel.flushed
 
     def _patience(self) -> float | None:
@@ -283,7 +283,7 @@ class RoundTrip(Sending):
         self._discard()
         death = worker_death(worker.status, self.job_id)
         if never_taken:
-            raise NeverTaken(death)
+            raise RequestNotTaken(death)
         self._close_upload()
         if worker.limit_exceeded:
             raise over_limit("memory", worker.limit_exceeded, self.job_id)
@@ -359,14 +359,14 @@ class RoundTrip(Sending):
             raise
         channel = self._channel
         if channel.torn:
-            self._end(self._custodian.leases.discard)
+            self._end(self._owner.leases.discard)
         elif channel.flushed and not exchange.background:
-            self._end(self._custodian.leases.give_back)
+            self._end(self._owner.leases.give_back)
         else:
             self._end(self._hand_over)
 
     def _abandon(self) -> None:
-        """Hand the worker, with a response that nobody waits for any more, to the custodian."""
+        """Hand the worker, with a response that nobody waits for any more, to the owner."""
         try:
             self._ending = True
             if isinstance(self._closed_by, JobFailed):
@@ -378,11 +378,11 @@ class RoundTrip(Sending):
                 raise
             channel = self._channel
             if channel.torn:
-                self._end(self._custodian.leases.discard)  # nobody knows what it has heard
+                self._end(self._owner.leases.discard)  # nobody knows what it has heard
             elif channel.written or not channel.flushed:
                 self._end(self._hand_over)
             else:
-                self._end(self._custodian.leases.give_back)  # it has not heard of this job
+                self._end(self._owner.leases.give_back)  # it has not heard of this job
         finally:
             self._ending = False
 
@@ -409,19 +409,19 @@ class RoundTrip(Sending):
             timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
             expires=self._expires,
         )
-        self._custodian.adopt(worker, rest)
+        self._owner.adopt(worker, rest)
 
     def _hand_tail_over(self, worker: Worker) -> None:
         tail = ResponseExchange.of_tail(self._exchange.job)
-        self._custodian.adopt(worker, Remainder(tail, timed_out="", expires=self._expires))
+        self._owner.adopt(worker, Remainder(tail, timed_out="", expires=self._expires))
 
     def _discard(self) -> None:
-        self._end(self._custodian.leases.discard)
+        self._end(self._owner.leases.discard)
 
     def _tell_of_end(self) -> None:
         if self._scope is not None:
             self._scope.unwatch(id(self))
-        events = self._custodian.events
+        events = self._owner.events
         events.count(self._outcome)
         if events.subscribers:
             head, context = self._exchange.head, self._context

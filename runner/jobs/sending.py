@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..wire.frames import BODY, END, STOP, encode, pack_header
-from .gate import Gate
+from .channel_guard import ChannelGuard
 
 if TYPE_CHECKING:
     from ..model.request import Upload
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("blastdoor")
 
 
-class Sending(Gate):
+class Sending(ChannelGuard):
     """The part of a round trip that sends. `_uploading` says that there is something to send, now or later."""
 
     __slots__ = ("_number", "_owes_end", "_upload", "_uploading")
@@ -73,7 +73,7 @@ class Sending(Gate):
         self._channel.send(frame)
 
 
-def waker(job: Gate) -> Callable[[], None]:
+def waker(job: ChannelGuard) -> Callable[[], None]:
     """Wakes the job, without keeping it alive."""
     reference = weakref.ref(job)
 

@@ -16,7 +16,7 @@ FACTORIES: Final = ("create_app", "make_app")
 """The same where a factory is asked for."""
 
 
-class Call(msgspec.Struct, frozen=True):
+class FactoryArguments(msgspec.Struct, frozen=True):
     """The arguments that a factory is called with."""
 
     arguments: list[Any]
@@ -28,7 +28,7 @@ class HandlerSpec(msgspec.Struct, frozen=True):
 
     module: str
     attributes: list[str]
-    call: Call | None
+    call: FactoryArguments | None
 
 
 def parse_handler_spec(text: str) -> HandlerSpec:
@@ -42,9 +42,9 @@ def parse_handler_spec(text: str) -> HandlerSpec:
         found = ast.parse(rest, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise _no_spec(text) from None
-    call: Call | None = None
+    call: FactoryArguments | None = None
     if isinstance(found, ast.Call):
-        call = _call(text, found)
+        call = _factory_arguments(text, found)
         found = found.func
     attributes: list[str] = []
     while isinstance(found, ast.Attribute):
@@ -55,7 +55,7 @@ def parse_handler_spec(text: str) -> HandlerSpec:
     return HandlerSpec(module, [found.id, *attributes], call)
 
 
-def _call(text: str, call: ast.Call) -> Call:
+def _factory_arguments(text: str, call: ast.Call) -> FactoryArguments:
     try:
         arguments = [ast.literal_eval(argument) for argument in call.args]
         keywords = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -65,7 +65,7 @@ def _call(text: str, call: ast.Call) -> Call:
         raise ConfigurationError(
             f"handler {text!r}: the arguments of a factory are literals, as in 'shop:create_app(\"test\", debug=True)'"
         )
-    return Call(arguments, keywords)
+    return FactoryArguments(arguments, keywords)
 
 
 def _no_spec(text: str) -> ConfigurationError:

@@ -181,7 +181,7 @@ def _children_by_search(parent: int) -> list[int]:
     return found
 
 
-def holders(inodes: set[int]) -> list[int]:
+def pids_with_pipe_open(inodes: set[int]) -> list[int]:
     """The pids of the processes, this one left out, that hold a pipe with one of these inodes open (proc(5))."""
     links = {f"pipe:[{inode}]" for inode in inodes}
     found = []
@@ -205,14 +205,14 @@ def holders(inodes: set[int]) -> list[int]:
 def kill_holders(inodes: set[int]) -> int:
     """SIGKILL the processes that hold one of these pipes open; their number. Each by pidfd, looked at again."""
     killed = 0
-    for pid in holders(inodes):
+    for pid in pids_with_pipe_open(inodes):
         try:
             pidfd = os.pidfd_open(pid)
         except OSError:
             continue
         try:
             # The pidfd names one process; that it is still the one that holds a pipe is certain only now.
-            if pid in holders(inodes):
+            if pid in pids_with_pipe_open(inodes):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 killed += 1
         except ProcessLookupError:

@@ -6,7 +6,7 @@ import os
 import platform
 
 from ..model.sandbox import Sandbox
-from . import cgroup, machine
+from . import cgroup, probe
 from .runtime import wanted_layers
 
 
@@ -14,7 +14,7 @@ def examine() -> int:
     """Print it; 0 where both profiles can be had whole, 1 where a layer is lacking."""
     user = "root" if os.geteuid() == 0 else f"an ordinary user (uid {os.geteuid()})"
     print(f"Linux {platform.release()} on {platform.machine()}, as {user}\n")
-    layers = machine.survey()
+    layers = probe.probe_layers()
     for layer in layers:
         print(f"{'no ' if layer.lacking else 'yes'}  {layer.name}: {layer.what}")
         if layer.lacking:
@@ -27,7 +27,7 @@ def examine() -> int:
     known = {layer.name: layer for layer in layers}
     whole = True
     for sandbox in (Sandbox.default(), Sandbox.strict()):
-        wanted = wanted_layers(sandbox, own_user=machine.OWN_USER in known)
+        wanted = wanted_layers(sandbox, own_user=probe.OWN_USER in known)
         lacking = [name for name in wanted if known[name].lacking]
         whole = whole and not lacking
         if lacking:

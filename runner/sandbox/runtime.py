@@ -15,11 +15,11 @@ from typing import Final
 
 import msgspec
 
-from ..control.names import HOME
-from ..errors import PlainError
+from ..control.import_isolation import HOME
+from ..errors import ErrorWithoutTraceback
 from ..model.sandbox import Sandbox
 from ..platform import linux
-from . import cgroup, landlock, machine, seccomp, unlisted
+from . import cgroup, import_finder, landlock, probe, seccomp
 from .cgroup import Group
 from .landlock import EXECUTE, READ, WRITE
 from .mounts import SCRATCH_PARENT, MountNamespace, first_closed
@@ -63,7 +63,7 @@ _RESOLVER: Final = (
 _PROGRAMS: Final = ("/bin", "/usr/bin", "/usr/local/bin")
 
 
-class SandboxError(PlainError):
+class SandboxError(ErrorWithoutTraceback):
     """The sandbox can't be what its profile says; the words name what is missing, and the way out."""
 
 
@@ -88,19 +88,19 @@ class SandboxRuntime:
         self._group_parent = cgroup.delegated()
         self._groups: dict[int, Group] = {}
         self._dying: list[Group] = []
-        layers = {layer.name: layer for layer in machine.survey()}
-        wanted = wanted_layers(sandbox, own_user=machine.OWN_USER in layers)
-        app = _app(handler, path)
+        layers = {layer.name: layer for layer in probe.probe_layers()}
+        wanted = wanted_layers(sandbox, own_user=probe.OWN_USER in layers)
+        app = _code_paths(handler, path)
         self.notes = [_note_of(handler, directory) for directory in app.folders if _others(handler, directory)]
         self._beside = app.beside
         self._rights = _rights(sandbox, handler, app)
-        closed = [path for path in self._rights if first_closed(path)] if machine.OWN_USER in wanted else []
-        if closed and layers[machine.SCRATCH].lacking:
+        closed = [path for path in self._rights if first_closed(path)] if probe.OWN_USER in wanted else []
+        if closed and layers[probe.SCRATCH].lacking:
             why = f"it could not read {closed[0]}, below a directory that is closed to others: install it elsewhere"
-            layers[machine.OWN_USER] = msgspec.structs.replace(layers[machine.OWN_USER], lacking=why)
-        if machine.NAMESPACES in wanted and layers[machine.NAMESPACES].lacking and sandbox.processes:
-            wanted.append(machine.SIGNALS)  # without pids of its own, and with children to signal
-        if machine.OWN_USER in wanted and layers[machine.OWN_USER].lacking:
+            layers[probe.OWN_USER] = msgspec.structs.replace(layers[probe.OWN_USER], lacking=why)
+        if probe.NAMESPACES in wanted and layers[probe.NAMESPACES].lacking and sandbox.processes:
+            wanted.append(probe.SIGNALS)  # without pids of its own, and with children to signal
+        if probe.OWN_USER in wanted and layers[probe.OWN_USER].lacking:
             wanted += [name for name in wanted_layers(sandbox, own_user=False) if name not in wanted]
         missing = [layers[name] for name in wanted if layers[name].lacking]
         if missing and sandbox.require == "all":
@@ -111,13 +111,13 @@ class SandboxRuntime:
             )
         self.lacking = [f"{layer.what}: {layer.lacking}" for layer in missing]
         has = {name for name in wanted if not layers[name].lacking}
-        self._own_user = machine.OWN_USER in has
-        self._files = machine.FILES in has
-        self._users = machine.USERS in has
-        self.nested = machine.NAMESPACES in has
+        self._own_user = probe.OWN_USER in has
+        self._files = probe.FILES in has
+        self._users = probe.USERS in has
+        self.nested = probe.NAMESPACES in has
         self.network = bool(sandbox.connect)
         self._filters: list[bytes] = []
-        if machine.CALLS in has:
+        if probe.CALLS in has:
             deny = seccomp.deny_filter(
                 processes=sandbox.processes,
                 network=bool(sandbox.connect),
@@ -127,7 +127,7 @@ class SandboxRuntime:
             allow = [seccomp.allow_filter()] if sandbox.strictly else []
             self._filters = [seccomp.request_filter(), *allow, deny]  # after the last one no filter can be loaded
         # An ordinary user may make namespaces in the user namespace that comes with the mounts.
-        staged = machine.SCRATCH in has or (closed and self._own_user) or (self.nested and os.geteuid() != 0)
+        staged = probe.SCRATCH in has or (closed and self._own_user) or (self.nested and os.geteuid() != 0)
         self._mounts = self._set_up_mounts() if staged else None
         linux.set_dumpable(dumpable=False)
 
@@ -141,7 +141,7 @@ class SandboxRuntime:
         """Make what is a worker's own. In the zygote."""
         uid = None
         if self._own_user:
-            uid = machine.FIRST_UID + os.getpid() * _UIDS_OF_A_POOL + number % _UIDS_OF_A_POOL
+            uid = probe.FIRST_UID + os.getpid() * _UIDS_OF_A_POOL + number % _UIDS_OF_A_POOL
         size = self._sandbox.scratch_bytes
         scratch = ""
         if self._mounts is not None and size is not None:
@@ -167,7 +167,7 @@ class SandboxRuntime:
         if resources.group:
             cgroup.enter(resources.group)
         if resources.uid is not None:
-            machine.take_user(resources.uid)
+            probe.switch_user(resources.uid)
         if self._users:
             linux.unshare(linux.NEW_USERS)
         linux.drop_capabilities()
@@ -178,7 +178,7 @@ class SandboxRuntime:
         linux.set_dumpable(dumpable=False)
         self._limit(resources)
         self._furnish(resources)
-        unlisted.install(self._beside, [path for path in self._rights if path not in self._beside])
+        import_finder.install(self._beside, [path for path in self._rights if path not in self._beside])
         if self._files:
             rights = dict(self._rights)
             if resources.scratch:
@@ -253,23 +253,23 @@ def _works(step: Callable[[], object]) -> bool:
 
 def wanted_layers(sandbox: Sandbox, *, own_user: bool) -> list[str]:
     """The layers that a profile is made of."""
-    wanted = [machine.FILES, machine.CALLS]
+    wanted = [probe.FILES, probe.CALLS]
     if own_user:
-        wanted.append(machine.OWN_USER)
+        wanted.append(probe.OWN_USER)
     else:
-        wanted.append(machine.USERS)  # threads are counted for a user, and this one is shared
+        wanted.append(probe.USERS)  # threads are counted for a user, and this one is shared
     if sandbox.connect:
-        wanted.append(machine.PORTS)
+        wanted.append(probe.PORTS)
     if sandbox.scratch is not None:
-        wanted.append(machine.SCRATCH)
+        wanted.append(probe.SCRATCH)
     if sandbox.strictly:
-        wanted += [machine.USERS, machine.NAMESPACES]
+        wanted += [probe.USERS, probe.NAMESPACES]
     elif sandbox.processes:
-        wanted.append(machine.NAMESPACES)  # so that none of its processes gets away
+        wanted.append(probe.NAMESPACES)  # so that none of its processes gets away
     return list(dict.fromkeys(wanted))
 
 
-def _rights(sandbox: Sandbox, handler: str, app: App) -> dict[str, int]:
+def _rights(sandbox: Sandbox, handler: str, app: CodePaths) -> dict[str, int]:
     """What may be done below which path."""
     execute = EXECUTE if sandbox.processes else 0
     rights = {"/dev/null": WRITE}
@@ -291,7 +291,7 @@ def _rights(sandbox: Sandbox, handler: str, app: App) -> dict[str, int]:
     return {path: right for path, right in rights.items() if os.path.exists(path)}
 
 
-class App(msgspec.Struct, frozen=True):
+class CodePaths(msgspec.Struct, frozen=True):
     """Where the handler's code is: its package, or the folder of its single module; and what the package lies in.
 
     `packages` and `folders` are granted whole, of `beside` nothing is.
@@ -302,19 +302,19 @@ class App(msgspec.Struct, frozen=True):
     beside: list[str] = []
 
 
-def _app(handler: str, path: list[str]) -> App:
+def _code_paths(handler: str, path: list[str]) -> CodePaths:
     """Where the handler's module is found. SandboxError where that would grant far more than an app."""
     if not handler:
-        return App()
+        return CodePaths()
     name = handler.partition(":")[0].partition(".")[0]
     spec = importlib.machinery.PathFinder.find_spec(name, path)  # no finder that the app's code could have a say in
     if spec is None or (not spec.origin and not spec.submodule_search_locations):
-        return App()  # importing it will tell
+        return CodePaths()  # importing it will tell
     home = os.path.expanduser("~")
     packages = [os.path.abspath(place) for place in spec.submodule_search_locations or []]
     folders = [] if packages else [os.path.dirname(os.path.abspath(spec.origin or ""))]
     if archives := [archive for place in (*packages, *folders) if (archive := _archive_of(place))]:
-        return App(archives)  # a file (zipimport): all of it is the app's
+        return CodePaths(archives)  # a file (zipimport): all of it is the app's
     for directory in (*packages, *folders):
         if directory == SCRATCH_PARENT:
             raise SandboxError(f"the handler's module {name!r} lies in {directory!r} itself, which workers have anew")
@@ -323,7 +323,7 @@ def _app(handler: str, path: list[str]) -> App:
                 f"the handler's module {name!r} lies in {directory!r}, all of which it could read then: "
                 f"put it in a directory of its own"
             )
-    return App(packages, folders, [os.path.dirname(package) for package in packages])
+    return CodePaths(packages, folders, [os.path.dirname(package) for package in packages])
 
 
 def _archive_of(place: str) -> str:

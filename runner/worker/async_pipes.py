@@ -40,7 +40,7 @@ from ..wire.response_frames import (
 )
 from .forks import leave
 from .pipes import READ_SIZE, HostGone, UploadStopped, decode_request
-from .stdio import Prints
+from .stdio import OutputFlag
 
 PATIENCE: Final = 8
 """Rounds of the loop that an app has to return after its last body bytes, before its caller is let go without it."""
@@ -55,7 +55,7 @@ class CallerGone(OSError):
 class AsyncPipes:
     """Frames from the host and to it, on one event loop."""
 
-    def __init__(self, request_fd: int, response_fd: int, prints: Prints) -> None:
+    def __init__(self, request_fd: int, response_fd: int, prints: OutputFlag) -> None:
         os.set_blocking(request_fd, False)
         os.set_blocking(response_fd, False)
         self.loop = asyncio.get_running_loop()

@@ -8,8 +8,8 @@ import traceback
 from types import TracebackType
 from typing import Final
 
-from ..control.names import HOME
-from ..errors import AbortHandler, JobCancelled, PlainError
+from ..control.import_isolation import HOME
+from ..errors import AbortHandler, ErrorWithoutTraceback, JobCancelled
 from ..wire.messages import FaultReport
 
 _MAX_TEXT: Final = 16 * 1024
@@ -47,7 +47,7 @@ def describe(error: BaseException) -> tuple[str, str]:
 
 def report_on_start(error: BaseException, *, debug: bool) -> FaultReport:
     """The report of a worker that could not start. With `debug` all frames are shown."""
-    if isinstance(error, PlainError) and not debug:
+    if isinstance(error, ErrorWithoutTraceback) and not debug:
         return FaultReport("raised", *describe(error))
     return FaultReport("raised", *describe(error), explain(error, whole=debug))
 

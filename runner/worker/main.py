@@ -18,20 +18,20 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from ..control import snapshot
-from ..control.orders import ZygoteConfig
+from ..control import source_snapshot
 from ..control.signals import STACKS_SIGNAL
+from ..control.zygote_messages import ZygoteConfig
 from ..platform import linux
 from ..wire.frames import FAULT, READY, encode
 from ..wire.messages import Ready
-from . import orphans
+from . import reaper
 from .cancellation import Cancellation
 from .fault_report import report_on, report_on_start
 from .forks import disown_forks, is_fork, leave
 from .handlers.adapter import Adapter, AsyncAdapter
 from .handlers.load import load
 from .pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
-from .stdio import LogStream, Prints
+from .stdio import LogStream, OutputFlag
 from .titles import set_title
 
 REQUEST_FD: Final = 3
@@ -66,14 +66,14 @@ def run(config: ZygoteConfig, handler: Adapter | AsyncAdapter | None, setup: Chi
     """The life of a worker. `handler` is given where the zygote has preloaded it."""
     if setup.enter_namespaces is not None:
         setup.enter_namespaces()
-    code = snapshot.own_view(setup.code_fd)
+    code = source_snapshot.own_view(setup.code_fd)
     _take_descriptors(setup.fds, setup.inherited, code, sandboxed=setup.enter is not None)
     cancellation = Cancellation(CANCEL_FD)
-    prints = Prints()
+    prints = OutputFlag()
     pipes = Pipes(REQUEST_FD, RESPONSE_FD, cancellation, prints)
     _shed(setup.parent, prints)
     disown_forks((REQUEST_FD, RESPONSE_FD, CANCEL_FD), pipes.sever)
-    orphans.begin()
+    reaper.begin()
     set_title("worker", config.label)
     _reseed()
     try:
@@ -99,10 +99,10 @@ def run(config: ZygoteConfig, handler: Adapter | AsyncAdapter | None, setup: Chi
 
 def _load(config: ZygoteConfig, code: int) -> Adapter | AsyncAdapter:
     """Load the handler, from the pool's snapshot of its code where there is one; else make that."""
-    fresh = config.by_name and not snapshot.use(code)
+    fresh = config.by_name and not source_snapshot.use(code)
     handler = load(config)
     if fresh:
-        snapshot.keep(code)
+        source_snapshot.keep(code)
     return handler
 
 
@@ -122,7 +122,7 @@ def _begin(
     if isinstance(handler, Adapter):
         cancellation.install()
         return lambda: serve(pipes, handler, cancellation)
-    from .loop import AsyncWorker  # asyncio is loaded where it is used
+    from .async_loop import AsyncWorker  # asyncio is loaded where it is used
 
     worker = AsyncWorker(handler, (REQUEST_FD, RESPONSE_FD, CANCEL_FD), pipes.prints, config.grace)
     worker.start()
@@ -133,7 +133,7 @@ def serve(pipes: Pipes, handler: Adapter, cancellation: Cancellation) -> None:
     """Run one job after another, until the host is gone."""
     try:
         while True:
-            if orphans.possible:
+            if reaper.possible:
                 wait_and_reap(pipes)
             request = pipes.next_request()
             run_job(handler, request, OutgoingResponse(pipes, request.number), cancellation)
@@ -144,9 +144,9 @@ def serve(pipes: Pipes, handler: Adapter, cancellation: Cancellation) -> None:
 
 def wait_and_reap(pipes: Pipes) -> None:
     """Wait for the next request, and reap what the handler's programs have left behind meanwhile."""
-    orphans.reap()
-    while orphans.possible and not pipes.wait(orphans.LOOK_SECONDS):
-        orphans.reap()
+    reaper.reap()
+    while reaper.possible and not pipes.wait(reaper.LOOK_SECONDS):
+        reaper.reap()
 
 
 def run_job(handler: Adapter, request: IncomingRequest, response: OutgoingResponse, cancellation: Cancellation) -> None:
@@ -194,7 +194,7 @@ def _take_descriptors(fds: list[int], inherited: frozenset[int], code: int, *, s
     os.closerange(start, _DESCRIPTOR_CEILING)
 
 
-def _shed(parent: int, prints: Prints) -> None:
+def _shed(parent: int, prints: OutputFlag) -> None:
     """Leave behind what belonged to the zygote, and be bound to its life."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -39,7 +39,7 @@ from ..wire.response_frames import (
 )
 from .cancellation import Cancellation
 from .forks import leave
-from .stdio import Prints
+from .stdio import OutputFlag
 
 READ_SIZE: Final = 64 * 1024
 """How much of the request pipe is read at once, in bytes."""
@@ -205,7 +205,7 @@ class OutgoingResponse:
 class Pipes:
     """The worker's ends: blocking reads of frames, blocking writes of bytes."""
 
-    def __init__(self, request_fd: int, response_fd: int, cancellation: Cancellation, prints: Prints) -> None:
+    def __init__(self, request_fd: int, response_fd: int, cancellation: Cancellation, prints: OutputFlag) -> None:
         self.shield = cancellation
         self.prints = prints
         self._request_fd = request_fd

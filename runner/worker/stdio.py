@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
-class Prints:
+class OutputFlag:
     """Whether the running job has printed something."""
 
     __slots__ = ("_printed",)

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import multiprocess
 
-from ..control import snapshot
-from ..control.names import AppModuleFinder
-from ..control.orders import (
+from ..control import source_snapshot
+from ..control.import_isolation import AppModuleFinder
+from ..control.zygote_messages import (
     MAX_MESSAGE,
     Born,
     Died,
@@ -42,7 +42,7 @@ from ..control.orders import (
 )
 from ..platform import linux
 from . import main as worker
-from . import orphans
+from . import reaper
 from .fault_report import report_on_start
 from .forks import leave
 from .handlers.adapter import Adapter, AsyncAdapter
@@ -62,7 +62,7 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the thread that has started this one takes no signals
     control = socket.socket(fileno=int(sys.argv[1]))
     told = int(sys.argv[2])
-    code_fd = snapshot.own_view(told)
+    code_fd = source_snapshot.own_view(told)
     if told >= 0:
         os.close(told)
     config = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ZygoteConfig)
@@ -111,7 +111,7 @@ class Zygote:
     def prepare(self) -> bool:
         """Do once what is for all workers; False after telling the host why that failed."""
         config = self._config
-        orphans.note_starts()  # before anything of the app's is imported
+        reaper.note_starts()  # before anything of the app's is imported
         if config.modules or config.preload:
             pid = os.getpid()
             try:
@@ -143,14 +143,14 @@ class Zygote:
 
     def _preload(self) -> None:
         """Import the handler here, or what it will import."""
-        fresh = not snapshot.use(self._code_fd)
+        fresh = not source_snapshot.use(self._code_fd)
         before = linux.open_descriptors()
         for name in self._config.modules:
             importlib.import_module(name)
         if self._config.preload:
             self._handler = load(self._config)
             if fresh:
-                snapshot.keep(self._code_fd)
+                source_snapshot.keep(self._code_fd)
         threads = len(os.listdir("/proc/self/task"))
         if threads > 1:
             raise HandlerError(

@@ -26,7 +26,7 @@ from runner import (
     WorkerDied,
 )
 from runner.events import Event, WorkerReady
-from runner.workers.channel import make_pipe
+from runner.supervision.channel import make_pipe
 from transport.requests import Transport
 
 SMALL = b"x" * 256

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import msgspec
 
 from runner import Pool, Request
+from runner.supervision.channel import make_pipe
 from runner.wire.frames import (
     BODY,
     END,
@@ -24,7 +25,6 @@ from runner.wire.frames import (
     pack_header,
 )
 from runner.wire.messages import JobContext, RequestHead, ResponseHead
-from runner.workers.channel import make_pipe
 from scripts.measure.figures import SMALL, Floor, Row, interleave, middle
 
 Call = Callable[[], None]

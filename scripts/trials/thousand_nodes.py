@@ -24,7 +24,7 @@ from rich.table import Table
 from runner.cluster.agent_client import GIVE_UP, SILENT
 from runner.cluster.nodes import BEAT
 from runner.cluster.placement import PATIENCE, Node, Placement, Slot
-from runner.workers.waiters import Waiter
+from runner.supervision.waiters import Waiter
 
 ONE_WAY: Final = 0.0005
 """Seconds that a message takes between a host and an agent."""

@@ -16,7 +16,7 @@ from runner.wire.messages import Header, JobContext
 from runner.wire.printable import one_line
 from transport.errors import MissingIdentity
 from transport.route import Route
-from transport.serving.parsing import parse_sandbox
+from transport.serving.settings_parsing import parse_sandbox
 
 
 def call_once(

@@ -20,8 +20,8 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     except ModuleNotFoundError as error:
         raise ConfigurationError(missing("serving", error.name or "a library", "serve")) from error
     from transport.serving.log_format import make_formatter
-    from transport.serving.parsing import parse_mounts
     from transport.serving.settings import Settings, load_settings
+    from transport.serving.settings_parsing import parse_mounts
 
     if apps:
         given["mounts"] = parse_mounts(apps)

@@ -33,8 +33,7 @@ from runner.errors import (
 from runner.model.request import INLINE, Request
 from runner.wire.messages import JobContext, ResponseHead
 from transport.errors import TargetEscapes
-from transport.faults import problem, refusal
-from transport.gateway.client import (
+from transport.gateway.client_connection import (
     AttendedClient,
     BodyTooLarge,
     BodyTooSlow,
@@ -46,6 +45,7 @@ from transport.gateway.mounts import Mount, Mounts, Unauthorized
 from transport.gateway.protocol import EXTENSION, BrokenOff, Connection, RequestFinished
 from transport.gateway.response import MOST, ClientResponse, Send, end_to_end
 from transport.gateway.traces import Span, span_of
+from transport.problem_details import problem, refusal
 
 if TYPE_CHECKING:
     from runner.protocols import AnyAsyncJob, AnyPool

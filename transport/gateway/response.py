@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from runner.wire.messages import Header, ResponseHead
-from transport.gateway.client import Message
+from transport.gateway.client_connection import Message
 
 Send = Callable[[Message], Awaitable[None]]
 

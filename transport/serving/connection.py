@@ -28,10 +28,10 @@ from typing import Any, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from transport.faults import refusal
 from transport.gateway.protocol import EXTENSION
+from transport.problem_details import refusal
 from transport.serving.cycle import Cycle
-from transport.serving.hangup import HangupWatch, WatchedFlow
+from transport.serving.disconnect import DisconnectWatch, WatchedFlow
 
 HEAD_SECONDS: Final = 10.0
 MOST_HEAD: Final = 64 * 1024
@@ -71,7 +71,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._fruitless = 0
         self._answered: RequestResponseCycle | None = None
         self._on_lost: Callable[[], object] | None = None
-        self._vigil: HangupWatch | None = None
+        self._vigil: DisconnectWatch | None = None
         self._next_probe: asyncio.TimerHandle | None = None
         self._complaint: tuple[int, str] | None = None
         self._upgrading = False
@@ -113,7 +113,7 @@ class BoundedConnection(HttpToolsProtocol):
             return None  # it knows no interim responses, and is taken to have gone
         self.cycle.keep_alive = False
         if self._vigil is None:
-            self._vigil = HangupWatch(self.loop, self.transport, half_closed=None)
+            self._vigil = DisconnectWatch(self.loop, self.transport, half_closed=None)
             self._probe()
         return True
 
@@ -308,7 +308,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _watch(self) -> None:
         """Reading is paused: a client that goes away meanwhile is heard of otherwise, from now on."""
         if self._vigil is None and self.scheme != "https":
-            self._vigil = HangupWatch(self.loop, self.transport, half_closed=self._probe)
+            self._vigil = DisconnectWatch(self.loop, self.transport, half_closed=self._probe)
         if self._next_probe is None:
             self._next_probe = self.loop.call_later(PROBE_SECONDS, self._probe_again)
 

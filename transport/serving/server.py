@@ -31,8 +31,8 @@ from transport.serving.addresses import bind_path, bind_port, inherited, name_of
 from transport.serving.admin import make_admin
 from transport.serving.connection import BoundedConnection
 from transport.serving.forwarded import Forwarded
+from transport.serving.http_metrics import RequestMetrics
 from transport.serving.log_format import know_mount
-from transport.serving.requests_metrics import RequestMetrics
 from transport.serving.server_log import LoopErrors, QuietBreaks, describe, log_access, log_refused
 from transport.serving.settings import PoolSettings, Settings
 from transport.serving.status import Status

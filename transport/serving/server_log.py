@@ -12,8 +12,8 @@ from runner.model.sandbox import Sandbox
 from runner.wire.printable import one_line
 from transport.gateway import RequestFinished
 from transport.gateway.protocol import BrokenOff
-from transport.serving.parsing import parse_sandbox
 from transport.serving.settings import PoolSettings
+from transport.serving.settings_parsing import parse_sandbox
 
 if TYPE_CHECKING:
     from transport.serving.settings import MountSettings

@@ -29,7 +29,7 @@ from runner.protocols import AnyPool
 from runner.wire.messages import Kind
 from transport.gateway.mounts import Mount, TrustedHeaders, plain_path
 from transport.route import DEFAULT_ROOT, Route
-from transport.serving.parsing import parse_address, parse_mounts, parse_sandbox, parse_workers
+from transport.serving.settings_parsing import parse_address, parse_mounts, parse_sandbox, parse_workers
 
 QUEUE: Final = 100
 """How many requests wait for a worker at most, where nothing is said."""

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 from urllib.parse import unquote
 
-from ...errors import PlainError
+from ...errors import ErrorWithoutTraceback
 from ...wire.messages import Header
 from ..async_pipes import AsyncRequest, AsyncResponse, let_cancelled_go
 from ..pipes import UploadStopped
@@ -32,7 +32,7 @@ _VERSIONS: Final = {"version": "3.0", "spec_version": "2.4"}
 _LIFESPAN_VERSIONS: Final = {"version": "3.0", "spec_version": "2.0"}
 
 
-class StartUpFailed(PlainError):
+class StartUpFailed(ErrorWithoutTraceback):
     """The app has refused to start: it sent lifespan.startup.failed."""
 
 

@@ -14,9 +14,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from ...control.orders import ZygoteConfig
-from ...errors import PlainError
-from ...model.handler_spec import APPS, FACTORIES, Call, parse_handler_spec
+from ...control.zygote_messages import ZygoteConfig
+from ...errors import ErrorWithoutTraceback
+from ...model.handler_spec import APPS, FACTORIES, FactoryArguments, parse_handler_spec
 from ...wire.messages import HandlerKind
 from .adapter import Adapter, AsyncAdapter
 
@@ -25,7 +25,7 @@ _ENVIRON_NAMES = frozenset({"environ", "env", "environment", "wsgi_environ"})
 _START_NAMES = frozenset({"start_response", "start", "startresponse", "start_resp"})
 
 
-class HandlerError(PlainError):
+class HandlerError(ErrorWithoutTraceback):
     """The handler can't be used: it is not there, is not callable, or is of another kind than was said."""
 
 
@@ -38,7 +38,7 @@ def load(config: ZygoteConfig) -> Adapter | AsyncAdapter:
 
         target = dill.loads(config.pickle)
         if config.factory:
-            target = _made_by(target, repr(config.handler), Call([], {}))
+            target = _made_by(target, repr(config.handler), FactoryArguments([], {}))
     name = repr(config.handler)
     kind = config.kind
     if not callable(target):
@@ -108,11 +108,11 @@ def import_handler(text: str, *, factory: bool = False) -> object:
             raise HandlerError(
                 f"handler {text!r}: {module_name!r} has no {'.'.join(attributes)!r}; it has {known or 'nothing public'}"
             ) from None
-    call = spec.call or (Call([], {}) if factory else None)
+    call = spec.call or (FactoryArguments([], {}) if factory else None)
     return target if call is None else _made_by(target, repr(text), call)
 
 
-def _made_by(factory: object, name: str, call: Call) -> object:
+def _made_by(factory: object, name: str, call: FactoryArguments) -> object:
     """What a factory makes. HandlerError where it can't be called so; else it raises what the factory raises."""
     if not callable(factory):
         raise HandlerError(f"handler {name}: a {type(factory).__name__} is no factory, it can't be called")

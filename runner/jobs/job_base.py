@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 
-class Readable:
+class BaseJob:
     """A job that a thread reads. Iterate for the body: each piece as it comes."""
 
     __slots__ = ()
@@ -32,7 +32,7 @@ class Readable:
         self.close(error)
 
 
-class AsyncReadable:
+class BaseAsyncJob:
     """A job that a task reads. Iterate for the body: each piece as it comes."""
 
     __slots__ = ()

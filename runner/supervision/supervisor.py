@@ -19,7 +19,8 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from ..control.orders import (
+from ..control.source_snapshot import make_snapshot
+from ..control.zygote_messages import (
     Born,
     Died,
     MissingLayers,
@@ -28,13 +29,12 @@ from ..control.orders import (
     ZygoteConfig,
     describe_exit,
 )
-from ..control.snapshot import make_snapshot
 from ..errors import StartError, WorkersUnavailable
 from ..events import Events, WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
 from ..model.durations import longest_wait
 from ..wire.frames import FAULT
 from ..wire.printable import one_line, quoted
-from .abandoned import AbandonedJobs, Remainder
+from .abandoned_jobs import AbandonedJobs, Remainder
 from .backoff import RestartBackoff
 from .leases import Leases
 from .logs import LogPipe
@@ -42,7 +42,7 @@ from .reactor import Reactor
 from .record import Worker
 from .scaling import Scaler, Size
 from .spawning import order_worker, read_first_frame
-from .start_failures import StartFailureLog
+from .start_failure_log import StartFailureLog
 from .watchdog import Watchdog
 from .zygote_client import ZygoteClient
 from .zygote_watch import ZygoteWatch
@@ -167,7 +167,7 @@ class Supervisor:
 
     def describe_workers(self) -> list[WorkerInfo]:
         """The workers of this moment."""
-        from .inventory import describe_workers  # psutil is loaded where it is used
+        from .worker_status import describe_workers  # psutil is loaded where it is used
 
         return describe_workers(list(self._workers.values()), self.leases)
 
@@ -341,7 +341,7 @@ class Supervisor:
         self._respawn()
 
     def _respawn(self) -> None:
-        """Start what is missing, now or when the brake allows it."""
+        """Start what is missing, now or when the backoff allows it."""
         if self._closing:
             return
         delay = self._backoff.delay(time.monotonic())

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from typing import Final
 
-from ..control.names import HOME
+from ..control.import_isolation import HOME
 from ..wire.printable import printable
 
 logger = logging.getLogger("blastdoor.worker")

@@ -21,13 +21,13 @@ from typing import Any, Final
 from ..control.signals import SIGNAL, STACKS_SIGNAL, read_cancel
 from ..errors import AbortHandler
 from ..wire.messages import FaultReport, Header
-from . import orphans
+from . import reaper
 from .async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
 from .fault_report import describe, report_on
 from .forks import is_fork, leave, leave_with_result
 from .handlers.adapter import AsyncAdapter
 from .pipes import HostGone
-from .stdio import Prints
+from .stdio import OutputFlag
 from .task_stacks import print_stacks
 
 _ASKING_SHARE: Final = 0.2
@@ -39,7 +39,7 @@ _IMPLIED_HEAD: Final[tuple[int, list[Header]]] = (200, [])
 class AsyncWorker:
     """One worker's event loop. `start`, then `serve`; both in the main thread."""
 
-    def __init__(self, handler: AsyncAdapter, fds: tuple[int, int, int], prints: Prints, grace: float) -> None:
+    def __init__(self, handler: AsyncAdapter, fds: tuple[int, int, int], prints: OutputFlag, grace: float) -> None:
         self._handler = handler
         self._request_fd, self._response_fd, self._cancel_fd = fds
         self._prints = prints
@@ -93,10 +93,10 @@ class AsyncWorker:
             loop.call_soon_threadsafe = leave_with_result
 
     def _look_for_orphans(self) -> None:
-        orphans.reap()
-        self._reaping = orphans.possible
-        if orphans.possible:
-            self._loop.call_later(orphans.LOOK_SECONDS, self._look_for_orphans)
+        reaper.reap()
+        self._reaping = reaper.possible
+        if reaper.possible:
+            self._loop.call_later(reaper.LOOK_SECONDS, self._look_for_orphans)
 
     async def _serve(self) -> None:
         pipes = self._pipes = AsyncPipes(self._request_fd, self._response_fd, self._prints)
@@ -107,7 +107,7 @@ class AsyncWorker:
                 request = await pipes.next_request()
                 await self._run_job(request, AsyncResponse(pipes, request))
                 await request.skip()
-                if orphans.possible and not self._reaping:
+                if reaper.possible and not self._reaping:
                     self._look_for_orphans()
         except HostGone:
             pass

@@ -11,33 +11,33 @@ import weakref
 from typing import TYPE_CHECKING, Final
 
 from ..errors import JobClosed, JobFailed, closed_by
-from ..model.scope import CancelScope, Watcher
+from ..model.cancel_scope import CancelScope, Watcher
 
 if TYPE_CHECKING:
-    from ..workers.channel import Channel
-    from .ports import Custodian
+    from ..supervision.channel import Channel
+    from .worker_owner import WorkerOwner
 
 _CLOSER: Final = object()
 """Uses the channel where `close` ends a job that nobody reads at the moment."""
 
 
-class Gate:
+class ChannelGuard:
     """The part of a round trip that lets one user in, and closes it to all."""
 
     __slots__ = (
         "__weakref__",
         "_channel",
         "_closed_by",
-        "_custodian",
         "_ending",
         "_lock",
+        "_owner",
         "_settled",
         "_user",
         "job_id",
     )
 
     _channel: Channel
-    _custodian: Custodian
+    _owner: WorkerOwner
     _settled: bool
     job_id: str
 
@@ -66,7 +66,7 @@ class Gate:
         Nothing happens where the response has ended. Otherwise the handler has the pool's grace time to end,
         and then its worker is killed; nobody waits for that here.
         """
-        if self._settled or self._custodian.in_forked_child:
+        if self._settled or self._owner.in_forked_child:
             return  # it is over; or this is a forked child, and the job is the parent's
         with self._lock:
             if self._settled or self._closed_by is not None:
@@ -138,7 +138,7 @@ class Gate:
         return closed_by(self._closed_by or JobClosed("it is over"), f"job {self.job_id}")
 
 
-def _closer(job: Gate) -> Watcher:
+def _closer(job: ChannelGuard) -> Watcher:
     """Closes the job when its scope is cancelled, without keeping it alive."""
     reference = weakref.ref(job)
 

@@ -1,11 +1,11 @@
-"""What a worker's record knows of the job that holds it: a protocol (PEP 544), which the jobs fulfil."""
+"""What a worker's record knows of the job that holds it: a protocol (PEP 544), which the jobs fulfill."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 
-class Holder(Protocol):
+class LeasedJob(Protocol):
     """A job that holds a worker."""
 
     method: str

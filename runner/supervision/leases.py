@@ -31,7 +31,7 @@ from .wait_queue import WaitQueue
 from .waiters import Caller
 
 if TYPE_CHECKING:
-    from .holder import Holder
+    from .leased_job import LeasedJob
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
@@ -317,7 +317,7 @@ class Leases(WaitQueue[Worker]):
         with self._lock:
             self._signal_with(worker, STACKS_SIGNAL)
 
-    def jobs(self) -> list[Holder]:
+    def jobs(self) -> list[LeasedJob]:
         """The jobs that hold a worker now."""
         with self._lock:
             references = [worker.job for worker in self._leased]

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from ..errors import LeaseTimeout, QueueFull, closed_by
+from ..model.cancel_scope import CancelScope
 from ..model.durations import longest_wait, min_timeout
-from ..model.scope import CancelScope
 from .waiters import Caller, TaskWaiter, ThreadWaiter, Waiter
 
 Resource = TypeVar("Resource")

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from ..control.names import BOOTSTRAP, HOME, NAMES, OTHER_NAME, taken_names
-from ..control.orders import MAX_MESSAGE, News, Spawn, ZygoteConfig
+from ..control.import_isolation import BOOTSTRAP, HOME, NAMES, OTHER_NAME, taken_names
+from ..control.zygote_messages import MAX_MESSAGE, News, Spawn, ZygoteConfig
 from .channel import make_pipe
 from .logs import LogPipe
 

@@ -16,7 +16,7 @@ from types import ModuleType
 _SUFFIXES = (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES, *BYTECODE_SUFFIXES)
 
 
-class UnlistedFinder:
+class StatFinder:
     """A path entry finder (importlib) for one directory."""
 
     def __init__(self, directory: str) -> None:
@@ -57,5 +57,5 @@ def install(directories: Iterable[str], readable: Sequence[str]) -> None:
     """Have these directories looked into name by name, but for those that may be read whole."""
     for directory in directories:
         if not any(directory == granted or directory.startswith(granted + os.sep) for granted in readable):
-            finder = UnlistedFinder(directory)
+            finder = StatFinder(directory)
             sys.path_importer_cache[directory] = finder

@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from ..control.orders import describe_exit
+from ..control.zygote_messages import describe_exit
 from ..model.limits import over_wall_time
 from ..wire.exchange import ResponseExchange
 from ..wire.messages import FaultReport

@@ -21,7 +21,7 @@ IDLE_SECONDS: Final = 0.5
 """Processor time in seconds that a sandboxed worker may use between two jobs, where it should do nothing."""
 
 
-class Holder(Protocol):
+class WatchedJob(Protocol):
     """A job that is looked after: of a caller, or of nobody any more."""
 
     @property
@@ -41,7 +41,7 @@ class LimitViolation:
     """A worker's job is over a limit: which one, and in words."""
 
     worker: Worker
-    job: Holder
+    job: WatchedJob
     kind: Literal["memory", "timeout"]
     detail: str
 
@@ -58,7 +58,7 @@ class ProcessSampler:
         self._began: dict[int, tuple[str, float]] = {}
         self._idle: dict[int, tuple[float, float]] = {}
 
-    def look(self, jobs: Iterable[tuple[Worker, Holder]]) -> list[LimitViolation]:
+    def look(self, jobs: Iterable[tuple[Worker, WatchedJob]]) -> list[LimitViolation]:
         """Which of these jobs is over a limit now."""
         found = []
         jobs = list(jobs)
@@ -102,7 +102,7 @@ class ProcessSampler:
         self._idle = seen
         return found
 
-    def _look_at(self, worker: Worker, job: Holder, process: psutil.Process) -> LimitViolation | None:
+    def _look_at(self, worker: Worker, job: WatchedJob, process: psutil.Process) -> LimitViolation | None:
         limits = self._limits
         # First what is ended at once: of two limits that were passed between two looks this one hurts others.
         limit = limits.memory_bytes

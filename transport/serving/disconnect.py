@@ -22,7 +22,7 @@ class WatchedFlow(FlowControl):
         self._paused()
 
 
-class HangupWatch:
+class DisconnectWatch:
     """Hears of a connection what reading would tell, where nobody reads: `half_closed`, once, and its reset.
 
     asyncio reads no more after the end of what a client sends, nor while reading is paused.

@@ -21,7 +21,7 @@ from typing import Final
 
 import msgspec
 
-from .names import HOME
+from .import_isolation import HOME
 
 MOST: Final = 64 << 20
 """The most bytes of sources that are kept."""

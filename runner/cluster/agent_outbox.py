@@ -7,19 +7,19 @@ import threading
 from collections import deque
 from typing import Final
 
-from .messages import LogRecord, encode_event
+from .messages import LogEntry, encode_event
 
 _MOST_NEWS: Final = 2000
 
 logger = logging.getLogger("blastdoor")
 
 
-class AgentNews(logging.Handler):
+class AgentOutbox(logging.Handler):
     """What an agent logs, and what happens to its workers, kept for its hosts to fetch; the oldest go first."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: deque[tuple[int, LogRecord | bytes]] = deque(maxlen=_MOST_NEWS)
+        self._kept: deque[tuple[int, LogEntry | bytes]] = deque(maxlen=_MOST_NEWS)
         self._number = 0
         self._mutex = threading.RLock()
         logger.addHandler(self)
@@ -33,7 +33,7 @@ class AgentNews(logging.Handler):
         message = record.getMessage()
         if record.exc_info:
             message = f"{message}\n{logging.Formatter().formatException(record.exc_info)}"
-        self._note(LogRecord(record.levelno, message, extra))
+        self._note(LogEntry(record.levelno, message, extra))
 
     def note_event(self, event: object) -> None:
         """An event of the pool."""
@@ -41,15 +41,15 @@ class AgentNews(logging.Handler):
         if data is not None:
             self._note(data)
 
-    def since(self, seen: int) -> tuple[list[LogRecord], list[bytes], int]:
+    def since(self, seen: int) -> tuple[list[LogEntry], list[bytes], int]:
         """The records and events after number `seen`, and the number of the latest."""
         with self._mutex:
             kept = [what for number, what in self._kept if number > seen]
             latest = self._number
-        records = [what for what in kept if isinstance(what, LogRecord)]
+        records = [what for what in kept if isinstance(what, LogEntry)]
         return records, [what for what in kept if isinstance(what, bytes)], latest
 
-    def _note(self, what: LogRecord | bytes) -> None:
+    def _note(self, what: LogEntry | bytes) -> None:
         with self._mutex:
             self._number += 1
             self._kept.append((self._number, what))

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from ..events import Events
     from ..model.limits import Limits
-    from ..workers.abandoned import Remainder
-    from ..workers.leases import Leases
-    from ..workers.record import Worker
+    from ..supervision.abandoned_jobs import Remainder
+    from ..supervision.leases import Leases
+    from ..supervision.record import Worker
 
 
-class Custodian(Protocol):
+class WorkerOwner(Protocol):
     """Whoever has the workers, and takes back those that their jobs leave."""
 
     limits: Limits

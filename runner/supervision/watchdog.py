@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from ..model.limits import Limits
-    from .abandoned import AbandonedJobs
+    from .abandoned_jobs import AbandonedJobs
     from .leases import Leases
     from .reactor import Reactor
     from .record import Worker
-    from .sampler import Holder, ProcessSampler
+    from .sampler import ProcessSampler, WatchedJob
 
 logger = logging.getLogger("blastdoor")
 
@@ -155,7 +155,7 @@ class Watchdog:
             self._sampler = ProcessSampler(self._limits)
         return self._sampler
 
-    def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, Holder]]:
+    def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, WatchedJob]]:
         """The jobs that are to be held to the limits. A caller's is held fast before anything is found out about it."""
         for worker in workers:
             if (left := self._abandoned.of(worker)) is not None:

@@ -35,7 +35,7 @@ class Layer(msgspec.Struct, frozen=True):
     lacking: str = ""
 
 
-def survey() -> list[Layer]:
+def probe_layers() -> list[Layer]:
     """All layers, as far as this process could have them for its workers."""
     version = landlock.abi()
     root = os.geteuid() == 0
@@ -55,7 +55,7 @@ def survey() -> list[Layer]:
         Layer(CALLS, "system calls (seccomp)", seccomp.available() or _try_seccomp()),
     ]
     if root:
-        why = attempt(lambda: take_user(FIRST_UID))
+        why = attempt(lambda: switch_user(FIRST_UID))
         way_out = f"{why}: give the container CAP_SETUID and CAP_SETGID, or run the host as an ordinary user"
         layers.append(Layer(OWN_USER, "a user of its own for each worker", way_out if why else ""))
     why = attempt(_try_scratch)
@@ -90,7 +90,7 @@ def attempt(step: Callable[[], object]) -> str:
     return words or (f"the trial ended with status {status}" if status else "")
 
 
-def take_user(uid: int) -> None:
+def switch_user(uid: int) -> None:
     """Become a user of one's own, for good. For root."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -112,7 +112,7 @@ def _try_scratch() -> None:
 
 def _try_users() -> None:
     if os.geteuid() == 0:
-        take_user(FIRST_UID)
+        switch_user(FIRST_UID)
     linux.unshare(linux.NEW_USERS)
 
 
