@@ -63,7 +63,8 @@ class Queueing(msgspec.Struct, frozen=True, kw_only=True):
     overload: Literal["raise", "answer"] = "raise"
 
     def __post_init__(self) -> None:
-        _check_number("queue", self.queue)
+        if self.queue is not None:
+            _check_number("queue", self.queue)
         check_seconds("queue_timeout", self.queue_timeout, optional=True, endless=True)
         for provider, limit in self.per_provider.items():
             if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
@@ -147,7 +148,7 @@ def size_of(workers: int | tuple[int, int] | None, spares: int, shrink_after: fl
 
 
 def _check_number(name: str, number: object) -> None:
-    if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise ConfigurationError(f"{name} is a number, zero or more, not {number!r}")
 
 

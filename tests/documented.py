@@ -34,6 +34,17 @@ class Block:
         own = [block for block in blocks_of(self.page) if block.line < self.line]
         return [block for block in (*shared, *own) if block.title]
 
+    @property
+    def needs_cluster(self) -> bool:
+        """Whether it runs on a Ray cluster."""
+        return "ClusterPool" in self.text
+
+    def check_output(self, printed: str) -> None:
+        """What the comments `# -> text` say is what it has printed, in their order."""
+        for expected in re.findall(r"# -> (.+)", self.text):
+            assert expected in printed
+            printed = printed[printed.index(expected) + len(expected) :]
+
     def write_files(self, directory: Path) -> None:
         """Write what it may use to a directory."""
         for block in self.files:

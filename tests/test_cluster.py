@@ -45,8 +45,10 @@ from runner import (
     WorkerDied,
 )
 from runner.cluster import ClusterPool
+from runner.cluster.agent_client import GIVE_UP
 from runner.events import JobEnded, JobStarted, WorkerEnded
 from tests.cluster_handlers import record
+from tests.documented import Block, blocks
 from tests.processes import kill, wait_gone
 from tests.serving import ROOT, Process
 from tests.waiting import wait_until
@@ -806,7 +808,7 @@ from runner.cluster import ClusterPool
 with ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1, name="shop") as pool:
     print("started", flush=True)
     sys.stdin.readline()
-    with pool.open(Request("GET", "/hello"), lease_timeout=60) as job:
+    with pool.open(Request("GET", "/hello"), lease_timeout=20) as job:
         print(b"".join(job).decode(), flush=True)
 """
     with ClusterPool(HANDLER, address=cluster.address, workers=1, name="shop") as pool:
@@ -819,13 +821,46 @@ with ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1, name="shop
             host.send_signal(signal.SIGSTOP)
             time.sleep(6)
             host.send_signal(signal.SIGCONT)
-            out, err = host.communicate("go\n", timeout=90)
+            out, err = host.communicate("go\n", timeout=30)
             assert out == "hello\n", err
             until.touch()
             assert b"".join(job).endswith(b" done")
         finally:
             host.kill()
             host.communicate()
+
+
+def test_an_agent_that_was_silent_is_sent_no_job(start: Callable[..., ClusterPool], tmp_path: Path) -> None:
+    """D7: a host that was stopped itself finds its agents silent before it sends them a job, not a moment after."""
+    pool = start(workers=1)
+    for number in range(3):
+        until = tmp_path / str(number)
+        clients = list(pool._host.links.values())
+        for client in clients:
+            client._heard -= GIVE_UP + 1  # as after so long a stop, before the next heartbeat
+        with pool.open(Request("GET", f"/hold?until={until}"), lease_timeout=30) as job:
+            for client in clients:
+                client.beat()
+            until.touch()
+            assert b"".join(job).endswith(b" done")
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("python") if block.needs_cluster], ids=str)
+def test_the_documentation_s_examples(cluster: Cluster, tmp_path: Path, block: Block) -> None:
+    """D1: they run as they stand, and print what they say."""
+    block.write_files(tmp_path)
+    (tmp_path / "example.py").write_text(block.text)
+    done = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        env={**os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    block.check_output(done.stdout)
 
 
 def test_a_start_that_fails_leaves_nothing(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

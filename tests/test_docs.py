@@ -25,7 +25,6 @@ from typing import Any, Final
 import pytest
 import typer
 
-from runner import Pool
 from scripts import documentation
 from tests.documented import PAGES, ROOT, Block, blocks, blocks_of, commands
 from tests.serving import Process
@@ -138,14 +137,10 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     logging.root.setLevel(level)
 
 
-@_listed(blocks("python", titled=False))
-def test_python(
-    block: Block, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """T1, H1: an example runs as it stands, and prints what it says that it prints."""
+@_listed([block for block in blocks("python", titled=False) if not block.needs_cluster])
+def test_python(block: Block, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """T1, H1: an example runs as it stands, and prints what it says that it prints. Ray's are in `test_cluster`."""
     block.write_files(directory)
-    if "ClusterPool" in block.text:
-        _stand_in_for_a_cluster(monkeypatch)
     if "Sandbox" in block.text:  # it makes the host undumpable, which is not to be undone
         directory.chmod(0o755)  # of root's workers each is a user of its own
         (directory / "example.py").write_text(block.text)
@@ -156,9 +151,7 @@ def test_python(
     else:
         exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
         printed = capsys.readouterr().out
-    for expected in re.findall(r"# -> (.+)", block.text):
-        assert expected in printed
-        printed = printed[printed.index(expected) + len(expected) :]
+    block.check_output(printed)
 
 
 @_listed(blocks("python", titled=True))
@@ -168,19 +161,6 @@ def test_python_files(block: Block) -> None:
     users = blocks_of(block.page) if block.page.name != "index.md" else [b for page in PAGES for b in blocks_of(page)]
     module = block.title.removesuffix(".py").removesuffix("/__init__")
     assert any(f"{module}:" in user.text for user in users)
-
-
-def _stand_in_for_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have `ClusterPool` check what it is given, and run on this machine: starting Ray takes half a minute."""
-    import runner.cluster
-
-    real = runner.cluster.ClusterPool
-
-    def make(handler: str, *, address: str | None = None, name: str | None = None, **options: Any) -> Pool:
-        real(handler, address=address, name=name, **options)
-        return Pool(handler, **{**options, "workers": 2})
-
-    monkeypatch.setattr(runner.cluster, "ClusterPool", make)
 
 
 # -- commands -----------------------------------------------------------------------------------------

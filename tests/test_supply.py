@@ -56,6 +56,7 @@ def live(pool: Pool) -> list[int | None]:
         {"workers": (1, 2, 3)},
         {"workers": (1, "2")},
         {"spares": -1},
+        {"spares": None},
         {"queue": -1},
         {"queue": 1.5},
         {"queue_timeout": -1},

@@ -44,7 +44,7 @@ class RestartBackoff:
         self._until = now + self._pause
 
     def succeeded(self) -> None:
-        """A worker became ready."""
+        """A worker has run a job, or has lived on for a while after it was ready."""
         self._failures.clear()
         self._pause = self._until = 0.0
 

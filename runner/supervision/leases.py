@@ -47,7 +47,10 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Leases(WaitQueue[Worker]):
-    """The idle workers and the callers that wait for one: first in, first out, but for a provider at its limit.
+    """The idle workers and the callers that wait for one.
+
+    Callers are served first in, first out, but for a provider at its limit. The worker that came back last goes out
+    first: it is warm, and those that are not needed stay idle until `Scaler` lets them go.
 
     `retire` is called with a worker that is due for recycling when it comes back, `on_saturated` when a caller has
     taken the last idle worker, or waits; neither may wait, or take a lease.
