@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import resource
 import socket
@@ -289,6 +290,32 @@ def test_a_package_s_neighbors(start: Callable[..., Pool], tenants: Path, make: 
     for what in ("tenant_b/config.py", ".env", "list", "import"):
         assert get(what).startswith("denied: "), what
     assert "tenant_b" in get("import")  # by name: it is not granted, or, below a hidden /tmp, not even there
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's workers are of that user")
+def test_a_package_in_a_directory_that_is_closed(
+    start: Callable[..., Pool], tenants: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S: root's own directory, the working one too, may be closed: the package in it is granted all the same."""
+    monkeypatch.chdir(tenants)
+    tenants.chmod(0o700)
+    pool = start("tenant_a.web:app", workers=1, sandbox=Sandbox.default())
+    with pool.open(Request("GET", "/?own")) as job:
+        assert b"".join(job) == b"tenant_a"
+    with pool.open(Request("GET", "/?.env")) as job:
+        assert b"".join(job).startswith(b"denied")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's workers are of that user")
+@pytest.mark.parametrize("closed", ["tenant_a", "tenant_a/__init__.py"])
+def test_code_that_is_closed(tenants: Path, closed: str) -> None:
+    """S, F8: code that the workers' own users can't read is told of as the pool starts, with the way out."""
+    (tenants / closed).chmod(0o700 if "." not in closed else 0o600)
+    with (
+        pytest.raises(StartError, match=f"{closed}' is closed, where the handler's module lies: open it"),
+        Pool("tenant_a.web:app", workers=1, sandbox=Sandbox.default(path=[tenants])),
+    ):
+        pass
 
 
 def test_a_neighbor_that_is_granted(start: Callable[..., Pool], tenants: Path) -> None:

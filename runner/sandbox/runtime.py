@@ -8,6 +8,7 @@ import resource
 import signal
 import site
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -112,6 +113,11 @@ class SandboxRuntime:
         self.lacking = [f"{layer.what}: {layer.lacking}" for layer in missing]
         has = {name for name in wanted if not layers[name].lacking}
         self._own_user = probe.OWN_USER in has
+        if self._own_user and (place := _closed_to_others(app)):
+            raise SandboxError(
+                f"workers run as users of their own, to whom {place!r} is closed, where the handler's module lies: "
+                f"open it (chmod -R o+rX), or run the pool as an ordinary user"
+            )
         self._files = probe.FILES in has
         self._users = probe.USERS in has
         self.nested = probe.NAMESPACES in has
@@ -133,8 +139,13 @@ class SandboxRuntime:
 
     def _set_up_mounts(self) -> MountNamespace:
         here = os.getcwd()
-        mounts = MountNamespace([*self._rights, here], other_users=self._own_user)
-        os.chdir(here)  # into what is mounted there now
+        # One that is closed to others would close what is granted in it, were it kept as it is.
+        kept = [] if self._own_user and not os.stat(here).st_mode & stat.S_IXOTH else [here]
+        mounts = MountNamespace([*self._rights, *kept], other_users=self._own_user)
+        try:
+            os.chdir(here)  # into what is mounted there now
+        except FileNotFoundError:
+            os.chdir("/")
         return mounts
 
     def resources(self, number: int) -> WorkerResources:
@@ -294,12 +305,13 @@ def _rights(sandbox: Sandbox, handler: str, app: CodePaths) -> dict[str, int]:
 class CodePaths(msgspec.Struct, frozen=True):
     """Where the handler's code is: its package, or the folder of its single module; and what the package lies in.
 
-    `packages` and `folders` are granted whole, of `beside` nothing is.
+    `packages` and `folders` are granted whole, of `beside` nothing is. `file` is the module's own.
     """
 
     packages: list[str] = []
     folders: list[str] = []
     beside: list[str] = []
+    file: str = ""
 
 
 def _code_paths(handler: str, path: list[str]) -> CodePaths:
@@ -323,7 +335,26 @@ def _code_paths(handler: str, path: list[str]) -> CodePaths:
                 f"the handler's module {name!r} lies in {directory!r}, all of which it could read then: "
                 f"put it in a directory of its own"
             )
-    return CodePaths(packages, folders, [os.path.dirname(package) for package in packages])
+    file = "" if spec.origin is None else os.path.abspath(spec.origin)
+    return CodePaths(packages, folders, [os.path.dirname(package) for package in packages], file)
+
+
+def _closed_to_others(app: CodePaths) -> str:
+    """What of an app's code others may not read, by its mode (inode(7)); empty where there is nothing, or an ACL."""
+    for place in (*app.packages, *app.folders, app.file):
+        if place:
+            mode = os.stat(place).st_mode
+            needed = stat.S_IROTH | stat.S_IXOTH if stat.S_ISDIR(mode) else stat.S_IROTH
+            if mode & needed != needed and "system.posix_acl_access" not in _attributes(place):
+                return place
+    return ""
+
+
+def _attributes(place: str) -> list[str]:
+    try:
+        return os.listxattr(place)
+    except OSError:
+        return []  # its file system has none
 
 
 def _archive_of(place: str) -> str:
