@@ -32,7 +32,7 @@ from runner.wire.messages import FaultReport, JobContext, ResponseHead
 
 
 class Lane:
-    """One worker of a pool that has no other, and no process. It is the `WorkerOwner` of its jobs.
+    """One worker of a pool that has no other, and no process. It is the `SupervisorProtocol` of its jobs.
 
     `adopted` is what jobs have left with it. `say` writes frames as the worker would, `heard` gives what has come.
     """

@@ -20,7 +20,7 @@ from .round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 if TYPE_CHECKING:
     from ..supervision.record import Worker
     from .prepared import PreparedRequest
-    from .worker_owner import WorkerOwner
+    from .supervisor_protocol import SupervisorProtocol
 
 
 class AsyncJob(RoundTrip, BaseAsyncJob):
@@ -36,13 +36,13 @@ class AsyncJob(RoundTrip, BaseAsyncJob):
     async def open(
         cls,
         worker: Worker,
-        owner: WorkerOwner,
+        supervisor: SupervisorProtocol,
         request: PreparedRequest,
     ) -> AsyncJob:
         """Send the request and wait for the response's head."""
         job = cls.__new__(cls)
         try:
-            job.__init__(worker, owner, request)  # type: ignore[misc] # a signal's handler may raise in it
+            job.__init__(worker, supervisor, request)  # type: ignore[misc] # a signal's handler may raise in it
             if job._scope is not None:
                 job._watch_scope(job._scope)
             job._open_event_fd()
@@ -121,7 +121,7 @@ class AsyncJob(RoundTrip, BaseAsyncJob):
 
     async def _wait_for_death(self) -> None:
         worker, channel = self._worker, self._channel
-        self._owner.leases.kill(worker)  # one that lives on without its pipe is of no use
+        self._supervisor.leases.kill(worker)  # one that lives on without its pipe is of no use
         event_fd = channel.event_fd()
         channel.stop_listening()
         with anyio.move_on_after(EXIT_LIMIT):

@@ -15,7 +15,7 @@ from ..model.cancel_scope import CancelScope, Watcher
 
 if TYPE_CHECKING:
     from ..supervision.channel import Channel
-    from .worker_owner import WorkerOwner
+    from .supervisor_protocol import SupervisorProtocol
 
 _CLOSER: Final = object()
 """Uses the channel where `close` ends a job that nobody reads at the moment."""
@@ -30,14 +30,14 @@ class ChannelGuard:
         "_closed_by",
         "_ending",
         "_lock",
-        "_owner",
         "_settled",
+        "_supervisor",
         "_user",
         "job_id",
     )
 
     _channel: Channel
-    _owner: WorkerOwner
+    _supervisor: SupervisorProtocol
     _settled: bool
     job_id: str
 
@@ -66,7 +66,7 @@ class ChannelGuard:
         Nothing happens where the response has ended. Otherwise the handler has the pool's grace time to end,
         and then its worker is killed; nobody waits for that here.
         """
-        if self._settled or self._owner.in_forked_child:
+        if self._settled or self._supervisor.in_forked_child:
             return  # it is over; or this is a forked child, and the job is the parent's
         with self._lock:
             if self._settled or self._closed_by is not None:

@@ -16,7 +16,7 @@ from .round_trip import RequestNotTaken, RoundTrip
 if TYPE_CHECKING:
     from ..supervision.record import Worker
     from .async_job import AsyncJob
-    from .worker_owner import WorkerOwner
+    from .supervisor_protocol import SupervisorProtocol
 
 _MAX_TRIES: Final = 3
 
@@ -27,18 +27,18 @@ class Dispatch(PreparedRequest):
     It holds the worker that was leased for it until a job does, so that one is let go whatever is raised where.
     """
 
-    __slots__ = ("_owner",)
+    __slots__ = ("_supervisor",)
 
-    def run(self, owner: WorkerOwner) -> Job:
+    def run(self, supervisor: SupervisorProtocol) -> Job:
         """Lease a worker and have it do the job; gives the job once the response's head is there."""
-        self._owner = owner
+        self._supervisor = supervisor
         tries = _MAX_TRIES
         while True:
             try:
-                owner.look_for_lost()
-                worker = owner.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
-                owner.look_after_jobs()
-                return Job(worker, owner, self)
+                supervisor.look_for_lost()
+                worker = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
+                supervisor.look_after_jobs()
+                return Job(worker, supervisor, self)
             except RequestNotTaken as never:
                 tries = _next_try(never, tries)
             except (LeaseTimeout, WorkersUnavailable) as error:
@@ -48,17 +48,19 @@ class Dispatch(PreparedRequest):
                 self._let_go()
                 raise
 
-    async def run_async(self, owner: WorkerOwner) -> AsyncJob:
+    async def run_async(self, supervisor: SupervisorProtocol) -> AsyncJob:
         """As `run`, for a task of an event loop."""
         job_type = load_async()[0]
-        self._owner = owner
+        self._supervisor = supervisor
         tries = _MAX_TRIES
         while True:
             try:
-                owner.look_for_lost()
-                worker = await owner.leases.lease_async(self.lease_timeout, self.scope, self.context.provider, self)
-                owner.look_after_jobs()
-                return await job_type.open(worker, owner, self)
+                supervisor.look_for_lost()
+                worker = await supervisor.leases.lease_async(
+                    self.lease_timeout, self.scope, self.context.provider, self
+                )
+                supervisor.look_after_jobs()
+                return await job_type.open(worker, supervisor, self)
             except RequestNotTaken as never:
                 tries = _next_try(never, tries)
             except (LeaseTimeout, WorkersUnavailable) as error:
@@ -69,7 +71,7 @@ class Dispatch(PreparedRequest):
                 raise
 
     def _refused(self, error: BlastdoorError) -> None:
-        events = self._owner.events
+        events = self._supervisor.events
         if events.subscribers:
             context, waited = self.context, time.monotonic() - self.asked_at
             refused = JobRefused(
@@ -79,7 +81,7 @@ class Dispatch(PreparedRequest):
 
     def _let_go(self) -> None:
         """Whatever was raised: a worker that was leased, and that no job holds, goes back."""
-        worker = self._owner.leases.held_by(self)
+        worker = self._supervisor.leases.held_by(self)
         if worker is not None:
             self.withdraw(worker)
 
@@ -97,11 +99,11 @@ class Dispatch(PreparedRequest):
     def withdraw(self, worker: Worker) -> None:
         """Give up a worker that was found: one that has begun ends the job as any that its caller leaves."""
         if self.sent_at is not None:
-            RoundTrip(worker, self._owner, self).close()
+            RoundTrip(worker, self._supervisor, self).close()
         elif worker.channel.torn:
-            self._owner.leases.discard(worker)
+            self._supervisor.leases.discard(worker)
         else:
-            self._owner.leases.give_back(worker)
+            self._supervisor.leases.give_back(worker)
 
 
 def load_async() -> tuple[type[AsyncJob], Callable[[Body], Upload]]:

@@ -14,7 +14,7 @@ from .round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 if TYPE_CHECKING:
     from ..supervision.record import Worker
     from .prepared import PreparedRequest
-    from .worker_owner import WorkerOwner
+    from .supervisor_protocol import SupervisorProtocol
 
 
 class Job(RoundTrip, BaseJob):
@@ -29,11 +29,11 @@ class Job(RoundTrip, BaseJob):
     def __init__(
         self,
         worker: Worker,
-        owner: WorkerOwner,
+        supervisor: SupervisorProtocol,
         request: PreparedRequest,
     ) -> None:
         try:
-            super().__init__(worker, owner, request)
+            super().__init__(worker, supervisor, request)
             if self._scope is not None:
                 self._watch_scope(self._scope)
             self._use(lambda: self._await_head(request))
@@ -104,7 +104,7 @@ class Job(RoundTrip, BaseJob):
         if frames is None and self._closed_by is not None:
             return  # the worker may have died of that: `_use` has the rest
         if frames is None:
-            self._owner.leases.kill(self._worker)  # one that lives on without its pipe is of no use
+            self._supervisor.leases.kill(self._worker)  # one that lives on without its pipe is of no use
             self._worker.exited.wait(EXIT_LIMIT)
             self._raise_worker_death()
         else:

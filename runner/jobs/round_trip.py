@@ -38,9 +38,9 @@ from .prepared import PreparedRequest, job_number
 from .sending import Sending, waker
 
 if TYPE_CHECKING:
-    from ..supervision.leased_job import LeasedJob
+    from ..supervision.job_protocol import JobProtocol
     from ..supervision.record import Worker
-    from .worker_owner import WorkerOwner
+    from .supervisor_protocol import SupervisorProtocol
 
 logger = logging.getLogger("blastdoor")
 
@@ -92,12 +92,12 @@ class RoundTrip(Sending):
     def __init__(
         self,
         worker: Worker,
-        owner: WorkerOwner,
+        supervisor: SupervisorProtocol,
         request: PreparedRequest,
     ) -> None:
         self._settled = True  # until the last line: whoever leased the worker sees to it
         context = request.context
-        wall_seconds = owner.limits.wall_seconds
+        wall_seconds = supervisor.limits.wall_seconds
         self.job_id = job_id = context.job_id
         self._context = context
         self.method, self.target = request.method, request.target
@@ -107,7 +107,7 @@ class RoundTrip(Sending):
         self._scope = request.scope
         self._worker = worker
         self._channel = worker.channel
-        self._owner = owner
+        self._supervisor = supervisor
         self._upload = request.upload
         self._read_timeout, self._write_timeout = request.timeouts
         ChannelGuard.__init__(self)
@@ -123,17 +123,17 @@ class RoundTrip(Sending):
         else:
             self._uploading = self._upload.lazy or not self._channel.flushed
         self._owes_end = self._upload.lazy
-        reference: weakref.ref[LeasedJob] = weakref.ref(self)
+        reference: weakref.ref[JobProtocol] = weakref.ref(self)
         # From here on the job is the one that has to let the worker go. No signal is handled within this line.
         self._settled, worker.job = False, reference
         if self._upload.lazy:
             self._upload.on_ready(waker(self))
-        if owner.events.subscribers:
+        if supervisor.events.subscribers:
             waited = self.began - request.asked_at
-            owner.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
+            supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
 
     def __del__(self) -> None:
-        if not getattr(self, "_settled", True) and not self._owner.in_forked_child:
+        if not getattr(self, "_settled", True) and not self._supervisor.in_forked_child:
             try:
                 warnings.warn(
                     f"job {self.job_id} was dropped before its end: read it to the end, or close it",
@@ -157,7 +157,7 @@ class RoundTrip(Sending):
     def _answered(self, head: ResponseHead) -> None:
         """The head is there: hand it out, and tell of it where the body is still to come."""
         self.head = head
-        events = self._owner.events
+        events = self._supervisor.events
         if events.subscribers and not self._settled:
             context, seconds = self._context, time.monotonic() - self.began
             events.emit(
@@ -189,7 +189,7 @@ class RoundTrip(Sending):
                 request.send(channel, self._number)
             elif channel.torn:
                 # Whoever sent it was interrupted. What the worker has read of it, if anything, its end will show.
-                self._owner.leases.kill(self._worker)
+                self._supervisor.leases.kill(self._worker)
             request.sent_at = None
         except BrokenPipeError:
             self._outcome = "not taken"
@@ -359,14 +359,14 @@ class RoundTrip(Sending):
             raise
         channel = self._channel
         if channel.torn:
-            self._end(self._owner.leases.discard)
+            self._end(self._supervisor.leases.discard)
         elif channel.flushed and not exchange.background:
-            self._end(self._owner.leases.give_back)
+            self._end(self._supervisor.leases.give_back)
         else:
             self._end(self._hand_over)
 
     def _abandon(self) -> None:
-        """Hand the worker, with a response that nobody waits for any more, to the owner."""
+        """Hand the worker, with a response that nobody waits for any more, to the supervisor."""
         try:
             self._ending = True
             if isinstance(self._closed_by, JobFailed):
@@ -378,11 +378,11 @@ class RoundTrip(Sending):
                 raise
             channel = self._channel
             if channel.torn:
-                self._end(self._owner.leases.discard)  # nobody knows what it has heard
+                self._end(self._supervisor.leases.discard)  # nobody knows what it has heard
             elif channel.written or not channel.flushed:
                 self._end(self._hand_over)
             else:
-                self._end(self._owner.leases.give_back)  # it has not heard of this job
+                self._end(self._supervisor.leases.give_back)  # it has not heard of this job
         finally:
             self._ending = False
 
@@ -409,19 +409,19 @@ class RoundTrip(Sending):
             timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
             expires=self._expires,
         )
-        self._owner.adopt(worker, rest)
+        self._supervisor.adopt(worker, rest)
 
     def _hand_tail_over(self, worker: Worker) -> None:
         tail = ResponseExchange.of_tail(self._exchange.job)
-        self._owner.adopt(worker, Remainder(tail, timed_out="", expires=self._expires))
+        self._supervisor.adopt(worker, Remainder(tail, timed_out="", expires=self._expires))
 
     def _discard(self) -> None:
-        self._end(self._owner.leases.discard)
+        self._end(self._supervisor.leases.discard)
 
     def _tell_of_end(self) -> None:
         if self._scope is not None:
             self._scope.unwatch(id(self))
-        events = self._owner.events
+        events = self._supervisor.events
         events.count(self._outcome)
         if events.subscribers:
             head, context = self._exchange.head, self._context

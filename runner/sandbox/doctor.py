@@ -7,7 +7,7 @@ import platform
 
 from ..model.sandbox import Sandbox
 from . import cgroup, probe
-from .runtime import wanted_layers
+from .setup import wanted_layers
 
 
 def examine() -> int:

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from ..platform import linux
-from . import landlock, mounts, seccomp
+from . import landlock, mount_namespace, seccomp
 
 OWN_USER: Final = "own user"
 FILES: Final = "files"
@@ -106,8 +106,8 @@ def _try_seccomp() -> str:
 
 
 def _try_scratch() -> None:
-    mounts.enter_mount_namespace()
-    mounts.mount_scratch()
+    mount_namespace.enter_mount_namespace()
+    mount_namespace.mount_scratch()
 
 
 def _try_users() -> None:
@@ -118,5 +118,5 @@ def _try_users() -> None:
 
 def _try_namespaces() -> None:
     if os.geteuid() != 0:
-        mounts.enter_mount_namespace()
+        mount_namespace.enter_mount_namespace()
     linux.unshare(linux.NEW_PIDS | linux.NEW_NETWORK | linux.NEW_IPC | linux.NEW_HOSTNAME)

@@ -31,7 +31,7 @@ from .wait_queue import WaitQueue
 from .waiters import Caller
 
 if TYPE_CHECKING:
-    from .leased_job import LeasedJob
+    from .job_protocol import JobProtocol
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
@@ -320,7 +320,7 @@ class Leases(WaitQueue[Worker]):
         with self._lock:
             self._signal_with(worker, STACKS_SIGNAL)
 
-    def jobs(self) -> list[LeasedJob]:
+    def jobs(self) -> list[JobProtocol]:
         """The jobs that hold a worker now."""
         with self._lock:
             references = [worker.job for worker in self._leased]

@@ -12,7 +12,7 @@ from .channel import Channel
 from .logs import LogPipe
 
 if TYPE_CHECKING:
-    from .leased_job import LeasedJob
+    from .job_protocol import JobProtocol
 
 
 class Worker:
@@ -66,7 +66,7 @@ class Worker:
         self.limit_exceeded = ""
         self.turn = 0
         self.caller: weakref.ref[object] | None = None
-        self.job: weakref.ref[LeasedJob] | None = None
+        self.job: weakref.ref[JobProtocol] | None = None
         self.failure = ""
         self.failure_says_all = False
         self.status: int | None = None

@@ -23,7 +23,7 @@ from ..errors import AbortHandler
 from ..wire.messages import FaultReport, Header
 from . import reaper
 from .async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
-from .fault_report import describe, report_on
+from .exception_report import describe, report_on
 from .forks import is_fork, leave, leave_with_result
 from .handlers.adapter import AsyncAdapter
 from .pipes import HostGone

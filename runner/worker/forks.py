@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from .fault_report import explain
+from .exception_report import explain
 
 _is_fork = False
 _asked: SystemExit | None = None

@@ -26,7 +26,7 @@ from ..wire.frames import FAULT, READY, encode
 from ..wire.messages import Ready
 from . import reaper
 from .cancellation import Cancellation
-from .fault_report import report_on, report_on_start
+from .exception_report import report_on, report_on_start
 from .forks import disown_forks, is_fork, leave
 from .handlers.adapter import Adapter, AsyncAdapter
 from .handlers.load import load

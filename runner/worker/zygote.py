@@ -43,14 +43,14 @@ from ..control.zygote_messages import (
 from ..platform import linux
 from . import main as worker
 from . import reaper
-from .fault_report import report_on_start
+from .exception_report import report_on_start
 from .forks import leave
 from .handlers.adapter import Adapter, AsyncAdapter
 from .handlers.load import HandlerError, load
 from .titles import set_title
 
 if TYPE_CHECKING:
-    from ..sandbox.runtime import SandboxRuntime
+    from ..sandbox.setup import SandboxSetup
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_order = msgspec.msgpack.Decoder(Spawn).decode
@@ -98,7 +98,7 @@ class Zygote:
         self._code_fd = code_fd
         self._control = control
         self._config = config
-        self._sandbox: SandboxRuntime | None = None
+        self._sandbox: SandboxSetup | None = None
         self._handler: Adapter | AsyncAdapter | None = None
         self._workers: dict[int, tuple[int, Any]] = {}
         self._kept: frozenset[int] = frozenset()
@@ -126,10 +126,10 @@ class Zygote:
                 self._send(Failed(why))
                 return False
         if config.sandbox is not None:
-            from ..sandbox.runtime import SandboxError, SandboxRuntime  # loaded where it is used
+            from ..sandbox.setup import SandboxError, SandboxSetup  # loaded where it is used
 
             try:
-                self._sandbox = SandboxRuntime(
+                self._sandbox = SandboxSetup(
                     config.sandbox, "" if config.pickle else config.handler, config.path, config.limits.memory_bytes
                 )
             except (SandboxError, OSError) as error:

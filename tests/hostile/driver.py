@@ -24,7 +24,7 @@ from runner import (
     Request,
     Sandbox,
 )
-from runner.sandbox.mounts import MountNamespace
+from runner.sandbox.mount_namespace import MountNamespace
 
 USER = 54321
 SECRET = "the-host-s-own-secret"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..supervision.record import Worker
 
 
-class WorkerOwner(Protocol):
+class SupervisorProtocol(Protocol):
     """Whoever has the workers, and takes back those that their jobs leave."""
 
     limits: Limits

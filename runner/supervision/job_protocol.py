@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 
-class LeasedJob(Protocol):
+class JobProtocol(Protocol):
     """A job that holds a worker."""
 
     method: str

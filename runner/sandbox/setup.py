@@ -23,7 +23,7 @@ from ..platform import linux
 from . import cgroup, import_finder, landlock, probe, seccomp
 from .cgroup import Group
 from .landlock import EXECUTE, READ, WRITE
-from .mounts import SCRATCH_PARENT, MountNamespace, first_closed
+from .mount_namespace import SCRATCH_PARENT, MountNamespace, first_closed
 
 _UIDS_OF_A_POOL: Final = 512
 _SIGNALS: Final = 256
@@ -76,7 +76,7 @@ class WorkerResources(msgspec.Struct, frozen=True):
     group: str = ""
 
 
-class SandboxRuntime:
+class SandboxSetup:
     """A profile on this machine. `lacking` are the layers that it has to do without."""
 
     def __init__(self, sandbox: Sandbox, handler: str, path: list[str], memory: int | None) -> None:
