@@ -43,6 +43,9 @@ from .wire.messages import JobContext, Kind
 
 if TYPE_CHECKING:
     from .jobs.async_job import AsyncJob
+    from .jobs.callback_dispatch import CallbackDispatch
+    from .jobs.callback_job import Listener
+    from .jobs.poller import Poller
 
 logger = logging.getLogger("blastdoor")
 
@@ -360,6 +363,42 @@ class Pool(Startable):
         except BaseException:
             upload.close()
             raise
+
+    def open_for(
+        self,
+        listener: Listener,
+        request: Request,
+        *,
+        poller: Poller,
+        upload: Upload | None = None,
+        context: JobContext = _NO_CONTEXT,
+    ) -> CallbackDispatch:
+        """The twin of `open` for callbacks of an asyncio loop, without a task: `listener` is told what comes.
+
+        It is, from the moment that `begin` of what this gives is called. `upload` is a body that is pushed, in the
+        place of the request's. Raises InvalidRequest for a head over the size cap, PoolForked, PoolClosed and
+        StartError; all else is told.
+        """
+        from .jobs.callback_dispatch import CallbackDispatch  # loaded where it is used
+
+        check_request(request)
+        supervisor = self._supervisor
+        if supervisor is None or self._forked:
+            supervisor = self._begin()
+        call = CallbackDispatch(
+            request,
+            Upload(sized_body(request)) if upload is None else upload,
+            context,
+            self._next_job_id(),
+            endless(self._queue_timeout),
+            poller,
+            listener,
+            supervisor,
+            lambda: self._start_over(supervisor),
+        )
+        if supervisor.kind == "wsgi":
+            tell_of_dropped(request, call.job_id)
+        return call
 
     def _next_job_id(self) -> str:
         return f"{self.job_prefix}-{next(self._job_numbers)}"

@@ -18,6 +18,7 @@ import msgspec
 
 from runner import Pool
 from tests.waiting import wait_until
+from transport.front.connection import Connection
 from transport.serving.server import Service
 from transport.serving.settings import Settings
 
@@ -49,6 +50,13 @@ class Served:
         (pool,) = self.service.gateway.pools.values()
         assert isinstance(pool, Pool)
         return pool
+
+    @property
+    def connections(self) -> list[Connection]:
+        """The connections of this moment."""
+        front = self.service.front
+        assert front is not None
+        return list(front.connections)
 
     def reload(self) -> bool:
         """As SIGHUP; whether it succeeded."""

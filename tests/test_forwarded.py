@@ -1,34 +1,27 @@
-"""transport.serving.forwarded: who a request comes from, where proxies stand in front."""
+"""transport.front.forwarded: who a request comes from, where proxies stand in front."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from runner import ConfigurationError
 from tests.serving import Served, receive_all
-from transport.serving.forwarded import Forwarded, parse_ip
+from transport.front.forwarded import Forwarded, parse_ip
 
 
 def seen(
     client: str | None, *hops: str, proto: str = "", trusted: tuple[str, ...] = ("127.0.0.1", "::1"), unix: bool = False
-) -> tuple[Any, Any]:
+) -> tuple[str | None, str]:
     """Client and scheme as the app is told."""
-    found: dict[str, Any] = {}
-
-    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
-        found.update(scope)
-
-    headers = [(b"x-forwarded-for", hop.encode("latin-1")) for hop in hops]
-    headers += [(b"x-forwarded-proto", proto.encode())] if proto else []
-    scope = {"type": "http", "scheme": "http", "headers": headers, "client": client and (client, 5)}
-    asyncio.run(Forwarded(app, trusted, unix=unix)(scope, None, None))  # type: ignore[arg-type]
-    return found["client"] and found["client"][0], found["scheme"]
+    headers = [("x-forwarded-for", hop) for hop in hops]
+    headers += [("x-forwarded-proto", proto)] if proto else []
+    peer = None if client is None else (client, 5)
+    found, scheme = Forwarded(trusted, unix=unix).resolve(peer, headers)
+    return found and found[0], scheme
 
 
 @pytest.mark.parametrize(
@@ -77,7 +70,7 @@ def test_networks_and_all() -> None:
     assert seen("10.1.2.3", "9.9.9.9", trusted=("10.0.0.0/8",))[0] == "9.9.9.9"
     assert seen("8.8.8.8", "6.6.6.6, 9.9.9.9", trusted=("*",))[0] == "9.9.9.9"
     with pytest.raises(ConfigurationError, match="nohost"):
-        Forwarded(None, ["nohost"], unix=False)
+        Forwarded(["nohost"], unix=False)
     assert parse_ip("1.2.3.4.5") is None
 
 

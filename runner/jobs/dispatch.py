@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .async_job import AsyncJob
     from .supervisor_protocol import SupervisorProtocol
 
-_MAX_TRIES: Final = 3
+MAX_TRIES: Final = 3
 
 
 class Dispatch(PreparedRequest):
@@ -32,7 +32,7 @@ class Dispatch(PreparedRequest):
     def run(self, supervisor: SupervisorProtocol) -> Job:
         """Lease a worker and have it do the job; gives the job once the response's head is there."""
         self._supervisor = supervisor
-        tries = _MAX_TRIES
+        tries = MAX_TRIES
         while True:
             try:
                 supervisor.look_for_lost()
@@ -40,7 +40,7 @@ class Dispatch(PreparedRequest):
                 supervisor.look_after_jobs()
                 return Job(worker, supervisor, self)
             except RequestNotTaken as never:
-                tries = _next_try(never, tries)
+                tries = next_try(never, tries)
             except (LeaseTimeout, WorkersUnavailable) as error:
                 self._refused(error)
                 raise
@@ -52,7 +52,7 @@ class Dispatch(PreparedRequest):
         """As `run`, for a task of an event loop."""
         job_type = load_async()[0]
         self._supervisor = supervisor
-        tries = _MAX_TRIES
+        tries = MAX_TRIES
         while True:
             try:
                 supervisor.look_for_lost()
@@ -62,7 +62,7 @@ class Dispatch(PreparedRequest):
                 supervisor.look_after_jobs()
                 return await job_type.open(worker, supervisor, self)
             except RequestNotTaken as never:
-                tries = _next_try(never, tries)
+                tries = next_try(never, tries)
             except (LeaseTimeout, WorkersUnavailable) as error:
                 self._refused(error)
                 raise
@@ -116,7 +116,7 @@ def load_async() -> tuple[type[AsyncJob], Callable[[Body], Upload]]:
     return AsyncJob, upload_of
 
 
-def _next_try(never: RequestNotTaken, tries: int) -> int:
+def next_try(never: RequestNotTaken, tries: int) -> int:
     """How many tries are left. Nothing written is proof; that nothing was read, a hostile worker can feign."""
     if never.error is None:
         return tries

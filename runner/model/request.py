@@ -172,6 +172,9 @@ class Upload:
     def on_ready(self, wake: Callable[[], object]) -> None:
         """Have `wake` called, from any thread, when `ready` has become true: here it always is."""
 
+    def starve(self) -> None:
+        """Whoever pulls wants more than is `ready`: told to a source that waits to be asked."""
+
     def close(self) -> None:
         """End the source."""
         self._closed = True

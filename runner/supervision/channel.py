@@ -46,11 +46,11 @@ class Channel:
         "_epoll_wants_write",
         "_poll",
         "_unsent",
-        "_wake_fd",
         "_wants_write",
         "request_fd",
         "response_fd",
         "torn",
+        "wake_fd",
         "written",
     )
 
@@ -61,12 +61,12 @@ class Channel:
             os.set_blocking(fd, False)
         self.request_fd = request_fd
         self.response_fd = response_fd
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._decoder = FrameDecoder(TO_HOST)
         self._unsent = WriteBuffer()
         self._poll = select.poll()
         self._poll.register(response_fd, select.POLLIN)
-        self._poll.register(self._wake_fd, select.POLLIN)
+        self._poll.register(self.wake_fd, select.POLLIN)
         self._wants_write = False
         self._epoll: select.epoll | None = None
         self._epoll_wants_write = False
@@ -149,12 +149,9 @@ class Channel:
         for fd, event in events:
             if fd == self.response_fd:
                 readable = True
-            elif fd == self._wake_fd:
+            elif fd == self.wake_fd:
                 woken = True
-                try:
-                    os.eventfd_read(fd)
-                except BlockingIOError:
-                    pass
+                self.take_wake()
             elif event & _WRITABLE:
                 writable = True
         return readable, writable, woken
@@ -180,7 +177,7 @@ class Channel:
         if epoll is None:
             epoll = self._epoll = select.epoll()
             epoll.register(self.response_fd, select.EPOLLIN)
-            epoll.register(self._wake_fd, select.EPOLLIN)
+            epoll.register(self.wake_fd, select.EPOLLIN)
         if write is not self._epoll_wants_write:
             self._epoll_wants_write = write
             if write:
@@ -206,8 +203,15 @@ class Channel:
 
     def wake(self) -> None:
         """Make the thread that waits, now or next, come back. Only while the channel can't be closed."""
-        if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
+        if self.wake_fd >= 0:
+            os.eventfd_write(self.wake_fd, 1)
+
+    def take_wake(self) -> None:
+        """The thread that waits has come back."""
+        try:
+            os.eventfd_read(self.wake_fd)
+        except BlockingIOError:
+            pass
 
     def name_cancelled(self, job: int) -> bool:
         """Tell the worker which job is cancelled; a signal has to follow. False where it does not take it.
@@ -258,7 +262,7 @@ class Channel:
         if self._epoll is not None:
             self._epoll.close()
             self._epoll = None
-        for fd in (self.response_fd, self._wake_fd, self._cancel_fd):
+        for fd in (self.response_fd, self.wake_fd, self._cancel_fd):
             if fd >= 0:
                 os.close(fd)
-        self.response_fd = self._wake_fd = self._cancel_fd = -1
+        self.response_fd = self.wake_fd = self._cancel_fd = -1

@@ -98,12 +98,12 @@ class WaitQueue(ABC, Generic[Resource]):
                 self._enqueue(waiter)
             self._watch(waiter, scope)
             waiter.wait(_until(timeout, scope))
-            while not self._is_over(waiter, timeout, scope):
+            while not self.is_over(waiter, timeout, scope):
                 waiter.wait(None)
             return waiter.result()
         except BaseException:
             if waiter is not None:
-                self._withdraw(waiter)
+                self.withdraw(waiter)
             raise
         finally:
             if scope is not None and waiter is not None:
@@ -126,16 +126,26 @@ class WaitQueue(ABC, Generic[Resource]):
                 self._enqueue(waiter)
             self._watch(waiter, scope)
             await waiter.wait(_until(timeout, scope))
-            while not self._is_over(waiter, timeout, scope):
+            while not self.is_over(waiter, timeout, scope):
                 await waiter.wait(None)
             return waiter.result()
         except BaseException:
             if waiter is not None:
-                self._withdraw(waiter)
+                self.withdraw(waiter)
             raise
         finally:
             if scope is not None and waiter is not None:
                 scope.unwatch(waiter)
+
+    def lease_or_wait(self, waiter: Waiter[Resource]) -> Resource | None:
+        """As `lease`, for a caller that can't wait here: None where its waiter will be woken instead.
+
+        Then either `is_over`, once its time is up, or `withdraw` ends the waiting.
+        """
+        with self._lock:
+            if (resource := self._take_or_queue(waiter.provider, waiter.caller)) is None:
+                self._enqueue(waiter)
+            return resource
 
     def _take_or_queue(self, provider: str, caller: Caller[Resource] | None) -> Resource | None:
         """One that is there; None where the caller has to wait, and may."""
@@ -159,7 +169,7 @@ class WaitQueue(ABC, Generic[Resource]):
         if scope is not None:
             scope.watch(waiter, lambda cause: self._fail(waiter, closed_by(cause)))
 
-    def _is_over(self, waiter: Waiter[Resource], timeout: float | None, scope: CancelScope | None) -> bool:
+    def is_over(self, waiter: Waiter[Resource], timeout: float | None, scope: CancelScope | None) -> bool:
         """Whether a caller has waited long enough. False where something is being handed over to it at this moment."""
         if scope is not None and not waiter.done and (cause := scope.cause) is not None:
             self._fail(waiter, closed_by(cause))  # it is the scope's time that is up
@@ -196,7 +206,7 @@ class WaitQueue(ABC, Generic[Resource]):
         if waiter in self._waiters:
             self._waiters.remove(waiter)
 
-    def _withdraw(self, waiter: Waiter[Resource]) -> None:
+    def withdraw(self, waiter: Waiter[Resource]) -> None:
         """Stop waiting, and give back what was handed over at the same moment."""
         with self._lock:
             self._drop(waiter)

@@ -1,13 +1,16 @@
-"""A caller that waits in a queue, for a worker or a node: a thread, or a task of an event loop."""
+"""A caller that waits in a queue, for a worker or a node: a thread, or a task or a callback of an event loop."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ..model.durations import longest_wait
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 Resource = TypeVar("Resource")
 Given = TypeVar("Given", contravariant=True)
@@ -127,6 +130,34 @@ class TaskWaiter(Waiter[Resource]):
         else:
             with anyio.move_on_after(max(timeout, 0)):
                 await self._event.wait()
+
+
+class CallbackWaiter(Waiter[Resource]):
+    """A callback of an asyncio loop that waits: `on_found` is called, without arguments, in the loop's next turn."""
+
+    __slots__ = ("_loop", "_on_found", "_thread")
+
+    def __init__(
+        self,
+        provider: str,
+        caller: Caller[Resource] | None,
+        loop: AbstractEventLoop,
+        on_found: Callable[[], object],
+    ) -> None:
+        super().__init__(provider, caller)
+        self._loop = loop
+        self._on_found = on_found
+        self._thread = threading.get_ident()
+
+    def wake(self) -> bool:
+        try:
+            if threading.get_ident() == self._thread:
+                self._loop.call_soon(self._on_found)
+            else:
+                self._loop.call_soon_threadsafe(self._on_found)
+        except RuntimeError:
+            return False  # its loop is closed
+        return True
 
 
 async def in_thread(work: Callable[[], object]) -> None:

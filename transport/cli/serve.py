@@ -39,7 +39,6 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(make_formatter(settings.log_format))
     logging.basicConfig(level=level, handlers=[handler])
-    logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
     logging.getLogger("watchfiles").setLevel(max(level, logging.WARNING))
     settings.connections = _make_room(settings.connections)
     try:

@@ -5,7 +5,7 @@ gateway = Gateway({"/openai": openai, "/tools": tools})     # several mounts, ea
 """
 
 from transport.gateway.app import Gateway
+from transport.gateway.finished import RequestFinished
 from transport.gateway.mounts import Mount, TrustedHeaders
-from transport.gateway.protocol import RequestFinished
 
 __all__ = ["RequestFinished", "Gateway", "Mount", "TrustedHeaders"]

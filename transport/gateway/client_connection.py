@@ -1,32 +1,24 @@
-"""The client of one request at the gateway: its body as the job takes it, and its going away.
+"""The client of one request at the ASGI gateway: its body as the job takes it, and its going away.
 
-A client that sends too slowly, or too much, is cut off: its body holds a worker.
+A client that sends too slowly, or too much, is cut off: its body holds a worker. Its server tells of its going only to
+who receives: `listen`, in a task, does so all the time, so that a little of the body is received ahead.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
 import anyio
 
+from transport.gateway.patience import Patience
+from transport.gateway.router import BodyTooLarge, BodyTooSlow
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 
-MIN_RATE: Final = 500
-"""Bytes that a client has to send for each second that it is waited for, beyond the patience that it begins with."""
-
 _AHEAD: Final = 256 * 1024
-
-
-class BodyTooSlow(Exception):
-    """The client sends less of its body than a worker can be kept waiting for."""
-
-
-class BodyTooLarge(Exception):
-    """The client sends more than the gateway takes."""
 
 
 class ClientGone(Exception):
@@ -34,73 +26,23 @@ class ClientGone(Exception):
 
 
 class ClientConnection:
-    """A client, of which the server says by itself when it has gone: nothing is received before it is wanted.
+    """A client. `leave` is called once it has gone.
 
-    `leave` is called once it has gone. `patience` is how many seconds it may be waited for; each MIN_RATE bytes win a
-    second of what was used back. `most` is how many bytes its body may have. `asked` tells whether any of it was.
-    """
-
-    def __init__(self, receive: Receive, leave: Callable[[], object], patience: float, most: int | None) -> None:
-        self._receive = receive
-        self._leave = leave
-        self._patience = patience
-        self._most = most
-        self._received = 0
-        self._ended = False
-        self._most_patience = patience
-        self.asked = False
-        self.gone = False
-
-    def lost(self) -> None:
-        """The client has gone; in the event loop's thread."""
-        if not self.gone:
-            self.gone = True
-            self._leave()
-
-    async def whole(self) -> bytes:
-        """All of a small body. Raises what `body` raises."""
-        return b"".join([piece async for piece in self.body()])
-
-    async def body(self) -> AsyncIterator[bytes]:
-        """The body as it comes. Raises BodyTooSlow, BodyTooLarge and ClientGone."""
-        while not self._ended:
-            piece = await self._next_in_time()
-            self._received += len(piece)
-            if self._most is not None and self._received > self._most:
-                raise BodyTooLarge
-            if piece:
-                yield piece
-
-    async def _next_in_time(self) -> bytes:
-        began = time.monotonic()
-        with anyio.move_on_after(max(self._patience, 0)):
-            piece = await self._next()
-            left = self._patience + len(piece) / MIN_RATE - (time.monotonic() - began)
-            self._patience = min(left, self._most_patience)
-            return piece
-        raise BodyTooSlow
-
-    async def _next(self) -> bytes:
-        self.asked = True
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            self.lost()
-            raise ClientGone
-        self._ended = not message.get("more_body", False)
-        piece: bytes = message.get("body", b"")
-        return piece
-
-
-class AttendedClient(ClientConnection):
-    """A client whose going its server tells only to who receives: `listen`, in a task, does so all the time.
-
-    So a little of the body is received ahead. With `hold` nothing is before it is wanted (RFC 9110, 10.1.1: Expect).
+    `patience` is how many seconds it may be waited for, `most` how many bytes its body may have. With `hold` nothing is
+    received before it is wanted (RFC 9110, 10.1.1: Expect). `asked` tells whether any of it was.
     """
 
     def __init__(
         self, receive: Receive, leave: Callable[[], object], patience: float, most: int | None, *, hold: bool
     ) -> None:
-        super().__init__(receive, leave, patience, most)
+        self._receive = receive
+        self._leave = leave
+        self._patience = Patience(patience)
+        self._most = most
+        self._received = 0
+        self._ended = False
+        self.asked = False
+        self.gone = False
         self._pieces: deque[tuple[bytes, bool]] = deque()
         self._waiting = 0
         self._arrived = anyio.Event()
@@ -117,7 +59,7 @@ class AttendedClient(ClientConnection):
             self.asked = True
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                self.lost()
+                self._lost()
                 return
             if not more:
                 return  # a server that does not wait for the client to go: it is not heard of
@@ -133,9 +75,37 @@ class AttendedClient(ClientConnection):
         """Begin to listen, if that was held."""
         self._wanted.set()
 
+    async def whole(self) -> bytes:
+        """All of a small body. Raises what `body` raises."""
+        return b"".join([piece async for piece in self.body()])
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """The body as it comes. Raises BodyTooSlow, BodyTooLarge and ClientGone."""
+        while not self._ended:
+            piece = await self._next_in_time()
+            self._received += len(piece)
+            if self._most is not None and self._received > self._most:
+                raise BodyTooLarge
+            if piece:
+                yield piece
+
+    def _lost(self) -> None:
+        if not self.gone:
+            self.gone = True
+            self._leave()
+
+    async def _next_in_time(self) -> bytes:
+        with anyio.move_on_after(self._patience.begin()):
+            piece = await self._next()
+            self._patience.end(len(piece))
+            return piece
+        raise BodyTooSlow
+
     async def _next(self) -> bytes:
         self.want()
         while not self._pieces:
+            if self.gone:
+                raise ClientGone
             self._arrived = anyio.Event()
             await self._arrived.wait()
         piece, more = self._pieces.popleft()

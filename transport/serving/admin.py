@@ -2,67 +2,152 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import functools
 import hashlib
 import ipaddress
+import logging
 import re
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Final
 
-import anyio
 import msgspec
 from prometheus_client.exposition import choose_encoder
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
-from starlette.routing import Route
+
+from runner.wire.messages import Header, ResponseHead
+from transport.front.exchange import Exchange
+from transport.front.server import MakeExchange
+from transport.problem_details import refusal
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
-    from starlette.requests import Request
 
+    from transport.front.connection import Connection
+    from transport.gateway.router import Answer, Asked
     from transport.serving.status import Status
 
-_FRESH: Final = {"cache-control": "no-store"}
+logger = logging.getLogger("blastdoor")
+
+_FRESH: Final[Header] = ("cache-control", "no-store")
+
+Page = Callable[["Asked"], "Answer"]
+"""Answers a GET; in a thread, where it may take its time."""
 
 
-def make_admin(status: Status, registry: CollectorRegistry, host: str) -> Starlette:
-    """The app. On a loopback address only requests that name it are answered: no web page may ask by another name."""
+def make_admin(status: Status, registry: CollectorRegistry, host: str) -> MakeExchange:
+    """What answers. On a loopback address only requests that name it are: no web page may ask by another name."""
     page = files("transport.serving").joinpath("status.html").read_text(encoding="utf-8")
-    headers = {"content-security-policy": _policy(page), "x-content-type-options": "nosniff", **_FRESH}
+    headers: list[Header] = [("content-security-policy", _policy(page)), ("x-content-type-options", "nosniff"), _FRESH]
 
-    async def show_page(request: Request) -> Response:
-        return Response(page, media_type="text/html", headers=headers)
+    def show_page(asked: Asked) -> Answer:
+        return _answer(200, "text/html; charset=utf-8", page.encode(), headers)
 
-    async def tell_status(request: Request) -> Response:
-        told = await anyio.to_thread.run_sync(status.tell)  # it looks into /proc
-        return Response(msgspec.json.encode(told), media_type="application/json", headers=_FRESH)
+    def tell_status(asked: Asked) -> Answer:
+        return _answer(200, "application/json", msgspec.json.encode(status.tell()))
 
-    async def tell_health(request: Request) -> Response:
-        return PlainTextResponse("ok\n", headers=_FRESH)
+    def tell_health(asked: Asked) -> Answer:
+        return _answer(200, "text/plain; charset=utf-8", b"ok\n")
 
-    async def tell_readiness(request: Request) -> Response:
+    def tell_readiness(asked: Asked) -> Answer:
         ready = status.ready
-        words = "ready\n" if ready else "draining\n" if status.draining else "no worker is ready\n"
-        return PlainTextResponse(words, 200 if ready else 503, headers=_FRESH)
+        words = b"ready\n" if ready else b"draining\n" if status.draining else b"no worker is ready\n"
+        return _answer(200 if ready else 503, "text/plain; charset=utf-8", words)
 
-    async def tell_metrics(request: Request) -> Response:
-        encode, media_type = choose_encoder(request.headers.get("accept", ""))
-        content = await anyio.to_thread.run_sync(encode, registry)
-        return Response(content, headers={"content-type": media_type, **_FRESH})
+    def tell_metrics(asked: Asked) -> Answer:
+        encode, media_type = choose_encoder(asked.header("accept"))
+        return _answer(200, media_type, encode(registry))
 
-    async def go_to_page(request: Request) -> Response:
-        return RedirectResponse("/-/status")
+    def go_to_page(asked: Asked) -> Answer:
+        return ResponseHead(307, [("location", "/-/status"), ("content-length", "0")]), b""
 
-    names = {"/": go_to_page, "/-/status": show_page, "/-/status.json": tell_status, "/-/healthz": tell_health}
-    names |= {"/-/readyz": tell_readiness, "/-/metrics": tell_metrics}
+    pages: dict[str, tuple[Page, bool]] = {
+        "/": (go_to_page, False),
+        "/-/status": (show_page, False),
+        "/-/status.json": (tell_status, True),  # it looks into /proc
+        "/-/healthz": (tell_health, False),
+        "/-/readyz": (tell_readiness, False),
+        "/-/metrics": (tell_metrics, True),
+    }
     loopback = ipaddress.ip_address(host).is_loopback
-    hosts = ["localhost", "127.0.0.1", "[::1]", host] if loopback else ["*"]
-    return Starlette(
-        routes=[Route(path, endpoint) for path, endpoint in names.items()],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
-    )
+    hosts = frozenset(("localhost", "127.0.0.1", "[::1]", host)) if loopback else None
+    return functools.partial(_AdminExchange, pages=pages, hosts=hosts)
+
+
+class _AdminExchange(Exchange):
+    """Answers from one of the pages."""
+
+    __slots__ = ("_hosts", "_pages")
+
+    backlog = 0
+
+    def __init__(
+        self,
+        connection: Connection,
+        asked: Asked,
+        *,
+        pages: Mapping[str, tuple[Page, bool]],
+        hosts: frozenset[str] | None,
+        keep_alive: bool,
+        http_1_0: bool,
+        expects: bool,
+    ) -> None:
+        super().__init__(connection, asked, keep_alive=keep_alive, http_1_0=http_1_0, expects=expects)
+        self._pages = pages
+        self._hosts = hosts
+
+    def begin(self) -> None:
+        """Find the page, and have it made."""
+        asked = self.asked
+        if self._hosts is not None and _host_of(asked.header("host")) not in self._hosts:
+            self._give(*_answer(400, "text/plain; charset=utf-8", b"Invalid host header"))
+            return
+        found = self._pages.get(asked.path)
+        if found is None:
+            self._give(*refusal(404, {"detail": "there is no such page"}))
+        elif asked.method not in ("GET", "HEAD"):
+            self._give(*refusal(405, {"detail": "pages are read"}, [("allow", "GET, HEAD")]))
+        else:
+            page, slow = found
+            if slow:
+                made = self.connection.loop.run_in_executor(None, page, asked)
+                made.add_done_callback(self._on_made)
+            else:
+                self._give(*page(asked))
+
+    def take_body(self, data: bytes) -> None:
+        """It is for nobody."""
+
+    def take_body_end(self) -> None:
+        """It is for nobody."""
+
+    def abandon(self) -> None:
+        """The client has gone."""
+        self.end()
+
+    def _on_made(self, made: asyncio.Future[Answer]) -> None:
+        if self.over:
+            return
+        error = made.exception()
+        if error is not None:
+            logger.error("a page of the admin address failed", exc_info=error)
+            self._give(*refusal(500, {"detail": "the page can't be made: the log says why"}))
+        else:
+            self._give(*made.result())
+
+    def _give(self, head: ResponseHead, body: bytes) -> None:
+        self.answer(head, b"" if self.asked.method == "HEAD" else body, ended=True)
+
+
+def _answer(status: int, media_type: str, body: bytes, headers: list[Header] | None = None) -> Answer:
+    own = [_FRESH] if headers is None else headers
+    return ResponseHead(status, [("content-type", media_type), ("content-length", str(len(body))), *own]), body
+
+
+def _host_of(header: str) -> str:
+    """The host without its port (RFC 9110, 7.2)."""
+    return header.partition("]")[0] + "]" if header.startswith("[") else header.partition(":")[0]
 
 
 def _policy(page: str) -> str:

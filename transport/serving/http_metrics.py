@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from runner.metrics import SECONDS
 
 if TYPE_CHECKING:
-    from transport.gateway.app import Gateway
-    from transport.gateway.protocol import RequestFinished
+    from transport.gateway.finished import RequestFinished
+    from transport.gateway.router import Router
 
 METHODS: Final = frozenset(("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"))
 """Others are counted as `_OTHER`: a client must not make up labels."""
@@ -28,7 +28,7 @@ def _class_of(status: int | None) -> str | None:
 class RequestMetrics:
     """Counts what a gateway has answered."""
 
-    def __init__(self, gateway: Gateway, registry: CollectorRegistry) -> None:
+    def __init__(self, gateway: Router, registry: CollectorRegistry) -> None:
         self._durations = Histogram(
             "http_server_request_duration_seconds",
             "Time from a request's head to the end of its answer.",

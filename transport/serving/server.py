@@ -21,19 +21,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import uvicorn
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 
 from runner.errors import BlastdoorError, ConfigurationError, StartError
+from runner.jobs.poller import Poller
 from runner.metrics import PoolMetrics
-from transport.gateway import Gateway
+from transport.front.forwarded import Forwarded
+from transport.front.pool_exchange import PoolExchange
+from transport.front.server import Front
+from transport.gateway.router import Router
 from transport.serving.addresses import bind_path, bind_port, inherited, name_of
 from transport.serving.admin import make_admin
-from transport.serving.connection import BoundedConnection
-from transport.serving.forwarded import Forwarded
 from transport.serving.http_metrics import RequestMetrics
 from transport.serving.log_format import know_mount
-from transport.serving.server_log import LoopErrors, QuietBreaks, describe, log_access, log_refused
+from transport.serving.server_log import LoopErrors, describe, log_access, log_refused
 from transport.serving.settings import PoolSettings, Settings
 from transport.serving.status import Status
 
@@ -73,14 +74,14 @@ class Service:
         self._reread = reread
         self._defaults = settings.defaults
         self._mounts = settings.all_mounts
-        self.gateway = Gateway(
+        self.gateway = Router(
             {path: mount.mount(path, self._defaults) for path, mount in self._mounts.items()},
             max_body=settings.max_body_bytes,
             body_timeout=settings.body_timeout,
         )
         inherited_sockets = inherited()
         unix = bool(settings.uds) or any(sock.family == socket.AF_UNIX for sock in inherited_sockets)
-        self._front = Forwarded(self.gateway, settings.trusted_proxies, unix=unix)
+        self._forwarded = Forwarded(settings.trusted_proxies, unix=unix)
         self.status = Status(self.gateway, apps={path: mount.app for path, mount in self._mounts.items()})
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -96,7 +97,8 @@ class Service:
         self._ends: dict[str, list[Callable[[], object]]] = {}
         self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._servers: list[_Server] = []
+        self.front: Front | None = None
+        self._drained = asyncio.Event()
         self._retired: set[AnyPool] = set()
         self._path = settings.uds
         admin = settings.admin_address
@@ -118,8 +120,6 @@ class Service:
         StartError where a handler can't be loaded: nothing is left running then.
         """
         pools = self.gateway.pools
-        quiet = QuietBreaks()
-        logging.getLogger("uvicorn.error").addFilter(quiet)
         logger.addHandler(self.status.log)
         try:
             with self._signals():
@@ -138,7 +138,6 @@ class Service:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             logger.removeHandler(self.status.log)
-            logging.getLogger("uvicorn.error").removeFilter(quiet)
             self._unlink()
             for sock in self.sockets:
                 sock.close()
@@ -154,12 +153,12 @@ class Service:
             return
         self.status.draining = True
         self._unlink()  # now, while nobody can have taken the path over
-        if not self._servers:
+        if self.front is None:
             logger.info("stopping before the start was over")
             self._spawn(self._close_pools())
             return
         logger.info("draining: requests under way have %g s", self._settings.drain)
-        self._servers[0].should_exit = True
+        self._drained.set()
         self._spawn(self._end_jobs(self._settings.drain))
 
     async def reload(self) -> bool:
@@ -167,7 +166,7 @@ class Service:
         async with self._reloading:
             whole = self._read_settings_again()
             for path, mount in self._mounts.items():
-                if self.status.draining or not self._servers:
+                if self.status.draining or self.front is None:
                     return False
                 whole &= await self._reload(path, mount)
             return whole
@@ -234,55 +233,35 @@ class Service:
 
     async def _serve(self, started: Callable[[], object]) -> None:
         settings = self._settings
-        main = _Server(
-            self._config(
-                self._front,
-                http=functools.partial(
-                    BoundedConnection,
-                    settings.send_timeout,
-                    settings.connections,
-                    told=log_refused if settings.access_log else lambda *_: None,
-                ),
-                limit_concurrency=settings.connections + 1,  # uvicorn counts the connection that asks
-                timeout_graceful_shutdown=settings.drain + _SETTLE,
+        poller = Poller(asyncio.get_running_loop())
+        fronts = [
+            Front(
+                functools.partial(PoolExchange, router=self.gateway, poller=poller),
+                most=settings.connections,
+                send_timeout=settings.send_timeout,
+                refused=log_refused if settings.access_log else lambda *_: None,
+                forwarded=self._forwarded,
             )
-        )
-        self._servers = [main]
-        running = [asyncio.create_task(main.serve(sockets=self.sockets))]
-        if self.admin_socket is not None:
-            host = self.admin_socket.getsockname()[0]
-            app = make_admin(self.status, self.registry, host)
-            bounded = functools.partial(BoundedConnection, _ADMIN_PATIENCE, _ADMIN_CONNECTIONS)
-            admin = _Server(
-                self._config(app, http=bounded, limit_concurrency=_ADMIN_CONNECTIONS + 1, timeout_graceful_shutdown=1)
-            )
-            self._servers.append(admin)
-            running.append(asyncio.create_task(admin.serve(sockets=[self.admin_socket])))
-        while not all(server.started for server in self._servers) and not any(task.done() for task in running):
-            await asyncio.sleep(0.01)
-        if settings.reload:
-            self._spawn(self._reload_on_changes())
-        self._log_started()
-        started()
-        await running[0]
-        for server in self._servers:
-            server.should_exit = True
-        await asyncio.gather(*running)
-
-    def _config(self, app: Any, **settings: Any) -> uvicorn.Config:
-        return uvicorn.Config(
-            app,
-            **{
-                "loop": "asyncio",
-                "ws": "none",
-                "lifespan": "off",
-                "log_config": None,
-                "access_log": False,
-                "server_header": False,
-                "proxy_headers": False,
-                **settings,
-            },
-        )
+        ]
+        try:
+            if self.admin_socket is not None:
+                pages = make_admin(self.status, self.registry, self.admin_socket.getsockname()[0])
+                fronts.append(Front(pages, most=_ADMIN_CONNECTIONS, send_timeout=_ADMIN_PATIENCE))
+                await fronts[1].listen([self.admin_socket])
+            await fronts[0].listen(self.sockets)
+            self.front = fronts[0]
+            if settings.reload:
+                self._spawn(self._reload_on_changes())
+            self._log_started()
+            started()
+            await self._drained.wait()
+            fronts[0].drain()
+            await fronts[0].wait_closed(settings.drain + _SETTLE)
+            for front in fronts[1:]:
+                front.drain()
+                await front.wait_closed(1)
+        finally:
+            poller.close()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -369,11 +348,3 @@ class Service:
         logger.info("serving %s at %s", apps, ", ".join(map(name_of, self.sockets)))
         if self.admin_socket is not None:
             logger.info("status at %s/-/status", name_of(self.admin_socket))
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which leaves the signals to the `Service`."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

@@ -11,7 +11,6 @@ from runner.model.limits import Limits, parse_size
 from runner.model.sandbox import Sandbox
 from runner.wire.printable import one_line
 from transport.gateway import RequestFinished
-from transport.gateway.protocol import BrokenOff
 from transport.serving.settings import PoolSettings
 from transport.serving.settings_parsing import parse_sandbox
 
@@ -40,14 +39,6 @@ class LoopErrors:
         self._next[kind] = now + 1.0
         short = isinstance(error, OSError)
         logger.error("%s: %s", message, error, exc_info=None if short or error is None else error)
-
-
-class QuietBreaks(logging.Filter):
-    """Drops uvicorn's traceback of an answer that was broken off on purpose: its reason is in the log already."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, (BrokenOff, asyncio.CancelledError))
 
 
 def shown(text: str) -> str:

@@ -22,8 +22,8 @@ from runner.wire.printable import one_line
 
 if TYPE_CHECKING:
     from runner.protocols import AnyPool
-    from transport.gateway.app import Gateway
-    from transport.gateway.protocol import RequestFinished
+    from transport.gateway.finished import RequestFinished
+    from transport.gateway.router import Router
 
 _EPOCH: Final = time.time() - time.monotonic()
 
@@ -120,7 +120,7 @@ class Status:
     """Collects it, from any thread, and tells it as plain data."""
 
     def __init__(
-        self, gateway: Gateway, clock: Callable[[], float] = steady_time, apps: Mapping[str, str] | None = None
+        self, gateway: Router, clock: Callable[[], float] = steady_time, apps: Mapping[str, str] | None = None
     ) -> None:
         self._gateway = gateway
         self.apps = dict(apps or {})

@@ -7,20 +7,6 @@ import select
 import socket
 from collections.abc import Callable
 
-from uvicorn.protocols.http.flow_control import FlowControl
-
-
-class WatchedFlow(FlowControl):
-    """uvicorn's flow control, which says that reading is paused."""
-
-    def __init__(self, transport: asyncio.Transport, paused: Callable[[], object]) -> None:
-        super().__init__(transport)
-        self._paused = paused
-
-    def pause_reading(self) -> None:
-        super().pause_reading()
-        self._paused()
-
 
 class DisconnectWatch:
     """Hears of a connection what reading would tell, where nobody reads: `half_closed`, once, and its reset.
@@ -51,6 +37,7 @@ class DisconnectWatch:
                 self._half_closed()
 
     def end(self) -> None:
+        """Listen no more."""
         if not self._epoll.closed:
             self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()

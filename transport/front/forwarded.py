@@ -8,10 +8,10 @@ app as the client's address. On a unix socket the peer, who was let in by its di
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from runner.errors import ConfigurationError
+from runner.wire.messages import Header
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -34,10 +34,12 @@ def parse_ip(text: str) -> Address | None:
 
 
 class Forwarded:
-    """An ASGI app in front of another, which it tells who its clients are. ConfigurationError for no address."""
+    """Tells who the clients are whose requests proxies pass on. ConfigurationError for no address.
 
-    def __init__(self, app: Any, trusted: Iterable[str], *, unix: bool) -> None:
-        self._app = app
+    `trusted` are the addresses of the proxies; on a `unix` socket the peer is.
+    """
+
+    def __init__(self, trusted: Iterable[str], *, unix: bool) -> None:
         self._unix = unix
         self._all = False
         self._networks: list[Network] = []
@@ -58,35 +60,27 @@ class Forwarded:
             return True
         return address is not None and any(address in network for network in self._networks)
 
-    async def __call__(
-        self,
-        scope: dict[str, Any],
-        receive: Callable[[], Awaitable[Any]],
-        send: Callable[[Any], Awaitable[None]],
-    ) -> None:
-        """Serve one connection of ASGI's."""
-        if scope["type"] == "http":
-            self._tell(scope)
-        await self._app(scope, receive, send)
+    def resolve(self, client: tuple[str, int] | None, headers: Iterable[Header]) -> tuple[tuple[str, int] | None, str]:
+        """The client's address and the scheme, as far as the peer `client` and these headers tell.
 
-    def _tell(self, scope: dict[str, Any]) -> None:
-        client: tuple[str, int] | None = scope.get("client")
+        Names of headers are in small letters.
+        """
+        scheme = "http"
         peer = None
         if client and (peer := parse_ip(client[0])) is not None:
-            scope["client"] = str(peer), client[1]
+            client = str(peer), client[1]
         if not self._unix and not self.trusts(peer):
-            return
+            return client, scheme
         hops: list[str] = []
-        scheme = ""
-        for name, value in scope["headers"]:
-            if name == b"x-forwarded-for":
-                hops += value.decode("latin-1").split(",")
-            elif name == b"x-forwarded-proto":
-                scheme = value.decode("latin-1").rpartition(",")[2].strip().lower()
-        if scheme in ("http", "https"):
-            scope["scheme"] = scheme
+        for name, value in headers:
+            if name == "x-forwarded-for":
+                hops += value.split(",")
+            elif name == "x-forwarded-proto":
+                told = value.rpartition(",")[2].strip().lower()
+                scheme = told if told in ("http", "https") else "http"
         if hops and (found := self._client(hops)) is not None:
-            scope["client"] = str(found), 0
+            client = str(found), 0
+        return client, scheme
 
     def _client(self, hops: list[str]) -> Address | None:
         """The nearest address that is no trusted proxy's; where all are, the farthest. None where it is no address."""

@@ -1,0 +1,168 @@
+"""As `Dispatch`, for the callbacks of an event loop: nothing waits, what comes is told to a listener."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..errors import JobClosed, LeaseTimeout, StartError, WorkersUnavailable
+from ..supervision.waiters import CallbackWaiter
+from .callback_job import CallbackJob
+from .dispatch import MAX_TRIES, Dispatch, next_try
+from .round_trip import RequestNotTaken
+
+if TYPE_CHECKING:
+    from ..model.request import Request, Upload
+    from ..supervision.record import Worker
+    from ..wire.messages import JobContext
+    from .callback_job import Listener
+    from .poller import Poller
+    from .supervisor_protocol import SupervisorProtocol
+
+
+class CallbackDispatch(Dispatch):
+    """A request on its way to a worker, then its job. Used in the loop's thread only."""
+
+    __slots__ = ("_job", "_listener", "_over", "_paused", "_poller", "_start_over", "_tries", "_waiter")
+
+    def __init__(
+        self,
+        request: Request,
+        upload: Upload,
+        context: JobContext,
+        job_id: str,
+        lease_timeout: float | None,
+        poller: Poller,
+        listener: Listener,
+        supervisor: SupervisorProtocol,
+        start_over: Callable[[], object],
+    ) -> None:
+        super().__init__(request, upload, context, job_id, lease_timeout, (None, None))
+        self._supervisor = supervisor
+        self._poller = poller
+        self._listener = listener
+        self._start_over = start_over
+        self._tries = MAX_TRIES
+        self._waiter: CallbackWaiter[Worker] | None = None
+        self._job: CallbackJob | None = None
+        self._over = self._paused = False
+
+    @property
+    def job_id(self) -> str:
+        """The job's id in logs and events."""
+        return self.context.job_id
+
+    def begin(self) -> None:
+        """Lease a worker, now or once there is one, and have it do the job. The listener is told what becomes of it."""
+        self._lease()
+
+    def leave(self, cause: BaseException | None = None) -> None:
+        """End it, whatever has become of it: the listener, who calls this, is told nothing more."""
+        if self._over:
+            return
+        self._over = True
+        waiter, job = self._waiter, self._job
+        self._waiter = self._job = None
+        if waiter is not None:
+            self._stop_waiting(waiter)
+            self._supervisor.leases.withdraw(waiter)
+        if job is not None:
+            job.leave(cause or JobClosed("close() was called"))
+
+    def pause(self) -> None:
+        """Tell no more of the response, until `resume`."""
+        self._paused = True
+        if self._job is not None:
+            self._job.pause()
+
+    def resume(self) -> None:
+        """Tell of the response again."""
+        self._paused = False
+        if self._job is not None:
+            self._job.resume()
+
+    # -- leases --------------------------------------------------------------------------------------
+
+    def _lease(self) -> None:
+        supervisor = self._supervisor
+        waiter: CallbackWaiter[Worker] = CallbackWaiter(self.context.provider, self, self._poller.loop, self._on_found)
+        try:
+            supervisor.look_for_lost()
+            worker = supervisor.leases.lease_or_wait(waiter)
+        except Exception as error:  # noqa: BLE001 - it is the listener's
+            self.failed(error)
+            return
+        if worker is not None:
+            self._start(worker)
+            return
+        self._waiter = waiter
+        if self.lease_timeout is not None:
+            self._poller.after(self.lease_timeout).start(waiter, self._on_lease_time_up)
+
+    def _on_found(self) -> None:
+        """A worker was found, or is not to be had any more."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is None or self._over:
+            return
+        self._stop_waiting(waiter)
+        try:
+            worker = waiter.result()
+        except Exception as error:  # noqa: BLE001 - it is the listener's
+            self.failed(error)
+        else:
+            self._start(worker)
+
+    def _on_lease_time_up(self) -> None:
+        waiter = self._waiter
+        if waiter is None:
+            return
+        try:
+            if self._supervisor.leases.is_over(waiter, self.lease_timeout, None):
+                self._on_found()
+        except LeaseTimeout as error:
+            self._waiter = None
+            self.failed(error)
+
+    def _stop_waiting(self, waiter: CallbackWaiter[Worker]) -> None:
+        if self.lease_timeout is not None:
+            self._poller.after(self.lease_timeout).cancel(waiter)
+
+    # -- the job -------------------------------------------------------------------------------------
+
+    def _start(self, worker: Worker) -> None:
+        try:
+            self._supervisor.look_after_jobs()
+            job = self._job = CallbackJob(worker, self._supervisor, self, self._poller, self._listener)
+            job.begin()
+            if self._paused:
+                job.pause()
+        except RequestNotTaken as never:
+            self.not_taken(never)
+        except Exception as error:  # noqa: BLE001 - it is the listener's
+            self._let_go()
+            self.failed(error)
+
+    def not_taken(self, never: RequestNotTaken) -> None:
+        """The worker was gone before it took the request: try again, with another."""
+        self._job = None
+        if self._over:
+            return
+        try:
+            self._tries = next_try(never, self._tries)
+        except Exception as error:  # noqa: BLE001 - it is the listener's
+            self.failed(error)
+        else:
+            self._lease()
+
+    def failed(self, error: BaseException) -> None:
+        """There is no response, or no more of it: tell the listener."""
+        self._job = None
+        if self._over:
+            return
+        self._over = True
+        if isinstance(error, (LeaseTimeout, WorkersUnavailable)):
+            self._refused(error)
+        elif isinstance(error, StartError):
+            threading.Thread(target=self._start_over, name="blastdoor-start-over", daemon=True).start()
+        self._listener.on_failure(error)

@@ -1,0 +1,222 @@
+"""A round trip for the callbacks of an event loop: no task, no thread, nothing that waits.
+
+The loop's `Poller` calls the job when its channel has something; the job does what can be done and tells its listener.
+It uses its channel from its beginning to its end, in the loop's thread: `close` from another one wakes it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol
+
+from .round_trip import EXIT_LIMIT, TAIL_PATIENCE, RequestNotTaken, RoundTrip
+
+if TYPE_CHECKING:
+    from ..supervision.record import Worker
+    from ..wire.messages import ResponseHead
+    from .callback_dispatch import CallbackDispatch
+    from .poller import Poller
+    from .supervisor_protocol import SupervisorProtocol
+
+logger = logging.getLogger("blastdoor")
+
+_LOOP: Final = object()
+"""Uses the channel: the loop's callbacks, from the beginning to the end of the job."""
+
+
+class Listener(Protocol):
+    """Whoever is answered. It is called in the loop's thread, at last with `ended` or with a failure; not if it left.
+
+    `data` is what has come of the body, possibly nothing; `ended` says that there is no more.
+    """
+
+    def on_head(self, head: ResponseHead, data: bytes, *, ended: bool) -> None:
+        """The head of the response is there."""
+
+    def on_body(self, data: bytes, *, ended: bool) -> None:
+        """More of its body, or its end."""
+
+    def on_failure(self, error: BaseException) -> None:
+        """There is no more, and it is not whole: before the head as `Pool.open` raises it, after it as `Job.read`."""
+
+
+class CallbackJob(RoundTrip):
+    """A request in a worker, and its response: the twin of `Job` for callbacks."""
+
+    __slots__ = ("_call", "_deaf", "_listener", "_poller", "_told", "_waits_for_room")
+
+    def __init__(
+        self,
+        worker: Worker,
+        supervisor: SupervisorProtocol,
+        call: CallbackDispatch,
+        poller: Poller,
+        listener: Listener,
+    ) -> None:
+        self._call = call
+        self._poller = poller
+        self._listener = listener
+        self._told = self._deaf = self._waits_for_room = False
+        super().__init__(worker, supervisor, call)
+
+    def begin(self) -> None:
+        """Send the request, and listen. RequestNotTaken where the worker is gone; the job has let it go then."""
+        try:
+            self._take_channel(_LOOP)
+            self._send_request(self._call)
+            self._poller.listen(self, self._channel)
+            if self._wall_seconds:
+                self._poller.after(self._wall_seconds).start(self, self._on_time_up)
+            if self._uploading:
+                self._serve_upload()
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def leave(self, cause: BaseException) -> None:
+        """End the job, for a listener that wants no more of it, and is told nothing more."""
+        self._fail(cause)
+
+    def pause(self) -> None:
+        """Tell the listener nothing, until `resume`: it can't take more."""
+        if not self._settled:
+            self._poller.leave_answer(self._channel)
+
+    def resume(self) -> None:
+        """Tell the listener again."""
+        if not self._settled and not self._deaf:
+            self._poller.listen_to_answer(self, self._channel)
+
+    # -- the loop ------------------------------------------------------------------------------------
+
+    def on_event(self, fd: int) -> None:
+        """The channel has something: at this descriptor of it."""
+        channel = self._channel
+        if fd == channel.response_fd:
+            self._guard(self._advance)
+        elif fd == channel.request_fd:
+            self._guard(self._serve_upload)
+        else:
+            channel.take_wake()
+            self._guard(self._advance)
+
+    def _guard(self, step: Callable[[], object]) -> None:
+        """Take a step. What it raises ends the job, and is told."""
+        try:
+            step()
+        except RequestNotTaken as never:
+            self._call.not_taken(never)
+        except Exception as error:  # noqa: BLE001 - it is the listener's
+            self._fail(error)
+            self._call.failed(error)
+
+    def _advance(self) -> None:
+        """Take what has come of the response."""
+        if self._closed_by is not None:
+            self._release_channel(_LOOP)
+            raise self._closed()
+        worker, channel = self._worker, self._channel
+        while not self._settled:
+            dead = worker.dead
+            if self._deaf:
+                if dead:
+                    self._end_with_worker()
+                return
+            frames = channel.receive()
+            if frames:
+                self._receive(frames)
+                self._tell()
+                if not dead:
+                    return  # the others' turn; what is left is told of again
+            elif frames is None or dead:  # dead: what the handler has started may hold the pipe open
+                self._await_death()
+            else:
+                return
+
+    def _await_death(self) -> None:
+        """The worker's stream has ended: go on once it is known how the worker has."""
+        self._deaf = True
+        self._supervisor.leases.kill(self._worker)  # one that lives on without its pipe is of no use
+        self._poller.leave_answer(self._channel)
+        if not self._worker.dead:
+            self._poller.after(EXIT_LIMIT).start(self, lambda: self._guard(self._end_with_worker))
+
+    def _end_with_worker(self) -> None:
+        self._raise_worker_death()
+        self._tell()  # the response was complete
+
+    def _tell(self) -> None:
+        """Tell the listener what has come."""
+        exchange = self._exchange
+        body = exchange.body
+        data = b"" if not body else body.popleft() if len(body) == 1 else b"".join(body)
+        body.clear()
+        ended = not exchange.open
+        failed = ended and self._outcome != "ok"
+        if not self._told:
+            head = exchange.head
+            if head is None:
+                if ended:
+                    self._check_end()
+                return
+            self._told = True
+            self._answered(head)
+            self._listener.on_head(head, data, ended=ended and not failed)
+        elif data or (ended and not failed):
+            self._listener.on_body(data, ended=ended and not failed)
+        if failed:
+            self._check_end()
+        elif not ended and exchange.complete and not self._uploading and not self._settled:
+            self._poller.after(TAIL_PATIENCE).start(self._exchange, self._on_tail_time_up)
+
+    def _serve_upload(self) -> None:
+        """Send on what there is of the request's body, as far as the worker takes it."""
+        channel = self._channel
+        while self._wants_write and not self._settled:
+            self._push_upload()
+            if not channel.flushed:
+                if not self._waits_for_room:
+                    self._waits_for_room = True
+                    self._poller.listen_for_room(self, channel)
+                return
+        if self._waits_for_room:
+            self._waits_for_room = False
+            self._poller.leave_room(channel)
+        if self._uploading and not self._settled:
+            self._upload.starve()
+
+    def _wake(self) -> None:
+        """The upload has something to send; in the loop's thread."""
+        if not self._settled and self._closed_by is None and not self._waits_for_room:
+            self._guard(self._serve_upload)
+
+    def _on_time_up(self) -> None:
+        if not self._settled:
+            self._guard(self._time_is_up)
+
+    def _on_tail_time_up(self) -> None:
+        if not self._settled and self._exchange.complete and not self._uploading:
+            self._guard(self._end_with_tail)
+
+    def _end_with_tail(self) -> None:
+        self._let_tail_go()
+        self._tell()
+
+    # -- the end -------------------------------------------------------------------------------------
+
+    def _fail(self, error: BaseException) -> None:
+        self._break_off(_LOOP, error)
+        self._stop()
+
+    def _end(self, let_go: Callable[[Worker], object]) -> None:
+        self._stop()  # first: the worker's next job may begin within `let_go`
+        super()._end(let_go)
+
+    def _stop(self) -> None:
+        self._poller.unlisten(self, self._channel)
+        if self._wall_seconds:
+            self._poller.after(self._wall_seconds).cancel(self)
+        if self._deaf:
+            self._poller.after(EXIT_LIMIT).cancel(self)
+        self._poller.after(TAIL_PATIENCE).cancel(self._exchange)

@@ -1,0 +1,573 @@
+"""One connection of a client: what comes is parsed (httptools), requests are answered one after the other.
+
+| state | what is awaited | no longer than | then |
+| --- | --- | --- | --- |
+| IDLE | the first byte of a head | `KEEP_ALIVE`; for the first one `HEAD_SECONDS` | HEAD |
+| HEAD | the rest of a head | `HEAD_SECONDS` | BODY, or ANSWER where there is no body |
+| BODY | the rest of the request; the answer may have begun | the exchange's patience | ANSWER; LINGER if answered |
+| ANSWER | the end of the answer | `send_timeout`, where the client takes nothing | what has come of the next one |
+| LINGER | the rest of a request that is answered, for nobody | `LINGER` | what has come of the next one |
+| OVER | nothing: what is left is sent | `send_timeout` | the end |
+
+- Of a head, of trailers or of chunks' sizes `MOST_HEAD` bytes may come that make nothing complete. Trailers are
+  dropped: they are no headers. At most `PIPELINED` requests wait behind the one that is being answered; nothing is read then.
+- What is no request is answered once all before it is, and ends the connection (RFC 9112, 9.3.2 and 2.2).
+- A client that has sent all of its request and closed its half of the connection (shutdown(2)) gets its answer. From
+  here it looks like one that has gone. Something sent to it tells them apart: the kernel of a client that has gone
+  resets the connection, which ends the job. That is an interim response before the head (RFC 9110, 15.2), and after it
+  a zero that the next chunk's size begins with (RFC 9112, 7.1). In a body of known length only what the handler writes
+  can tell. The same is done where reading is paused and could not tell that the client has gone; before the head every
+  `PROBE_SECONDS`, since the end of what it sends may be stuck behind what nobody takes.
+- The rest of a body whose request is answered is taken for a while, so that the client can read the answer before the
+  connection is reset (RFC 9112, 9.6).
+- No answer of the server's own, and no probe, is ever written into another answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from enum import IntEnum, auto
+from typing import TYPE_CHECKING, Any, Final
+
+import httptools
+
+from runner.wire.messages import Header
+from transport.front.disconnect import DisconnectWatch
+from transport.front.heads import CONTINUE, Framing, head_bytes
+from transport.gateway.router import Asked
+from transport.problem_details import refusal
+
+if TYPE_CHECKING:
+    from runner.platform.deadlines import Deadlines
+    from transport.front.exchange import Exchange
+    from transport.front.server import Front
+
+logger = logging.getLogger("blastdoor")
+
+KEEP_ALIVE: Final = 5.0
+HEAD_SECONDS: Final = 10.0
+MOST_HEAD: Final = 64 * 1024
+PIPELINED: Final = 256
+LINGER: Final = 5.0
+MOST_DROPPED: Final = 1024 * 1024
+"""Bytes that are taken for nobody from a connection that is to end."""
+
+PROBE_SECONDS: Final = 5.0
+AHEAD: Final = 64 * 1024
+"""Bytes of a body that may wait to be taken; then nothing is read."""
+
+_ZERO: Final = b"0"
+_METHOD: Final = re.compile(rb"(?:\r\n)*[!#$%&'*+\-.^_`|~0-9A-Za-z]+ ")
+_RESET: Final = struct.pack("ii", 1, 0)
+
+
+class State(IntEnum):
+    """What a connection awaits; see above."""
+
+    IDLE = auto()
+    HEAD = auto()
+    BODY = auto()
+    ANSWER = auto()
+    LINGER = auto()
+    OVER = auto()
+
+
+class _NoRequest(Exception):
+    """What has come is none; raised through the parser."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+
+
+class Connection(asyncio.Protocol):
+    """A connection of a client to a `Front`. The first of `_exchanges` is being answered, the others wait behind it."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self.loop = front.loop
+        self._parser: Any = httptools.HttpRequestParser(self)
+        self._exchanges: deque[Exchange] = deque()
+        self._incoming: Exchange | None = None
+        self._state = State.HEAD
+        self._deadline: Deadlines | None = None
+        self._refusal: _NoRequest | None = None
+        self._client: tuple[str, int] | None = None
+        self._server = ("localhost", 80)
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._in_head = False
+        self._head_size = 0
+        self._fruitless = 0
+        self._progress = False
+        self._upgrading = False
+        self._replaying = False
+        self._data = self._rest = b""
+        self._reading = True
+        self._deaf = False
+        self._dropped = 0
+        self._held = False
+        self.write: Callable[[bytes], None] = _drop
+        self._watch: DisconnectWatch | None = None
+        self._next_probe: asyncio.TimerHandle | None = None
+
+    @property
+    def state(self) -> State:
+        """What it awaits."""
+        return self._state
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait behind the one that is being answered."""
+        return max(len(self._exchanges) - 1, 0)
+
+    @property
+    def watched(self) -> bool:
+        """Whether its going is heard of otherwise than by reading."""
+        return self._watch is not None
+
+    # -- asyncio.Protocol ----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self.write = transport.write
+        self._client = _address(transport.get_extra_info("peername"))
+        self._server = _address(transport.get_extra_info("sockname")) or self._server
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of anything that has not left
+        if not self._front.add(self):
+            self._state = State.OVER
+            transport.abort()
+            return
+        self._enter(State.IDLE, HEAD_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come, of what completes nothing no more than there may be."""
+        if self._deaf or self._state is State.OVER:
+            self._dropped += len(data)
+            if self._dropped > MOST_DROPPED:
+                self._transport.abort()
+            return
+        while data:
+            self._progress = False
+            self._data, self._rest = data, b""
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._decline_upgrade(upgrade)
+            except httptools.HttpParserError as error:
+                self._end_input(error)
+                break
+            self._fruitless = 0 if self._progress else self._fruitless + len(data)
+            if self._fruitless > MOST_HEAD:
+                self._refuse_input(_NoRequest(431, f"over {MOST_HEAD} bytes of head, or of trailers"))
+                break
+            data = self._rest  # what follows an upgrade that is not made
+        self._data = self._rest = b""
+        if self._exchanges or self._refusal is not None:
+            self._begin_next()
+        elif self._state is State.IDLE:
+            self._enter(State.HEAD, HEAD_SECONDS)
+
+    def eof_received(self) -> bool | None:
+        """The client sends no more. Whether the connection stays open for what it is still to be sent."""
+        exchanges = self._exchanges
+        if not exchanges or self._in_head or self._incoming is not None or self._state is State.OVER:
+            return None
+        current = exchanges[0]
+        if not current.started and current.http_1_0:
+            return None  # it knows no interim responses, and is taken to have gone
+        exchanges[-1].keep_alive = False
+        if self._watch is None:
+            self._watch = DisconnectWatch(self.loop, self._transport, half_closed=None)
+            self._probe()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is over: whoever works for this client is told."""
+        self._state = State.OVER
+        self._end_deadline()
+        self._front.stalls.cancel(self)
+        if self._watch is not None:
+            self._watch.end()
+        if self._next_probe is not None:
+            self._next_probe.cancel()
+        self._front.remove(self)
+        exchanges, self._exchanges = self._exchanges, deque()
+        self._incoming = self._parser = None
+        self.write = _drop
+        for exchange in exchanges:
+            if exchange.begun and not exchange.complete:
+                exchange.abandon()
+
+    def pause_writing(self) -> None:
+        """Something waits to be sent: it has to leave."""
+        self._front.stalls.cancel(self)
+        self._front.stalls.start(self, self._transport.abort)
+        self._held = True
+        if self._exchanges:
+            self._exchanges[0].hold()
+
+    def resume_writing(self) -> None:
+        """All has left."""
+        self._front.stalls.cancel(self)
+        self._held = False
+        if self._exchanges:
+            self._exchanges[0].go_on()
+
+    # -- httptools -----------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        if self._replaying:
+            return
+        if len(self._exchanges) > PIPELINED:
+            raise _NoRequest(400, "too many requests wait for their turn")
+        self._url = b""
+        self._headers = []
+        self._in_head = True
+        self._head_size = 0
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the target."""
+        if not self._replaying:
+            self._url += url
+            self._add_to_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; or a trailer, which no handler may take for one."""
+        if self._in_head:
+            self._add_to_head(len(name) + len(value) + 4)
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """A head is there."""
+        if self._replaying:
+            return
+        self._in_head = False
+        self._progress = True
+        parser = self._parser
+        version = parser.get_http_version()
+        headers, framing = self._check_head(version)
+        self._upgrading = parser.should_upgrade()
+        method = parser.get_method().decode("latin-1")
+        url = self._url
+        if not url.startswith((b"/", b"*")):
+            url = self._take_authority(url, method, headers)
+        target = url.decode("latin-1")
+        path = target.partition("?")[0]
+        front = self._front
+        scheme, client = "http", self._client
+        if front.forwarded is not None:
+            client, scheme = front.forwarded.resolve(client, headers)
+        asked = Asked(method, path, target, headers, scheme, self._server, client, framing)
+        http_1_0 = version == "1.0"
+        exchange = front.take(
+            self,
+            asked,
+            keep_alive=not http_1_0 and parser.should_keep_alive(),
+            http_1_0=http_1_0,
+            expects=not http_1_0 and framing != 0 and asked.header("expect").lower() == "100-continue",
+        )
+        self._incoming = exchange
+        self._exchanges.append(exchange)
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        self._progress = True
+        exchange = self._incoming
+        if exchange is not None and not exchange.complete:
+            exchange.take_body(body)
+            if exchange.backlog > AHEAD:
+                self.update_reading()
+
+    def on_message_complete(self) -> None:
+        """The end of a request is there."""
+        if self._upgrading:
+            return  # it is the end of its head, see `_decline_upgrade`
+        self._progress = True
+        exchange, self._incoming = self._incoming, None
+        if exchange is not None:
+            exchange.whole = True
+            if exchange.complete:  # the rest of a body, after its answer
+                self._await_next()
+            else:
+                exchange.take_body_end()
+
+    # -- exchanges -----------------------------------------------------------------------------------
+
+    def on_answered(self, exchange: Exchange) -> None:
+        """The answer was written."""
+        self._exchanges.popleft()
+        if self._transport.is_closing():
+            return
+        if not exchange.keep_alive or self._front.draining:
+            self._close(unread=exchange is self._incoming)
+        elif exchange is self._incoming:
+            self._enter(State.LINGER, LINGER)
+            self.update_reading()
+        elif self._exchanges:
+            self.loop.call_soon(self._begin_next)  # those behind take their turn without deep recursion
+        else:
+            self._await_next()
+
+    def break_off(self) -> None:
+        """The answer under way comes to no end, and is not to look as if it did: nor is a probe that was sent in it."""
+        if self._transport.is_closing():
+            return
+        current = self._exchanges[0] if self._exchanges else None
+        if self._watch is not None or (current is not None and current.framing is Framing.CLOSE):
+            sock: socket.socket = self._transport.get_extra_info("socket")
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._transport.abort()
+        else:
+            self._close()
+
+    def update_reading(self) -> None:
+        """Read, unless what has come already waits to be taken."""
+        incoming = self._incoming
+        read = len(self._exchanges) < 2 and (incoming is None or incoming.complete or incoming.backlog <= AHEAD)
+        if read is self._reading or self._transport.is_closing():
+            return
+        self._reading = read
+        if read:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+            self._watch_paused()
+
+    def shut_down(self) -> None:
+        """Take no more requests."""
+        if self._exchanges:
+            self._exchanges[-1].keep_alive = False
+        elif self._state in (State.IDLE, State.HEAD, State.LINGER):
+            self._close()
+
+    def abort(self) -> None:
+        """End it now."""
+        self._transport.abort()
+
+    def _begin_next(self) -> None:
+        """Have the first of the requests answered, if none is."""
+        exchanges = self._exchanges
+        if exchanges and not self._transport.is_closing():
+            current = exchanges[0]
+            if not current.begun:
+                current.begun = True
+                self._end_deadline()
+                self._state = State.ANSWER if current.whole else State.BODY
+                if self._held:
+                    current.hold()
+                current.begin()
+            elif current.whole and self._state is State.BODY:
+                self._state = State.ANSWER
+            if not self._reading or len(exchanges) > 1:
+                self.update_reading()
+        elif self._refusal is not None:
+            self._refuse(self._refusal)
+
+    def _await_next(self) -> None:
+        """All that has come is answered."""
+        if self._refusal is not None:
+            self._refuse(self._refusal)
+        elif self._in_head:
+            self._enter(State.HEAD, HEAD_SECONDS)
+        else:
+            self._enter(State.IDLE, KEEP_ALIVE)
+        if not self._reading:
+            self.update_reading()
+
+    # -- what is no request --------------------------------------------------------------------------
+
+    def _add_to_head(self, size: int) -> None:
+        self._head_size += size
+        if self._head_size > MOST_HEAD:
+            raise _NoRequest(431, f"the request's head is over {MOST_HEAD} bytes")
+
+    def _check_head(self, version: str) -> tuple[list[Header], int | None]:
+        """The headers, names in small letters, and the body's length, None where it has chunks. Refuse what the parser
+        lets pass."""
+        hosts = 0
+        codings: list[str] = []
+        length: int | None = 0
+        headers: list[Header] = []
+        for raw_name, raw_value in self._headers:
+            name = raw_name.decode("latin-1").lower()
+            value = raw_value.decode("latin-1").strip(" \t")  # RFC 9110, 5.5: the blanks are no part of it
+            if name == "host":
+                hosts += 1
+            elif name == "content-length":
+                if not value.isdigit():
+                    raise _NoRequest(400, "a Content-Length is a number of bytes (RFC 9110, 8.6)")
+                length = int(value)  # the parser has seen that it is the only one
+            elif name == "transfer-encoding":
+                codings.append(value)
+            headers.append((name, value))
+        if codings:
+            length = None
+            if ",".join(codings).strip(" \t").lower() != "chunked":
+                raise _NoRequest(501, "of transfer codings only chunked is known (RFC 9112, 6.1)")
+        if hosts != 1 and (hosts or version == "1.1"):
+            raise _NoRequest(400, f"a request has one Host header, not {hosts} (RFC 9112, 3.2)")
+        return headers, length
+
+    def _take_authority(self, url: bytes, method: str, headers: list[Header]) -> bytes:
+        """The target of one in absolute form. Its host counts, whatever Host says (RFC 9112, 3.2.2)."""
+        _, mark, rest = url.partition(b"://")
+        if not mark:
+            return url
+        place = re.split(b"[/?#]", rest, maxsplit=1)[0]
+        path = rest[len(place) :]
+        if not path.startswith(b"/"):  # no path: RFC 9112, 3.2.4, and RFC 9110, 4.2.3
+            path = b"*" if method == "OPTIONS" and not path else b"/" + path
+        authority = place.rpartition(b"@")[2].decode("latin-1")
+        headers[:] = [("host", authority), *(pair for pair in headers if pair[0] != "host")]
+        return path
+
+    def _decline_upgrade(self, upgrade: httptools.HttpParserUpgrade) -> None:
+        """An upgrade that is asked for is not made: the message goes on as any other (RFC 9110, 7.8).
+
+        The parser takes what follows such a head for another protocol's: a new one reads on, after a head that frames
+        the same body, and asks for nothing.
+        """
+        self._rest = self._data[upgrade.args[0] :]
+        framing = [pair for pair in self._headers if pair[0].lower() in (b"content-length", b"transfer-encoding")]
+        version = self._parser.get_http_version().encode()
+        head = b"POST / HTTP/%b\r\n%b\r\n" % (version, b"".join(b"%b: %b\r\n" % pair for pair in framing))
+        self._upgrading = False
+        self._parser = httptools.HttpRequestParser(self)
+        self._replaying = True
+        try:
+            self._parser.feed_data(head)
+        finally:
+            self._replaying = False
+
+    def _end_input(self, error: httptools.HttpParserError) -> None:
+        """The parser goes no further."""
+        cause = error.__context__
+        last = self._exchanges[-1] if self._exchanges else None
+        if isinstance(cause, _NoRequest):
+            self._refuse_input(cause)
+        elif isinstance(error, httptools.HttpParserCallbackError):
+            logger.error("a connection is broken off: taking a request failed", exc_info=cause or error)
+            self._transport.abort()
+        elif last is not None and last.whole and not last.keep_alive and not self._in_head:
+            self._deaf = True  # what follows the last request is for nobody (RFC 9112, 9.6)
+        elif (
+            isinstance(error, httptools.HttpParserInvalidMethodError)
+            and not self._progress  # else it is further on in what has come, and nobody knows where
+            and _METHOD.match(self._data)
+        ):
+            self._refuse_input(_NoRequest(501, "the method is none that this server knows (RFC 9110, 9.1)"))
+        else:
+            self._refuse_input(_NoRequest(400, "Invalid HTTP request received."))
+
+    def _refuse_input(self, refused: _NoRequest) -> None:
+        """Nothing more is taken: refuse once all that has come before is answered."""
+        self._refusal = refused
+        self._deaf = True
+        self._in_head = False
+        broken, self._incoming = self._incoming, None
+        if broken is None:
+            return
+        if broken.complete:  # the rest of a request that is answered
+            self._refusal = None
+            self._close(unread=True)
+        elif broken.started:
+            self._transport.abort()
+        else:
+            self._exchanges.pop()
+            if broken.begun:
+                broken.abandon()
+
+    def _refuse(self, refused: _NoRequest) -> None:
+        """Answer in the server's own name, and close."""
+        if self._transport.is_closing() or self._state is State.OVER:
+            return
+        self._front.tell_refused(self._client[0] if self._client else "", refused.status, refused.detail)
+        head, body = refusal(refused.status, {"detail": refused.detail})
+        written, _, _ = head_bytes(head, head_only=False, chunks=True, keep_alive=False)
+        self.write(written + body)
+        self._close(unread=True)
+
+    # -- time, and the end ---------------------------------------------------------------------------
+
+    def _enter(self, state: State, seconds: float) -> None:
+        self._state = state
+        self._end_deadline()
+        deadline = self._deadline = self._front.after(seconds)
+        deadline.start(self, self._on_time_up)
+
+    def _end_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel(self)
+            self._deadline = None
+
+    def _on_time_up(self) -> None:
+        self._deadline = None
+        if self._state is State.HEAD and self._in_head:
+            self._refuse(_NoRequest(408, f"the request's head took longer than {HEAD_SECONDS:g} s"))
+        elif self._state in (State.LINGER, State.OVER):
+            self._transport.abort()
+        else:
+            self._close()
+
+    def _close(self, *, unread: bool = False) -> None:
+        """Have what is left sent, and close. Where the client may not have sent all, that is taken for a while."""
+        transport = self._transport
+        if transport.is_closing():
+            return
+        if unread and self._watch is None and transport.can_write_eof():
+            transport.write_eof()
+            self._enter(State.OVER, LINGER)
+            if not self._reading:
+                self._reading = True
+                transport.resume_reading()
+        else:
+            self._state = State.OVER
+            self._end_deadline()
+            transport.close()
+
+    # -- clients that go -----------------------------------------------------------------------------
+
+    def _watch_paused(self) -> None:
+        """Reading is paused: a client that goes away meanwhile is heard of otherwise, from now on."""
+        if self._watch is None:
+            self._watch = DisconnectWatch(self.loop, self._transport, half_closed=self._probe)
+        if self._next_probe is None:
+            self._next_probe = self.loop.call_later(PROBE_SECONDS, self._probe_again)
+
+    def _probe_again(self) -> None:
+        self._next_probe = None
+        if not self._reading and self._exchanges and not self._exchanges[0].started:
+            self._probe()
+            self._next_probe = self.loop.call_later(PROBE_SECONDS, self._probe_again)
+
+    def _probe(self) -> None:
+        """Send what does no harm to a client that listens, and is answered by a reset where nobody does."""
+        if not self._exchanges or self._transport.is_closing():
+            return
+        current = self._exchanges[0]
+        if current.started:
+            if current.framing is Framing.CHUNKED:
+                self.write(_ZERO)
+        elif not current.http_1_0:
+            self.write(CONTINUE)
+
+
+def _drop(data: bytes) -> None:
+    """Write to nobody."""
+
+
+def _address(told: object) -> tuple[str, int] | None:
+    """A host and a port of a socket's address, None on a unix socket."""
+    return (told[0], told[1]) if isinstance(told, tuple) and len(told) >= 2 else None

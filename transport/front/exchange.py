@@ -1,0 +1,141 @@
+"""One request of a connection and its answer: what comes of its body, and what is written.
+
+`Exchange` knows HTTP; what answers it is a subclass's: `pool_exchange` has pools answer, `pages` functions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from runner.wire.messages import ResponseHead
+from transport.front.heads import CONTINUE, Framing, head_bytes
+
+if TYPE_CHECKING:
+    from transport.front.connection import Connection
+    from transport.gateway.router import Asked
+
+
+class Exchange(ABC):
+    """A request and its answer, on their connection. It is begun once those before it are answered.
+
+    `whole` tells that all of the request has come, `started` that the answer's head was written, `complete` that all of
+    the answer was, `over` that nothing is done for it any more. `expects` tells that the client waits to be told to go
+    on (RFC 9110, 10.1.1).
+    """
+
+    __slots__ = (
+        "asked",
+        "begun",
+        "complete",
+        "connection",
+        "expects",
+        "framing",
+        "http_1_0",
+        "keep_alive",
+        "over",
+        "sent",
+        "started",
+        "status",
+        "whole",
+    )
+
+    def __init__(
+        self, connection: Connection, asked: Asked, *, keep_alive: bool, http_1_0: bool, expects: bool
+    ) -> None:
+        self.connection = connection
+        self.asked = asked
+        self.keep_alive = keep_alive
+        self.http_1_0 = http_1_0
+        self.expects = expects
+        self.begun = self.whole = self.started = self.complete = self.over = False
+        self.framing = Framing.NONE
+        self.status: int | None = None
+        self.sent = 0
+
+    # -- what comes ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Answer. What has come of the body until then is there already."""
+
+    @abstractmethod
+    def take_body(self, data: bytes) -> None:
+        """A piece of the request's body has come."""
+
+    @abstractmethod
+    def take_body_end(self) -> None:
+        """All of the request has come; `whole` is set already."""
+
+    @property
+    @abstractmethod
+    def backlog(self) -> int:
+        """How many bytes of the body have come and are not taken yet."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Nobody waits for the answer, or for the rest of it: nothing is written any more."""
+
+    def hold(self) -> None:  # noqa: B027 - what needs no holding does nothing
+        """The client takes no more at the moment: write nothing that can wait."""
+
+    def go_on(self) -> None:  # noqa: B027
+        """The client has taken all."""
+
+    # -- what is written -----------------------------------------------------------------------------
+
+    def ask_for_body(self) -> None:
+        """The body is wanted: tell a client that waits for that."""
+        if self.expects and not self.started:
+            self.expects = False
+            self.connection.write(CONTINUE)
+
+    def answer(self, head: ResponseHead, data: bytes, *, ended: bool) -> None:
+        """The head, and what there is of the body; all of it, where it is `ended`.
+
+        A client that was not told to go on may or may not send its body: its connection ends after the answer.
+        """
+        self.started = True
+        self.status = head.status
+        keep_alive = self.keep_alive and not self.expects
+        head_only = self.asked.method == "HEAD"
+        written, self.framing, self.keep_alive = head_bytes(
+            head, head_only=head_only, chunks=not self.http_1_0, keep_alive=keep_alive
+        )
+        self._write_body(data, ended=ended, before=written)
+
+    def go_on_with(self, data: bytes, *, ended: bool) -> None:
+        """More of the body; the last of it, where it is `ended`."""
+        self._write_body(data, ended=ended)
+
+    def _write_body(self, data: bytes, *, ended: bool, before: bytes = b"") -> None:
+        framing = self.framing
+        if framing is Framing.NONE:
+            data = before
+        elif framing is Framing.CHUNKED:
+            size = len(data)
+            self.sent += size
+            if not ended:
+                data = b"%b%x\r\n%b\r\n" % (before, size, data) if size else before
+            elif size:
+                data = b"%b%x\r\n%b\r\n0\r\n\r\n" % (before, size, data)
+            else:
+                data = before + b"0\r\n\r\n"
+        else:
+            self.sent += len(data)
+            data = before + data if before else data
+        self.complete = ended
+        if data:
+            self.connection.write(data)
+        if ended:
+            self.end()
+            self.connection.on_answered(self)
+
+    def end(self) -> None:
+        """The exchange is over: the answer was written, or nobody waits for it."""
+        if not self.over:
+            self.over = True
+            self.finish()
+
+    def finish(self) -> None:  # noqa: B027
+        """It is over. Called once."""

@@ -1,0 +1,24 @@
+"""How a request at a gateway ended: what logs and metrics are told."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RequestFinished(msgspec.Struct, frozen=True):
+    """A request at the gateway is over: what was asked, by whom, what was sent of the answer, in how many seconds.
+
+    `status` is None where the client had gone before there was one; `whole` tells whether all of the answer was sent.
+    `target` and `request_id` (the client's X-Request-ID) are the client's words.
+    """
+
+    mount: str
+    method: str
+    target: str
+    client: str
+    status: int | None
+    sent: int
+    whole: bool
+    seconds: float
+    job_id: str
+    request_id: str
