@@ -52,6 +52,9 @@ logger = logging.getLogger("blastdoor")
 
 KEEP_ALIVE: Final = 5.0
 HEAD_SECONDS: Final = 10.0
+DRAINING_SECONDS: Final = 1.0
+"""Of a connection that was made as the front began to drain: what it has sent by then is answered."""
+
 MOST_HEAD: Final = 64 * 1024
 PIPELINED: Final = 256
 LINGER: Final = 5.0
@@ -147,7 +150,7 @@ class Connection(asyncio.Protocol):
             self._state = State.OVER
             transport.abort()
             return
-        self._enter(State.IDLE, HEAD_SECONDS)
+        self._enter(State.IDLE, DRAINING_SECONDS if self._front.draining else HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         """Take what has come, of what completes nothing no more than there may be."""

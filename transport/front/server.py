@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol
@@ -16,6 +17,12 @@ from transport.problem_details import refusal
 
 SURPLUS: Final = 100
 """How many connections beyond the limit are answered with a 503; more are dropped at once."""
+
+_EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+"""Errors of accept(2) that pass: somebody has to close something first."""
+
+_ACCEPT_PAUSE: Final = 1.0
+"""Seconds until the next try then."""
 
 _BACKLOG: Final = 2048
 """Connections that the kernel keeps until they are accepted (listen(2))."""
@@ -54,36 +61,82 @@ class Front:
         self._make = make
         self._most = most
         self._deadlines: dict[float, Deadlines] = {}
-        self._servers: list[asyncio.Server] = []
+        self._listeners: list[socket.socket] = []
+        self._arriving: set[asyncio.Task[object]] = set()
+        self._pause: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
 
-    async def listen(self, sockets: Iterable[socket.socket]) -> None:
-        """Accept connections at these sockets, from now on."""
+    def listen(self, sockets: Iterable[socket.socket]) -> None:
+        """Accept connections at these sockets, from now on. They are closed by whoever has made them."""
         for sock in sockets:
-            made = await self.loop.create_server(lambda: Connection(self), sock=sock, backlog=_BACKLOG)
-            self._servers.append(made)
+            sock.setblocking(False)
+            sock.listen(_BACKLOG)
+            self._listeners.append(sock)
+        self._begin_accepting()
 
     def drain(self) -> None:
         """Accept nothing more, end the idle connections, and each other one after its answer."""
         self.draining = True
-        for server in self._servers:
-            server.close()
+        self._stop_accepting()
         for connection in list(self.connections):
             connection.shut_down()
-        if not self.connections:
-            self._empty.set()
 
     async def wait_closed(self, seconds: float) -> None:
         """After `drain`: until there is no connection, or so many seconds; those that are left are broken off."""
+        if self._arriving:
+            await asyncio.wait(self._arriving)
         try:
-            await asyncio.wait_for(self._empty.wait(), seconds)
+            await asyncio.wait_for(self._wait_empty(), seconds)
         except TimeoutError:
             for connection in list(self.connections):
                 connection.abort()
-            await self._empty.wait()
+            await self._wait_empty()
         self.stalls.close()
         for deadlines in self._deadlines.values():
             deadlines.close()
+
+    async def _wait_empty(self) -> None:
+        while self.connections:
+            self._empty.clear()
+            await self._empty.wait()
+
+    # -- accepting -----------------------------------------------------------------------------------
+
+    def _begin_accepting(self) -> None:
+        self._pause = None
+        for listener in self._listeners:
+            self.loop.add_reader(listener, self._accept, listener)
+
+    def _stop_accepting(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        for listener in self._listeners:
+            self.loop.remove_reader(listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Take a connection: one at a time, so that other processes at the same socket get theirs."""
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in _EXHAUSTED:
+                raise
+            self.loop.call_exception_handler({"message": "a connection can't be accepted", "exception": error})
+            self._stop_accepting()
+            self._pause = self.loop.call_later(_ACCEPT_PAUSE, self._begin_accepting)
+            return
+        sock.setblocking(False)
+        task = self.loop.create_task(self._take_in(sock))
+        self._arriving.add(task)
+        task.add_done_callback(self._arriving.discard)
+
+    async def _take_in(self, sock: socket.socket) -> None:
+        try:
+            await self.loop.connect_accepted_socket(lambda: Connection(self), sock)
+        except OSError:  # it has gone already
+            sock.close()
 
     # -- for its connections -------------------------------------------------------------------------
 

@@ -247,8 +247,8 @@ class Service:
             if self.admin_socket is not None:
                 pages = make_admin(self.status, self.registry, self.admin_socket.getsockname()[0])
                 fronts.append(Front(pages, most=_ADMIN_CONNECTIONS, send_timeout=_ADMIN_PATIENCE))
-                await fronts[1].listen([self.admin_socket])
-            await fronts[0].listen(self.sockets)
+                fronts[1].listen([self.admin_socket])
+            fronts[0].listen(self.sockets)
             self.front = fronts[0]
             if settings.reload:
                 self._spawn(self._reload_on_changes())
