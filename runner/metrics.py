@@ -9,9 +9,9 @@ Names and units follow Prometheus: seconds, bytes, `_total`. Needs prometheus_cl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -24,12 +24,10 @@ from .events import (
     WorkerEnded,
     WorkerReady,
 )
+from .metric_families import Counters, Histograms
 
 if TYPE_CHECKING:
     from .protocols import AnyPool
-
-SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-"""Buckets of times: from a small round trip to a long stream."""
 
 
 class PoolMetrics(Collector):
@@ -37,42 +35,23 @@ class PoolMetrics(Collector):
 
     def __init__(self, registry: CollectorRegistry) -> None:
         who = ("pool", "provider")
-        self._jobs = Histogram(
+        self._jobs = Histograms(
+            registry,
             "blastdoor_job_duration_seconds",
             "Time from a worker's taking a job to its end, by how it ended.",
             (*who, "outcome"),
-            buckets=SECONDS,
-            registry=registry,
         )
-        self._waits = Histogram(
-            "blastdoor_job_wait_seconds",
-            "Time that a job waited for a worker.",
-            who,
-            buckets=SECONDS,
-            registry=registry,
+        self._waits = Histograms(registry, "blastdoor_job_wait_seconds", "Time that a job waited for a worker.", who)
+        self._heads = Histograms(
+            registry, "blastdoor_job_head_seconds", "Time to the head of a response whose body was still to come.", who
         )
-        self._heads = Histogram(
-            "blastdoor_job_head_seconds",
-            "Time to the head of a response whose body was still to come.",
-            who,
-            buckets=SECONDS,
-            registry=registry,
+        self._refused = Counters(registry, "blastdoor_jobs_refused_total", "Callers that got no worker.", who)
+        self._starts = Histograms(
+            registry, "blastdoor_worker_start_seconds", "Time from the order of a worker to its readiness.", ("pool",)
         )
-        self._refused = Counter("blastdoor_jobs_refused_total", "Callers that got no worker.", who, registry=registry)
-        self._starts = Histogram(
-            "blastdoor_worker_start_seconds",
-            "Time from the order of a worker to its readiness.",
-            ("pool",),
-            buckets=SECONDS,
-            registry=registry,
+        self._ends = Counters(
+            registry, "blastdoor_worker_ends_total", "Workers that ended, by signal or exit code.", ("pool", "how")
         )
-        self._ends = Counter(
-            "blastdoor_worker_ends_total",
-            "Workers that ended, by signal or exit code.",
-            ("pool", "how"),
-            registry=registry,
-        )
-        self._children: dict[tuple[object, ...], Histogram] = {}
         self._pools: list[tuple[str, AnyPool]] = []
         registry.register(self)
 
@@ -105,25 +84,17 @@ class PoolMetrics(Collector):
             memory.add_metric((name,), sum(worker.rss for pool in together for worker in pool.workers()))
         return workers, waiting, memory
 
-    def _child(self, histogram: Histogram, *labels: str) -> Histogram:
-        """The one with these labels: looking it up in the library costs as much as counting does."""
-        key = (id(histogram), *labels)
-        child = self._children.get(key)
-        if child is None:
-            child = self._children[key] = histogram.labels(*labels)
-        return child
-
     def _count(self, pool: str, event: Event) -> None:
         if isinstance(event, JobEnded):
-            self._child(self._jobs, pool, event.provider, event.outcome).observe(event.seconds)
+            self._jobs.of((pool, event.provider, event.outcome)).observe(event.seconds)
         elif isinstance(event, JobStarted):
-            self._child(self._waits, pool, event.provider).observe(event.waited)
+            self._waits.of((pool, event.provider)).observe(event.waited)
         elif isinstance(event, JobAnswered):
-            self._child(self._heads, pool, event.provider).observe(event.seconds)
+            self._heads.of((pool, event.provider)).observe(event.seconds)
         elif isinstance(event, JobRefused):
-            self._refused.labels(pool, event.provider).inc()
+            self._refused.add((pool, event.provider))
         elif isinstance(event, WorkerReady):
-            self._starts.labels(pool).observe(event.seconds)
+            self._starts.of((pool,)).observe(event.seconds)
         elif isinstance(event, WorkerEnded):
             how = event.signal or ("unknown" if event.exit_code is None else f"exit {event.exit_code}")
-            self._ends.labels(pool, how).inc()
+            self._ends.add((pool, how))

@@ -19,8 +19,11 @@ def seen(
     """Client and scheme as the app is told."""
     headers = [("x-forwarded-for", hop) for hop in hops]
     headers += [("x-forwarded-proto", proto)] if proto else []
-    peer = None if client is None else (client, 5)
-    found, scheme = Forwarded(trusted, unix=unix).resolve(peer, headers)
+    forwarded = Forwarded(trusted, unix=unix)
+    found, behind_proxy = forwarded.peer(None if client is None else (client, 5))
+    scheme = "http"
+    if behind_proxy:
+        found, scheme = forwarded.resolve(found, headers)
     return found and found[0], scheme
 
 

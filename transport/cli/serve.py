@@ -42,7 +42,12 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     logging.getLogger("watchfiles").setLevel(max(level, logging.WARNING))
     settings.connections = _make_room(settings.connections)
     try:
-        asyncio.run(Service(settings, read).run())
+        if os.environ.get("UV"):
+            import uvloop
+
+            uvloop.run(Service(settings, read).run())
+        else:
+            asyncio.run(Service(settings, read).run())
     except KeyboardInterrupt:
         pass  # before it had started: what it had begun is ended by now
 

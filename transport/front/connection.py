@@ -103,6 +103,7 @@ class Connection(asyncio.Protocol):
         self._deadline: Deadlines | None = None
         self._refusal: _NoRequest | None = None
         self._client: tuple[str, int] | None = None
+        self._behind_proxy = False
         self._server = ("localhost", 80)
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -138,12 +139,13 @@ class Connection(asyncio.Protocol):
 
     # -- asyncio.Protocol ----------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # of a stream
         """A client has connected."""
-        assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self.write = transport.write
         self._client = _address(transport.get_extra_info("peername"))
+        if self._front.forwarded is not None:
+            self._client, self._behind_proxy = self._front.forwarded.peer(self._client)
         self._server = _address(transport.get_extra_info("sockname")) or self._server
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of anything that has not left
         if not self._front.add(self):
@@ -269,7 +271,7 @@ class Connection(asyncio.Protocol):
         path = target.partition("?")[0]
         front = self._front
         scheme, client = "http", self._client
-        if front.forwarded is not None:
+        if self._behind_proxy and front.forwarded is not None:
             client, scheme = front.forwarded.resolve(client, headers)
         asked = Asked(method, path, target, headers, scheme, self._server, client, framing)
         http_1_0 = version == "1.0"

@@ -60,17 +60,19 @@ class Forwarded:
             return True
         return address is not None and any(address in network for network in self._networks)
 
+    def peer(self, peer: tuple[str, int] | None) -> tuple[tuple[str, int] | None, bool]:
+        """The other end of a connection as it is shown, None on a unix socket; and whether it is a trusted proxy."""
+        address = None
+        if peer and (address := parse_ip(peer[0])) is not None:
+            peer = str(address), peer[1]
+        return peer, self._unix or self.trusts(address)
+
     def resolve(self, client: tuple[str, int] | None, headers: Iterable[Header]) -> tuple[tuple[str, int] | None, str]:
-        """The client's address and the scheme, as far as the peer `client` and these headers tell.
+        """The client's address and the scheme, as these headers of a trusted proxy tell; `client` is its own.
 
         Names of headers are in small letters.
         """
         scheme = "http"
-        peer = None
-        if client and (peer := parse_ip(client[0])) is not None:
-            client = str(peer), client[1]
-        if not self._unix and not self.trusts(peer):
-            return client, scheme
         hops: list[str] = []
         for name, value in headers:
             if name == "x-forwarded-for":

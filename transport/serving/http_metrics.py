@@ -5,9 +5,9 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Gauge
 
-from runner.metrics import SECONDS
+from runner.metric_families import Counters, Histograms
 
 if TYPE_CHECKING:
     from transport.gateway.finished import RequestFinished
@@ -17,49 +17,41 @@ METHODS: Final = frozenset(("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATC
 """Others are counted as `_OTHER`: a client must not make up labels."""
 
 
-_STATUSES: Final = frozenset(HTTPStatus)
+_STATUSES: Final = {status.value: str(status.value) for status in HTTPStatus}
 """Others are counted by their class: a handler must not make up labels either."""
-
-
-def _class_of(status: int | None) -> str | None:
-    return None if status is None else f"{status // 100}xx"
 
 
 class RequestMetrics:
     """Counts what a gateway has answered."""
 
     def __init__(self, gateway: Router, registry: CollectorRegistry) -> None:
-        self._durations = Histogram(
+        self._durations = Histograms(
+            registry,
             "http_server_request_duration_seconds",
             "Time from a request's head to the end of its answer.",
             ("http_request_method", "http_response_status_code", "http_route"),
-            buckets=SECONDS,
-            registry=registry,
         )
-        self._cut = Counter(
+        self._cut = Counters(
+            registry,
             "blastdoor_answers_cut_off_total",
             "Answers that were not sent whole: broken off, or left by their client.",
             ("http_route",),
-            registry=registry,
         )
-        self._sent = Counter(
-            "blastdoor_answer_body_bytes_total", "Bytes of answers' bodies.", ("http_route",), registry=registry
+        self._sent = Counters(
+            registry, "blastdoor_answer_body_bytes_total", "Bytes of answers' bodies.", ("http_route",)
         )
-        # Looking a child up by its labels costs as much as counting does.
-        self._children: dict[tuple[str, int | str | None, str], tuple[Histogram, Counter]] = {}
         active = Gauge("http_server_active_requests", "Requests under way.", registry=registry)
         active.set_function(lambda: gateway.active)
         gateway.subscribe(self._count)
 
     def _count(self, answered: RequestFinished) -> None:
-        method = answered.method if answered.method in METHODS else "_OTHER"
-        key = method, answered.status if answered.status in _STATUSES else _class_of(answered.status), answered.mount
-        children = self._children.get(key)
-        if children is None:
-            status = "" if key[1] is None else str(key[1])
-            duration = self._durations.labels(method, status, answered.mount)
-            children = self._children[key] = duration, self._sent.labels(answered.mount)
-        children[0].observe(answered.seconds)
-        children[1].inc(answered.sent)
+        status = answered.status
+        labels = (
+            answered.method if answered.method in METHODS else "_OTHER",
+            "" if status is None else _STATUSES.get(status) or f"{status // 100}xx",
+            answered.mount,
+        )
+        self._durations.of(labels).observe(answered.seconds)
+        self._sent.add((answered.mount,), answered.sent)
         if not answered.whole:
-            self._cut.labels(answered.mount).inc()
+            self._cut.add((answered.mount,))
