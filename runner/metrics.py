@@ -8,6 +8,7 @@ Names and units follow Prometheus: seconds, bytes, `_total`. Needs prometheus_cl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ class PoolMetrics(Collector):
     def watch(self, name: str, pool: AnyPool) -> Callable[[], None]:
         """Count what happens in a pool, under this name, which several may share; gives what ends that."""
         self._pools.append((name, pool))
-        unsubscribe = pool.subscribe(lambda event: self._count(name, event))
+        unsubscribe = pool.subscribe(functools.partial(self._count, name))
 
         def end() -> None:
             unsubscribe()

@@ -368,7 +368,6 @@ class Pool(Startable):
         self,
         listener: Listener,
         request: Request,
-        *,
         poller: Poller,
         upload: Upload | None = None,
         context: JobContext = _NO_CONTEXT,

@@ -14,6 +14,7 @@ from .round_trip import RequestNotTaken
 
 if TYPE_CHECKING:
     from ..model.request import Request, Upload
+    from ..platform.deadlines import Deadline
     from ..supervision.record import Worker
     from ..wire.messages import JobContext
     from .callback_job import Listener
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class CallbackDispatch(Dispatch):
     """A request on its way to a worker, then its job. Used in the loop's thread only."""
 
-    __slots__ = ("_job", "_listener", "_over", "_paused", "_poller", "_start_over", "_tries", "_waiter")
+    __slots__ = ("_deadline", "_job", "_listener", "_over", "_paused", "_poller", "_start_over", "_tries", "_waiter")
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class CallbackDispatch(Dispatch):
         self._tries = MAX_TRIES
         self._waiter: CallbackWaiter[Worker] | None = None
         self._job: CallbackJob | None = None
+        self._deadline: Deadline | None = None
         self._over = self._paused = False
 
     @property
@@ -65,7 +67,7 @@ class CallbackDispatch(Dispatch):
         waiter, job = self._waiter, self._job
         self._waiter = self._job = None
         if waiter is not None:
-            self._stop_waiting(waiter)
+            self._stop_waiting()
             self._supervisor.leases.withdraw(waiter)
         if job is not None:
             job.leave(cause or JobClosed("close() was called"))
@@ -98,14 +100,14 @@ class CallbackDispatch(Dispatch):
             return
         self._waiter = waiter
         if self.lease_timeout is not None:
-            self._poller.after(self.lease_timeout).start(waiter, self._on_lease_time_up)
+            self._deadline = self._poller.after(self.lease_timeout).start(self._on_lease_time_up)
 
     def _on_found(self) -> None:
         """A worker was found, or is not to be had any more."""
         waiter, self._waiter = self._waiter, None
         if waiter is None or self._over:
             return
-        self._stop_waiting(waiter)
+        self._stop_waiting()
         try:
             worker = waiter.result()
         except Exception as error:  # noqa: BLE001 - it is the listener's
@@ -124,9 +126,10 @@ class CallbackDispatch(Dispatch):
             self._waiter = None
             self.failed(error)
 
-    def _stop_waiting(self, waiter: CallbackWaiter[Worker]) -> None:
-        if self.lease_timeout is not None:
-            self._poller.after(self.lease_timeout).cancel(waiter)
+    def _stop_waiting(self) -> None:
+        deadline, self._deadline = self._deadline, None
+        if deadline is not None:
+            deadline.cancel()
 
     # -- the job -------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from .round_trip import EXIT_LIMIT, TAIL_PATIENCE, RequestNotTaken, RoundTrip
 
 if TYPE_CHECKING:
+    from ..platform.deadlines import Deadline
     from ..supervision.record import Worker
     from ..wire.messages import ResponseHead
     from .callback_dispatch import CallbackDispatch
@@ -44,7 +45,7 @@ class Listener(Protocol):
 class CallbackJob(RoundTrip):
     """A request in a worker, and its response: the twin of `Job` for callbacks."""
 
-    __slots__ = ("_call", "_deaf", "_listener", "_poller", "_told", "_waits_for_room")
+    __slots__ = ("_call", "_deadline", "_deaf", "_listener", "_patience_over", "_poller", "_told", "_waits_for_room")
 
     def __init__(
         self,
@@ -58,6 +59,8 @@ class CallbackJob(RoundTrip):
         self._poller = poller
         self._listener = listener
         self._told = self._deaf = self._waits_for_room = False
+        self._deadline: Deadline | None = None
+        self._patience_over: Deadline | None = None
         super().__init__(worker, supervisor, call)
 
     def begin(self) -> None:
@@ -67,7 +70,7 @@ class CallbackJob(RoundTrip):
             self._send_request(self._call)
             self._poller.listen(self, self._channel)
             if self._wall_seconds:
-                self._poller.after(self._wall_seconds).start(self, self._on_time_up)
+                self._deadline = self._poller.after(self._wall_seconds).start(self._on_time_up)
             if self._uploading:
                 self._serve_upload()
         except BaseException as error:
@@ -140,7 +143,7 @@ class CallbackJob(RoundTrip):
         self._supervisor.leases.kill(self._worker)  # one that lives on without its pipe is of no use
         self._poller.leave_answer(self._channel)
         if not self._worker.dead:
-            self._poller.after(EXIT_LIMIT).start(self, lambda: self._guard(self._end_with_worker))
+            self._patience_over = self._poller.after(EXIT_LIMIT).start(lambda: self._guard(self._end_with_worker))
 
     def _end_with_worker(self) -> None:
         self._raise_worker_death()
@@ -168,7 +171,7 @@ class CallbackJob(RoundTrip):
         if failed:
             self._check_end()
         elif not ended and exchange.complete and not self._uploading and not self._settled:
-            self._poller.after(TAIL_PATIENCE).start(self._exchange, self._on_tail_time_up)
+            self._patience_over = self._poller.after(TAIL_PATIENCE).start(self._on_tail_time_up)
 
     def _serve_upload(self) -> None:
         """Send on what there is of the request's body, as far as the worker takes it."""
@@ -215,8 +218,7 @@ class CallbackJob(RoundTrip):
 
     def _stop(self) -> None:
         self._poller.unlisten(self, self._channel)
-        if self._wall_seconds:
-            self._poller.after(self._wall_seconds).cancel(self)
-        if self._deaf:
-            self._poller.after(EXIT_LIMIT).cancel(self)
-        self._poller.after(TAIL_PATIENCE).cancel(self._exchange)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._patience_over is not None:
+            self._patience_over.cancel()

@@ -1,55 +1,79 @@
 """Calling back after a fixed time, for an asyncio loop: as many as there are for the price of one timer.
 
-A loop's own timer is a heap's entry, which stays in the heap when it is cancelled. Here all wait equally long, so that
-they stand in a queue, and one that is cancelled leaves it at once.
+A loop's own timer is an entry of a heap, which stays there when it is cancelled. Here all wait equally long, so that
+they stand in a queue.
 """
 
 from __future__ import annotations
 
+import time
 from asyncio import AbstractEventLoop, TimerHandle
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable
+from typing import Final
+
+_SPARE: Final = 256
+"""Entries that may be there beyond twice those that count, before the others are thrown away."""
+
+
+class Deadline:
+    """One callback to come."""
+
+    __slots__ = ("_deadlines", "at", "callback")
+
+    def __init__(self, deadlines: Deadlines, at: float, callback: Callable[[], object]) -> None:
+        self._deadlines = deadlines
+        self.at = at
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        """It does not come, if it has not."""
+        if self.callback is not None:
+            self.callback = None
+            self._deadlines.alive -= 1
 
 
 class Deadlines:
     """Callbacks that come `seconds` after they were asked for, in the loop's thread. They must not raise."""
 
-    __slots__ = ("_clock", "_loop", "_timer", "_waiting", "seconds")
+    __slots__ = ("_loop", "_queue", "_timer", "alive", "seconds")
 
     def __init__(self, loop: AbstractEventLoop, seconds: float) -> None:
         self._loop = loop
-        self._clock = loop.time
         self.seconds = seconds
-        self._waiting: OrderedDict[object, tuple[float, Callable[[], object]]] = OrderedDict()
+        self.alive = 0
+        self._queue: deque[Deadline] = deque()
         self._timer: TimerHandle | None = None
 
-    def start(self, key: object, callback: Callable[[], object]) -> None:
-        """Have `callback` called; `key` may have no other under way here."""
-        at = self._clock() + self.seconds
-        self._waiting[key] = at, callback
+    def start(self, callback: Callable[[], object]) -> Deadline:
+        """Have `callback` called."""
+        deadline = Deadline(self, time.monotonic() + self.seconds, callback)
+        queue = self._queue
+        self.alive += 1
+        queue.append(deadline)
         if self._timer is None:
-            self._timer = self._loop.call_at(at, self._look)
-
-    def cancel(self, key: object) -> None:
-        """Have it called no more, if it is still to come."""
-        self._waiting.pop(key, None)
+            self._timer = self._loop.call_later(self.seconds, self._look)
+        elif len(queue) > 2 * self.alive + _SPARE:
+            self._queue = deque(waiting for waiting in queue if waiting.callback is not None)
+        return deadline
 
     def close(self) -> None:
         """Call nothing any more."""
-        self._waiting.clear()
+        self._queue.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _look(self) -> None:
         self._timer = None
-        waiting = self._waiting
-        now = self._clock()
-        while waiting:
-            key = next(iter(waiting))
-            at, callback = waiting[key]
-            if at > now:
-                self._timer = self._loop.call_at(at, self._look)
+        now = time.monotonic()
+        while self._queue:
+            deadline = self._queue[0]
+            callback = deadline.callback
+            if callback is not None and deadline.at > now:
+                self._timer = self._loop.call_later(deadline.at - now, self._look)
                 return
-            del waiting[key]
-            callback()
+            self._queue.popleft()
+            if callback is not None:
+                deadline.cancel()
+                callback()

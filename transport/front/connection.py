@@ -27,9 +27,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum, auto
@@ -44,13 +46,14 @@ from transport.gateway.router import Asked
 from transport.problem_details import refusal
 
 if TYPE_CHECKING:
-    from runner.platform.deadlines import Deadlines
+    from runner.platform.deadlines import Deadline
     from transport.front.exchange import Exchange
     from transport.front.server import Front
 
 logger = logging.getLogger("blastdoor")
 
 KEEP_ALIVE: Final = 5.0
+_TICK: Final = 0.25
 HEAD_SECONDS: Final = 10.0
 DRAINING_SECONDS: Final = 1.0
 """Of a connection that was made as the front began to drain: what it has sent by then is answered."""
@@ -65,6 +68,7 @@ PROBE_SECONDS: Final = 5.0
 AHEAD: Final = 64 * 1024
 """Bytes of a body that may wait to be taken; then nothing is read."""
 
+_LONG_HEAD: Final = f"the request's head is over {MOST_HEAD} bytes"
 _ZERO: Final = b"0"
 _METHOD: Final = re.compile(rb"(?:\r\n)*[!#$%&'*+\-.^_`|~0-9A-Za-z]+ ")
 _RESET: Final = struct.pack("ii", 1, 0)
@@ -100,7 +104,10 @@ class Connection(asyncio.Protocol):
         self._exchanges: deque[Exchange] = deque()
         self._incoming: Exchange | None = None
         self._state = State.HEAD
-        self._deadline: Deadlines | None = None
+        self._deadline: Deadline | None = None
+        self._stall: Deadline | None = None
+        self._idle_since = 0.0
+        self._idle_timer: Deadline | None = None
         self._refusal: _NoRequest | None = None
         self._client: tuple[str, int] | None = None
         self._behind_proxy = False
@@ -200,7 +207,9 @@ class Connection(asyncio.Protocol):
         """The connection is over: whoever works for this client is told."""
         self._state = State.OVER
         self._end_deadline()
-        self._front.stalls.cancel(self)
+        self._end_stall()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         if self._watch is not None:
             self._watch.end()
         if self._next_probe is not None:
@@ -215,15 +224,15 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Something waits to be sent: it has to leave."""
-        self._front.stalls.cancel(self)
-        self._front.stalls.start(self, self._transport.abort)
+        self._end_stall()
+        self._stall = self._front.stalls.start(self._transport.abort)
         self._held = True
         if self._exchanges:
             self._exchanges[0].hold()
 
     def resume_writing(self) -> None:
         """All has left."""
-        self._front.stalls.cancel(self)
+        self._end_stall()
         self._held = False
         if self._exchanges:
             self._exchanges[0].go_on()
@@ -245,12 +254,16 @@ class Connection(asyncio.Protocol):
         """A piece of the target."""
         if not self._replaying:
             self._url += url
-            self._add_to_head(len(url))
+            self._head_size += len(url)
+            if self._head_size > MOST_HEAD:
+                raise _NoRequest(431, _LONG_HEAD)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; or a trailer, which no handler may take for one."""
         if self._in_head:
-            self._add_to_head(len(name) + len(value) + 4)
+            self._head_size += len(name) + len(value) + 4
+            if self._head_size > MOST_HEAD:
+                raise _NoRequest(431, _LONG_HEAD)
             self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -275,13 +288,13 @@ class Connection(asyncio.Protocol):
             client, scheme = front.forwarded.resolve(client, headers)
         asked = Asked(method, path, target, headers, scheme, self._server, client, framing)
         http_1_0 = version == "1.0"
-        exchange = front.take(
-            self,
-            asked,
-            keep_alive=not http_1_0 and parser.should_keep_alive(),
-            http_1_0=http_1_0,
-            expects=not http_1_0 and framing != 0 and asked.header("expect").lower() == "100-continue",
-        )
+        exchange = front.take(self, asked)
+        if http_1_0:
+            exchange.http_1_0 = True
+        else:
+            exchange.keep_alive = parser.should_keep_alive()
+            if framing != 0:
+                exchange.expects = asked.header("expect").lower() == "100-continue"
         self._incoming = exchange
         self._exchanges.append(exchange)
 
@@ -368,7 +381,8 @@ class Connection(asyncio.Protocol):
             current = exchanges[0]
             if not current.begun:
                 current.begun = True
-                self._end_deadline()
+                if self._deadline is not None:
+                    self._end_deadline()
                 self._state = State.ANSWER if current.whole else State.BODY
                 if self._held:
                     current.hold()
@@ -387,16 +401,11 @@ class Connection(asyncio.Protocol):
         elif self._in_head:
             self._enter(State.HEAD, HEAD_SECONDS)
         else:
-            self._enter(State.IDLE, KEEP_ALIVE)
+            self._idle()
         if not self._reading:
             self.update_reading()
 
     # -- what is no request --------------------------------------------------------------------------
-
-    def _add_to_head(self, size: int) -> None:
-        self._head_size += size
-        if self._head_size > MOST_HEAD:
-            raise _NoRequest(431, f"the request's head is over {MOST_HEAD} bytes")
 
     def _check_head(self, version: str) -> tuple[list[Header], int | None]:
         """The headers, names in small letters, and the body's length, None where it has chunks. Refuse what the parser
@@ -509,13 +518,33 @@ class Connection(asyncio.Protocol):
     def _enter(self, state: State, seconds: float) -> None:
         self._state = state
         self._end_deadline()
-        deadline = self._deadline = self._front.after(seconds)
-        deadline.start(self, self._on_time_up)
+        self._deadline = self._front.after(seconds).start(self._on_time_up)
+
+    def _idle(self) -> None:
+        """Nothing is under way. The time of the last request's idleness runs on, and is looked at when it is up."""
+        self._state = State.IDLE
+        self._idle_since = time.monotonic()
+        if self._idle_timer is None:
+            self._idle_timer = self._front.after(KEEP_ALIVE).start(self._on_idle_time_up)
+
+    def _on_idle_time_up(self) -> None:
+        self._idle_timer = None
+        if self._state is State.IDLE:
+            left = self._idle_since + KEEP_ALIVE - time.monotonic()
+            if left <= _TICK:
+                self._close()
+            else:
+                self._deadline = self._front.after(math.ceil(left / _TICK) * _TICK).start(self._on_time_up)
 
     def _end_deadline(self) -> None:
         if self._deadline is not None:
-            self._deadline.cancel(self)
+            self._deadline.cancel()
             self._deadline = None
+
+    def _end_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def _on_time_up(self) -> None:
         self._deadline = None

@@ -24,34 +24,16 @@ class Exchange(ABC):
     on (RFC 9110, 10.1.1).
     """
 
-    __slots__ = (
-        "asked",
-        "begun",
-        "complete",
-        "connection",
-        "expects",
-        "framing",
-        "http_1_0",
-        "keep_alive",
-        "over",
-        "sent",
-        "started",
-        "status",
-        "whole",
-    )
+    # Most of it stays as it is here: what each request need not set is not set.
+    keep_alive = http_1_0 = expects = False
+    begun = whole = started = complete = over = False
+    framing = Framing.NONE
+    status: int | None = None
+    sent = 0
 
-    def __init__(
-        self, connection: Connection, asked: Asked, *, keep_alive: bool, http_1_0: bool, expects: bool
-    ) -> None:
+    def __init__(self, connection: Connection, asked: Asked) -> None:
         self.connection = connection
         self.asked = asked
-        self.keep_alive = keep_alive
-        self.http_1_0 = http_1_0
-        self.expects = expects
-        self.begun = self.whole = self.started = self.complete = self.over = False
-        self.framing = Framing.NONE
-        self.status: int | None = None
-        self.sent = 0
 
     # -- what comes ----------------------------------------------------------------------------------
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from asyncio import TimerHandle
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
+from runner import Pool
 from runner.errors import InvalidRequest, JobClosed, JobFailed, PoolClosed, PoolForked, StartError
 from runner.jobs.pushed_upload import PushedUpload
 from runner.model.request import INLINE
@@ -23,6 +23,7 @@ from transport.problem_details import refusal
 
 if TYPE_CHECKING:
     from runner.jobs.poller import Poller
+    from runner.model.request import Request
     from runner.protocols import AnyPool
     from runner.wire.messages import ResponseHead
     from transport.front.connection import Connection
@@ -52,48 +53,23 @@ class Running(Protocol):
 class PoolExchange(Exchange):
     """A request that goes to the pool of its mount. It is the `Listener` of its job."""
 
-    __slots__ = (
-        "_call",
-        "_held",
-        "_job_id",
-        "_mount",
-        "_patience",
-        "_pieces",
-        "_poller",
-        "_pool",
-        "_received",
-        "_router",
-        "_running",
-        "_span",
-        "_timer",
-        "_upload",
-    )
+    _mount = _job_id = ""
+    _span: Span | None = None
+    _call: Call | None = None
+    _pool: AnyPool | None = None
+    _running: Running | None = None
+    _upload: PushedUpload | None = None
+    _pieces: list[bytes] | None = None
+    _received = 0
+    _patience: Patience | None = None
+    _timer: TimerHandle | None = None
+    _held = False
 
-    def __init__(
-        self,
-        connection: Connection,
-        asked: Asked,
-        router: Router,
-        poller: Poller,
-        *,
-        keep_alive: bool,
-        http_1_0: bool,
-        expects: bool,
-    ) -> None:
-        super().__init__(connection, asked, keep_alive=keep_alive, http_1_0=http_1_0, expects=expects)
+    def __init__(self, router: Router, poller: Poller, connection: Connection, asked: Asked) -> None:
+        self.connection = connection
+        self.asked = asked
         self._router = router
         self._poller = poller
-        self._mount = self._job_id = ""
-        self._span: Span | None = None
-        self._call: Call | None = None
-        self._pool: AnyPool | None = None
-        self._running: Running | None = None
-        self._upload: PushedUpload | None = None
-        self._pieces: list[bytes] | None = None
-        self._received = 0
-        self._patience: Patience | None = None
-        self._timer: TimerHandle | None = None
-        self._held = False
 
     # -- Exchange ------------------------------------------------------------------------------------
 
@@ -111,7 +87,7 @@ class PoolExchange(Exchange):
         length = asked.length
         if self._is_too_large:
             self._fail(BodyTooLarge())
-        elif self.whole or length is None or length > INLINE or not length:
+        elif not length or self.whole or length > INLINE:
             self._open()
         else:
             self._await_body()
@@ -136,7 +112,8 @@ class PoolExchange(Exchange):
         """All of the request has come."""
         if not self.begun or self.over:
             return
-        self._waited(0)
+        if self._timer is not None:
+            self._waited(0)
         if self._upload is not None:
             self._upload.end()
         elif self._running is None and self._call is not None:
@@ -175,7 +152,8 @@ class PoolExchange(Exchange):
 
     def finish(self) -> None:
         """Tell of it."""
-        self._end_timer()
+        if self._timer is not None:
+            self._end_timer()
         if self._upload is not None:
             self._upload.close()
         self._running = self._pieces = None
@@ -204,19 +182,25 @@ class PoolExchange(Exchange):
                 if self.whole:
                     upload.end()
                 self._pieces = None
-        open_for = getattr(pool, "open_for", None)
         try:
-            with self._span.active() if self._span is not None else nullcontext():
-                if open_for is not None:
-                    running = open_for(self, request, poller=self._poller, upload=upload, context=call.context)
-                else:
-                    running = TaskCall(pool, request, upload, call.context, self, self._poller.loop)
-                self._running = running
-                if self._held:
-                    running.pause()
-                running.begin()
+            if self._span is None:
+                self._begin(pool, request, upload, call)
+            else:
+                with self._span.active():
+                    self._begin(pool, request, upload, call)
         except (InvalidRequest, PoolClosed, PoolForked, StartError) as error:
             self.on_failure(error)
+
+    def _begin(self, pool: AnyPool, request: Request, upload: PushedUpload | None, call: Call) -> None:
+        running: Running
+        if isinstance(pool, Pool):
+            running = pool.open_for(self, request, self._poller, upload, call.context)
+        else:
+            running = TaskCall(pool, request, upload, call.context, self, self._poller.loop)
+        self._running = running
+        if self._held:
+            running.pause()
+        running.begin()
 
     def on_head(self, head: ResponseHead, data: bytes, *, ended: bool) -> None:
         """The head of the job's response is there."""

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import Callable, Iterable
-from typing import Final, Protocol
+from typing import Final
 
 from runner.platform.deadlines import Deadlines
 from transport.front.connection import Connection
@@ -28,12 +28,8 @@ _BACKLOG: Final = 2048
 """Connections that the kernel keeps until they are accepted (listen(2))."""
 
 
-class MakeExchange(Protocol):
-    """What makes the exchange that answers a request."""
-
-    def __call__(
-        self, connection: Connection, asked: Asked, *, keep_alive: bool, http_1_0: bool, expects: bool
-    ) -> Exchange: ...
+MakeExchange = Callable[[Connection, Asked], Exchange]
+"""What makes the exchange that answers a request."""
 
 
 class Front:
@@ -151,12 +147,11 @@ class Front:
         if self.draining and not self.connections:
             self._empty.set()
 
-    def take(
-        self, connection: Connection, asked: Asked, *, keep_alive: bool, http_1_0: bool, expects: bool
-    ) -> Exchange:
+    def take(self, connection: Connection, asked: Asked) -> Exchange:
         """A request of a connection's: what answers it."""
-        make = self._make if len(self.connections) <= self._most else _Busy
-        return make(connection, asked, keep_alive=keep_alive, http_1_0=http_1_0, expects=expects)
+        if len(self.connections) <= self._most:
+            return self._make(connection, asked)
+        return _Busy(connection, asked)
 
     def after(self, seconds: float) -> Deadlines:
         """What calls back after so many seconds."""

@@ -38,6 +38,8 @@ HOP_BY_HOP: Final = frozenset(
 )
 """Headers of one connection only (RFC 9110, 7.6.1); trailers are not passed on."""
 
+_has_none: Final = HOP_BY_HOP.isdisjoint
+
 MOST: Final = 599
 """The highest status code of HTTP (RFC 9110, 15)."""
 
@@ -253,7 +255,7 @@ class Router:
 def end_to_end(headers: list[Header]) -> list[Header]:
     """The headers that are passed on: all but those of the connection that they came on (RFC 9110, 7.6.1)."""
     names = [name.lower() for name, _ in headers]
-    if HOP_BY_HOP.isdisjoint(names):
+    if _has_none(names):
         return headers
     dropped = set(HOP_BY_HOP)
     for name, (_, value) in zip(names, headers, strict=True):

@@ -72,28 +72,22 @@ def make_admin(status: Status, registry: CollectorRegistry, host: str) -> MakeEx
     }
     loopback = ipaddress.ip_address(host).is_loopback
     hosts = frozenset(("localhost", "127.0.0.1", "[::1]", host)) if loopback else None
-    return functools.partial(_AdminExchange, pages=pages, hosts=hosts)
+    return functools.partial(_AdminExchange, pages, hosts)
 
 
 class _AdminExchange(Exchange):
     """Answers from one of the pages."""
 
-    __slots__ = ("_hosts", "_pages")
-
     backlog = 0
 
     def __init__(
         self,
-        connection: Connection,
-        asked: Asked,
-        *,
         pages: Mapping[str, tuple[Page, bool]],
         hosts: frozenset[str] | None,
-        keep_alive: bool,
-        http_1_0: bool,
-        expects: bool,
+        connection: Connection,
+        asked: Asked,
     ) -> None:
-        super().__init__(connection, asked, keep_alive=keep_alive, http_1_0=http_1_0, expects=expects)
+        super().__init__(connection, asked)
         self._pages = pages
         self._hosts = hosts
 

@@ -236,7 +236,7 @@ class Service:
         poller = Poller(asyncio.get_running_loop())
         fronts = [
             Front(
-                functools.partial(PoolExchange, router=self.gateway, poller=poller),
+                functools.partial(PoolExchange, self.gateway, poller),
                 most=settings.connections,
                 send_timeout=settings.send_timeout,
                 refused=log_refused if settings.access_log else lambda *_: None,

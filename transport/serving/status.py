@@ -5,6 +5,7 @@ It subscribes to the gateway, to the pools and to the log. All of it is bounded,
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 import threading
@@ -35,6 +36,9 @@ def steady_time() -> float:
 
 SPAN: Final = 300
 """How many seconds the page looks back."""
+
+_NO_FAULTS: Final = frozenset(("ok", "left", "not taken"))
+"""Ends of jobs that nobody has to look at."""
 
 _SAMPLES: Final = 1000
 _FAULTS: Final = 50
@@ -136,7 +140,7 @@ class Status:
 
     def watch(self, mount: str, pool: AnyPool) -> Callable[[], None]:
         """Note the faults of a pool under this name; gives what ends that."""
-        return pool.subscribe(lambda event: self._note(mount, event))
+        return pool.subscribe(functools.partial(self._note, mount))
 
     @property
     def ready(self) -> bool:
@@ -184,10 +188,12 @@ class Status:
                 second.latencies.append(answered.seconds)
 
     def _note(self, mount: str, event: Event) -> None:
-        at = self._clock()
+        if not isinstance(event, (JobEnded, JobRefused)):
+            return
         if isinstance(event, JobEnded):
-            if event.outcome in ("ok", "left", "not taken"):
+            if event.outcome in _NO_FAULTS:
                 return
+            at = self._clock()
             fault = RecentFault(
                 at,
                 mount,
@@ -199,12 +205,11 @@ class Status:
                 event.worker,
                 _request(event),
             )
-        elif isinstance(event, JobRefused):
+        else:
+            at = self._clock()
             fault = RecentFault(
                 at, mount, event.job_id, event.provider, "refused", event.detail, event.waited, None, _request(event)
             )
-        else:
-            return
         self.log.keep(event.job_id)
         with self._lock:
             self._faults.append(fault)
