@@ -6,8 +6,8 @@ wakes it. A signal's handler may raise, or close the job, between any two instru
 
 from __future__ import annotations
 
-import threading
 import weakref
+from _thread import RLock
 from typing import TYPE_CHECKING, Final
 
 from ..errors import JobClosed, JobFailed, closed_by
@@ -43,7 +43,7 @@ class ChannelGuard:
 
     def __init__(self) -> None:
         # Reentrant: a signal's handler may close the job in the midst of anything that its thread does.
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self._user: object = None
         self._ending = False
         self._closed_by: BaseException | None = None

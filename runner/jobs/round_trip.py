@@ -435,15 +435,13 @@ class RoundTrip(Sending):
                 status,
                 self._outcome,
                 seconds,
-                self._what_went_wrong(),
+                "" if self._outcome == "ok" else self._what_went_wrong(),
                 self.method,
                 self.target,
             )
             events.emit(ended)
 
     def _what_went_wrong(self) -> str:
-        if self._outcome == "ok":
-            return ""
         if self._outcome in ("died", "not taken"):
             return worker_death(self._worker.status, self.job_id).fault.detail
         if self._outcome == "memory" and self._worker.limit_exceeded:

@@ -33,14 +33,20 @@ INLINE = 32 * 1024
 """A body of bytes or text up to this size goes out with its request's head in one write."""
 
 # Visible ASCII without controls and blanks; RFC 9112, 3.2: origin-form, or "*" for OPTIONS.
-_TARGET = re.compile(r"/[\x21-\x22\x24-\x7e]*|\*")
+_is_target = re.compile(r"/[\x21-\x22\x24-\x7e]*|\*").fullmatch
+
+_set = object.__setattr__  # it is frozen for others
 
 
 _SERVER = ("localhost", 80)
 _CLIENT = ("127.0.0.1", 0)
 
 
-@dataclass(frozen=True, slots=True)
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+"""Methods that are known to be tokens."""
+
+
+@dataclass(frozen=True, slots=True, init=False)
 class Request:
     """One request.
 
@@ -52,35 +58,48 @@ class Request:
 
     method: str
     target: str
-    headers: Sequence[Header] = ()
-    body: Body = None
-    scheme: str = "http"
-    server: tuple[str, int] = _SERVER
-    client: tuple[str, int] = _CLIENT
+    headers: Sequence[Header]
+    body: Body
+    scheme: str
+    server: tuple[str, int]
+    client: tuple[str, int]
 
-    def __post_init__(self) -> None:
-        if not is_token(self.method):
-            raise InvalidRequest(f"method {self.method!r} is not a token (RFC 9110, 9.1)")
-        if _TARGET.fullmatch(self.target) is None or (self.target == "*" and self.method != "OPTIONS"):
+    def __init__(
+        self,
+        method: str,
+        target: str,
+        headers: Sequence[Header] = (),
+        body: Body = None,
+        scheme: str = "http",
+        server: tuple[str, int] = _SERVER,
+        client: tuple[str, int] = _CLIENT,
+    ) -> None:
+        if method not in _METHODS and not is_token(method):
+            raise InvalidRequest(f"method {method!r} is not a token (RFC 9110, 9.1)")
+        if _is_target(target) is None or (target == "*" and method != "OPTIONS"):
             raise InvalidRequest(
-                f"target {self.target[:200]!r} is not a path with an optional query: it must begin with '/', "
+                f"target {target[:200]!r} is not a path with an optional query: it must begin with '/', "
                 f"hold no fragment, and have blanks, controls and non-ASCII characters percent-encoded"
             )
-        if type(self.headers) is not list and isinstance(self.headers, Mapping):
+        if type(headers) is not list and isinstance(headers, Mapping):
             raise InvalidRequest("headers are a list of (name, value) pairs: give list(headers.items())")
         try:
-            headers = plain_headers(self.headers)
+            headers = plain_headers(headers)
         except (TypeError, ValueError) as error:
             raise InvalidRequest(str(error)) from None
-        if headers is not self.headers:
-            object.__setattr__(self, "headers", headers)
-        if self.server is not _SERVER:
-            _check_address("server", self.server)
-        if self.client is not _CLIENT:
-            _check_address("client", self.client)
-        if type(self.method) is not str or type(self.target) is not str:  # a subclass: what it is as text
-            object.__setattr__(self, "method", str.__str__(self.method))
-            object.__setattr__(self, "target", str.__str__(self.target))
+        if server is not _SERVER:
+            _check_address("server", server)
+        if client is not _CLIENT:
+            _check_address("client", client)
+        if type(method) is not str or type(target) is not str:  # a subclass: what it is as text
+            method, target = str.__str__(method), str.__str__(target)
+        _set(self, "method", method)
+        _set(self, "target", target)
+        _set(self, "headers", headers)
+        _set(self, "body", body)
+        _set(self, "scheme", scheme)
+        _set(self, "server", server)
+        _set(self, "client", client)
 
 
 def _check_address(name: str, address: object) -> None:

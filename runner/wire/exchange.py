@@ -29,7 +29,7 @@ from .frames import (
     Frame,
 )
 from .headers import check_headers, check_phrase, content_length
-from .messages import FaultReport, ResponseHead
+from .messages import FaultReport, Header, ResponseHead
 from .printable import clean_report
 
 
@@ -57,17 +57,34 @@ NEXT: dict[State, dict[int, State]] = {
 
 _decode_head = msgspec.msgpack.Decoder(ResponseHead).decode
 _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
-_HOP_HEADERS = frozenset({"transfer-encoding"})
-_NOT_AT_204 = _HOP_HEADERS | {"content-length"}
 
 
-def _with_one_length(head: ResponseHead, length: str) -> ResponseHead:
-    """The head with its Content-Length once, in one form: readers down the line may differ in `05` (RFC 9110, 8.6)."""
-    values = [value for name, value in head.headers if len(name) == 14 and name.lower() == "content-length"]
-    if values == [length]:
-        return head
-    headers = [pair for pair in head.headers if pair[0].lower() != "content-length"]
-    return msgspec.structs.replace(head, headers=[*headers, ("content-length", length)])
+def _passed_on(headers: list[Header], status: int, length: int | None) -> list[Header]:
+    """The headers that leave the pipe.
+
+    The pipe has its own framing: RFC 9112, 7 makes Transfer-Encoding a matter of each hop. RFC 9110, 8.6 allows a 204
+    no Content-Length. Others have it once, in one form: readers down the line may differ in `05` (RFC 9110, 8.6).
+    """
+    lengths = hops = 0
+    same = True
+    for name, value in headers:
+        size = len(name)
+        if size == 14:
+            if name.lower() == "content-length":
+                lengths += 1
+                same = value == str(length)
+        elif size == 17 and name.lower() == "transfer-encoding":
+            hops += 1
+    if not hops and (not lengths or (lengths == 1 and same and status != 204)):
+        return headers
+    plain = [pair for pair in headers if pair[0].lower() not in ("transfer-encoding", "content-length")]
+    if status == 204 or length is None:
+        return plain
+    return (
+        [*plain, ("content-length", str(length))]
+        if lengths != 1 or not same
+        else [pair for pair in headers if pair[0].lower() != "transfer-encoding"]
+    )
 
 
 class ResponseExchange:
@@ -198,23 +215,16 @@ class ResponseExchange:
     def _receive_head(self, payload: bytes) -> bool:
         try:
             head = _decode_head(payload)
-            check_phrase(head.phrase)
-            if head.headers:
-                check_headers(head.headers)
-                self._left = content_length(head.headers)
+            if head.phrase is not None:
+                check_phrase(head.phrase)
+            headers = head.headers
+            check_headers(headers)
+            self._left = length = content_length(headers)
         except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:
             self._break(f"response head that does not hold up: {error}")
             return False
-        # The pipe has its own framing: RFC 9112, 7 makes Transfer-Encoding a matter of each hop. RFC 9110, 8.6 allows
-        # a 204 no Content-Length.
-        dropped = _NOT_AT_204 if head.status == 204 else _HOP_HEADERS
-        if head.headers and any(name.lower() in dropped for name, _ in head.headers):
-            head = msgspec.structs.replace(
-                head, headers=[pair for pair in head.headers if pair[0].lower() not in dropped]
-            )
-        if self._left is not None and dropped is _HOP_HEADERS:
-            head = _with_one_length(head, str(self._left))
-        self.head = head
+        passed_on = _passed_on(headers, head.status, length)
+        self.head = head if passed_on is headers else ResponseHead(head.status, passed_on, head.phrase)
         return True
 
     def _receive_body(self, data: bytes) -> None:

@@ -74,6 +74,7 @@ def _say_version(asked: bool) -> None:
 
 
 LogFormat = Literal["text", "json"]
+Loop = Literal["auto", "asyncio", "uvloop"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -141,6 +142,7 @@ def serve(
         bool | None, _option("For development: reload when a Python file changes.", "", "--reload")
     ] = None,
     debug: Annotated[bool | None, _option("For development: tell clients the tracebacks.", "", "--debug")] = None,
+    loop: Annotated[Loop | None, _option("The event loop. [default: auto: uvloop if it is there]")] = None,
     access_log: Annotated[bool | None, _option("Log each request. [default: yes]", "")] = None,
     access_log_queries: Annotated[bool | None, _option("With query strings. [default: yes]", "")] = None,
     log_level: Annotated[LogLevel | None, _option("What is logged. [default: info]")] = None,

@@ -21,6 +21,7 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
         raise ConfigurationError(missing("serving", error.name or "a library", "serve")) from error
     from transport.serving.log_format import make_formatter
     from transport.serving.settings import Settings, load_settings
+    from transport.serving.loops import loop_factory
     from transport.serving.settings_parsing import parse_mounts
 
     if apps:
@@ -42,12 +43,8 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     logging.getLogger("watchfiles").setLevel(max(level, logging.WARNING))
     settings.connections = _make_room(settings.connections)
     try:
-        if os.environ.get("UV"):
-            import uvloop
-
-            uvloop.run(Service(settings, read).run())
-        else:
-            asyncio.run(Service(settings, read).run())
+        with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+            runner.run(Service(settings, read).run())
     except KeyboardInterrupt:
         pass  # before it had started: what it had begun is ended by now
 

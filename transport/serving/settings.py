@@ -186,6 +186,7 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     send_timeout: float = 60.0
     connections: int = 1000
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")
+    loop: Literal["auto", "asyncio", "uvloop"] = "auto"
     access_log: bool = True
     access_log_queries: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
