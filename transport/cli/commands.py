@@ -142,6 +142,9 @@ def serve(
         bool | None, _option("For development: reload when a Python file changes.", "", "--reload")
     ] = None,
     debug: Annotated[bool | None, _option("For development: tell clients the tracebacks.", "", "--debug")] = None,
+    fronts: Annotated[
+        str | None, _option("Processes that take requests, or auto: one for 8 cores. [default: 1]", "N")
+    ] = None,
     loop: Annotated[Loop | None, _option("The event loop. [default: auto: uvloop if it is there]")] = None,
     access_log: Annotated[bool | None, _option("Log each request. [default: yes]", "")] = None,
     access_log_queries: Annotated[bool | None, _option("With query strings. [default: yes]", "")] = None,

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import resource
-import sys
 from typing import Any
 
 from runner.errors import ConfigurationError
@@ -19,9 +18,10 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
         from transport.serving.server import Service
     except ModuleNotFoundError as error:
         raise ConfigurationError(missing("serving", error.name or "a library", "serve")) from error
-    from transport.serving.log_format import make_formatter
-    from transport.serving.settings import Settings, load_settings
+    from transport.fronts.shares import how_many
+    from transport.serving.log_format import log_to_stderr
     from transport.serving.loops import loop_factory
+    from transport.serving.settings import Settings, load_settings
     from transport.serving.settings_parsing import parse_mounts
 
     if apps:
@@ -36,15 +36,18 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
         return load_settings(config, given, before)
 
     settings = read()
-    level = getattr(logging, settings.log_level.upper())
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(make_formatter(settings.log_format))
-    logging.basicConfig(level=level, handlers=[handler])
-    logging.getLogger("watchfiles").setLevel(max(level, logging.WARNING))
+    log_to_stderr(settings.log_level, settings.log_format)
     settings.connections = _make_room(settings.connections)
+    service: Service | Fronts
+    if (fronts := how_many(settings)) > 1:
+        from transport.fronts.parent import Fronts
+
+        service = Fronts(settings, fronts, read)
+    else:
+        service = Service(settings, read)
     try:
         with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-            runner.run(Service(settings, read).run())
+            runner.run(service.run())
     except KeyboardInterrupt:
         pass  # before it had started: what it had begun is ended by now
 

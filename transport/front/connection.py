@@ -10,7 +10,8 @@
 | OVER | nothing: what is left is sent | `send_timeout` | the end |
 
 - Of a head, of trailers or of chunks' sizes `MOST_HEAD` bytes may come that make nothing complete. Trailers are
-  dropped: they are no headers. At most `PIPELINED` requests wait behind the one that is being answered; nothing is read then.
+  dropped: they are no headers. At most `PIPELINED` requests wait behind the one that is being answered; nothing is read
+  then.
 - What is no request is answered once all before it is, and ends the connection (RFC 9112, 9.3.2 and 2.2).
 - A client that has sent all of its request and closed its half of the connection (shutdown(2)) gets its answer. From
   here it looks like one that has gone. Something sent to it tells them apart: the kernel of a client that has gone

@@ -24,6 +24,9 @@ _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 _ACCEPT_PAUSE: Final = 1.0
 """Seconds until the next try then."""
 
+_DEFER: Final = 0.01
+"""Seconds that a connection is left to another process."""
+
 _BACKLOG: Final = 2048
 """Connections that the kernel keeps until they are accepted (listen(2))."""
 
@@ -37,6 +40,7 @@ class Front:
 
     At most `most` connections are served. A client that does not take what is sent to it within `send_timeout` seconds
     is dropped. `refused` is told of what is no request: whose, the status, why. `forwarded` tells who the clients are.
+    Where `may_accept` says no, another process at the same sockets takes the connection.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Front:
         send_timeout: float,
         refused: Callable[[str, int, str], object] = lambda client, status, reason: None,
         forwarded: Forwarded | None = None,
+        may_accept: Callable[[], bool] | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.forwarded = forwarded
@@ -55,6 +60,7 @@ class Front:
         self.connections: set[Connection] = set()
         self.draining = False
         self._make = make
+        self._may_accept = may_accept
         self._most = most
         self._deadlines: dict[float, Deadlines] = {}
         self._listeners: list[socket.socket] = []
@@ -112,6 +118,10 @@ class Front:
 
     def _accept(self, listener: socket.socket) -> None:
         """Take a connection: one at a time, so that other processes at the same socket get theirs."""
+        if self._may_accept is not None and not self._may_accept():
+            self._stop_accepting()
+            self._pause = self.loop.call_later(_DEFER, self._begin_accepting)
+            return
         try:
             sock, _ = listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):

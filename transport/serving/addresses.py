@@ -7,8 +7,12 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runner.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from transport.serving.settings import Settings
 
 logger = logging.getLogger("blastdoor")
 
@@ -89,6 +93,42 @@ def inherited() -> list[socket.socket]:
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"LISTEN_FDS={told}: {error}") from error
     return found
+
+
+class Listeners:
+    """The sockets that requests come to. `unix` says whether one of them is a unix socket.
+
+    `path` is one that is ours to remove. ConfigurationError for an address that can't be had.
+    """
+
+    def __init__(self, sockets: list[socket.socket], path: str = "") -> None:
+        self.sockets = sockets
+        self.unix = any(sock.family == socket.AF_UNIX for sock in sockets)
+        self._path = path
+
+    @classmethod
+    def of(cls, settings: Settings) -> Listeners:
+        """Those that settings name, or that systemd has opened."""
+        if sockets := inherited():
+            return cls(sockets)
+        if settings.uds:
+            return cls([bind_path(settings.uds, settings.uds_permissions)], settings.uds)
+        return cls([bind_port(settings.host, settings.port, "port")])
+
+    def unlink(self) -> None:
+        """Remove the unix socket's path, once."""
+        path, self._path = self._path, ""
+        if path:
+            Path(path).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self.unlink()
+        for sock in self.sockets:
+            sock.close()
+
+    def __str__(self) -> str:
+        return ", ".join(map(name_of, self.sockets))
 
 
 def name_of(listener: socket.socket) -> str:

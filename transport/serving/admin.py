@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 from prometheus_client.exposition import choose_encoder
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
     from transport.front.connection import Connection
     from transport.gateway.router import Answer, Asked
-    from transport.serving.status import Status
 
 logger = logging.getLogger("blastdoor")
+
+ADMIN_CONNECTIONS: Final = 32
+ADMIN_PATIENCE: Final = 10.0
+"""Connections to the admin address at once, and the seconds that one of them may take nothing of its answer."""
 
 _FRESH: Final[Header] = ("cache-control", "no-store")
 
@@ -36,7 +39,20 @@ Page = Callable[["Asked"], "Answer"]
 """Answers a GET; in a thread, where it may take its time."""
 
 
-def make_admin(status: Status, registry: CollectorRegistry, host: str) -> MakeExchange:
+class Tells(Protocol):
+    """Whoever knows the state of the service."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def draining(self) -> bool: ...
+
+    def tell(self) -> dict[str, Any]:
+        """What the page of status shows; called in a thread of its own."""
+
+
+def make_admin(status: Tells, registry: CollectorRegistry, host: str) -> MakeExchange:
     """What answers. On a loopback address only requests that name it are: no web page may ask by another name."""
     page = files("transport.serving").joinpath("status.html").read_text(encoding="utf-8")
     headers: list[Header] = [("content-security-policy", _policy(page)), ("x-content-type-options", "nosniff"), _FRESH]

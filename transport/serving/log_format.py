@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -25,6 +26,15 @@ def know_mount(job_prefix: str, mount: str) -> Callable[[], object]:
 
 def _mount_of(record: logging.LogRecord) -> str:
     return _mounts.get(getattr(record, "job_id", "").partition("-")[0], "")
+
+
+def log_to_stderr(level: str, how: str) -> None:
+    """Have all that is logged go to standard error, as text or as objects."""
+    number = getattr(logging, level.upper())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(make_formatter(how))
+    logging.basicConfig(level=number, handlers=[handler])
+    logging.getLogger("watchfiles").setLevel(max(number, logging.WARNING))
 
 
 class TextFormatter(logging.Formatter):

@@ -18,7 +18,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
@@ -30,11 +29,11 @@ from transport.front.forwarded import Forwarded
 from transport.front.pool_exchange import PoolExchange
 from transport.front.server import Front
 from transport.gateway.router import Router
-from transport.serving.addresses import bind_path, bind_port, inherited, name_of
-from transport.serving.admin import make_admin
+from transport.serving.addresses import Listeners, bind_port, name_of
+from transport.serving.admin import ADMIN_CONNECTIONS, ADMIN_PATIENCE, make_admin
 from transport.serving.http_metrics import RequestMetrics
 from transport.serving.log_format import know_mount
-from transport.serving.server_log import LoopErrors, describe, log_access, log_refused
+from transport.serving.server_log import LoopErrors, log_access, log_refused, log_serving
 from transport.serving.settings import PoolSettings, Settings
 from transport.serving.status import Status
 
@@ -47,29 +46,28 @@ logger = logging.getLogger("blastdoor")
 _PATIENCE: Final = 86400.0
 """Seconds that the jobs of a pool that was replaced may take, unless the service ends."""
 
-_ADMIN_CONNECTIONS: Final = 32
-_ADMIN_PATIENCE: Final = 10.0
-"""Connections to the admin address at once, and the seconds that one of them may take nothing of its answer."""
-
 _OF_MOUNTS: Final = ("provider", "root", "source", "key_id", "attribution", "trusted_headers")
 _OF_THE_SERVER: Final = tuple(
     name for name in Settings.__struct_fields__ if name not in {*PoolSettings.__struct_fields__, "app", "mounts"}
 )
 """What only a restart takes: of a mount, and of the server."""
 
-_ASGI_HINT: Final = (
-    "an ASGI app has as many requests at once as there are workers, streams too; the others wait, and get a 503 after "
-    "queue_timeout. Let the workers grow with the demand where it streams, as in --workers 4:64"
-)
-
-_SETTLE: Final = 5.0
+SETTLE: Final = 5.0
 """Seconds for what is left to be sent once the jobs under way were ended."""
 
 
 class Service:
     """All that one `blastdoor serve` runs. ConfigurationError, or OSError for an address that can't be had."""
 
-    def __init__(self, settings: Settings, reread: Callable[[], Settings] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        reread: Callable[[], Settings] | None = None,
+        listeners: Listeners | None = None,
+        may_accept: Callable[[], bool] | None = None,
+    ) -> None:
+        self._one_of_several = listeners is not None
+        self._may_accept = may_accept
         self._settings = settings
         self._reread = reread
         self._defaults = settings.defaults
@@ -79,13 +77,11 @@ class Service:
             max_body=settings.max_body_bytes,
             body_timeout=settings.body_timeout,
         )
-        inherited_sockets = inherited()
-        unix = bool(settings.uds) or any(sock.family == socket.AF_UNIX for sock in inherited_sockets)
-        self._forwarded = Forwarded(settings.trusted_proxies, unix=unix)
         self.status = Status(self.gateway, apps={path: mount.app for path, mount in self._mounts.items()})
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
+        if not self._one_of_several:
+            ProcessCollector(registry=self.registry)
+            PlatformCollector(registry=self.registry)
         self._metrics = PoolMetrics(self.registry)
         failed = Gauge(
             "blastdoor_last_reload_failed", "Whether the last reload of an app failed.", registry=self.registry
@@ -100,19 +96,19 @@ class Service:
         self.front: Front | None = None
         self._drained = asyncio.Event()
         self._retired: set[AnyPool] = set()
-        self._path = settings.uds
-        admin = settings.admin_address
-        with contextlib.ExitStack() as stack:
-            if inherited_sockets:
-                self._path = ""
-                self.sockets = [stack.enter_context(sock) for sock in inherited_sockets]
-            elif settings.uds:
-                self.sockets = [stack.enter_context(bind_path(settings.uds, settings.uds_permissions))]
-            else:
-                self.sockets = [stack.enter_context(bind_port(settings.host, settings.port, "port"))]
-            self.socket = self.sockets[0]
-            self.admin_socket = None if admin is None else stack.enter_context(bind_port(*admin, "admin", "admin"))
-            stack.pop_all()
+        admin = None if self._one_of_several else settings.admin_address
+        self.listeners = Listeners.of(settings) if listeners is None else listeners
+        try:
+            self._forwarded = Forwarded(settings.trusted_proxies, unix=self.listeners.unix)
+            self.admin_socket = None if admin is None else bind_port(*admin, "admin", "admin")
+        except BaseException:
+            self.listeners.close()
+            raise
+
+    @property
+    def socket(self) -> socket.socket:
+        """The first of the sockets that requests come to."""
+        return self.listeners.sockets[0]
 
     async def run(self, started: Callable[[], object] = lambda: None) -> None:
         """Serve until `stop` is called, or a signal says so where this is the main thread.
@@ -138,12 +134,11 @@ class Service:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             logger.removeHandler(self.status.log)
-            self._unlink()
-            for sock in self.sockets:
-                sock.close()
+            self.listeners.close()
             if self.admin_socket is not None:
                 self.admin_socket.close()
-            logger.info("stopped")
+            if not self._one_of_several:
+                logger.info("stopped")
 
     def stop(self) -> None:
         """Drain, and end; the second time at once. In the event loop's thread."""
@@ -152,7 +147,7 @@ class Service:
             self._spawn(self._end_jobs(0))
             return
         self.status.draining = True
-        self._unlink()  # now, while nobody can have taken the path over
+        self.listeners.unlink()  # now, while nobody can have taken the path over
         if self.front is None:
             logger.info("stopping before the start was over")
             self._spawn(self._close_pools())
@@ -184,15 +179,7 @@ class Service:
             logger.error("the settings can't be read again, those from before hold: %s", error)
             self.status.reload_error = "the settings can't be read again, and those from before hold: the log says why"
             return False
-        kept = set(mounts) & set(self._mounts)
-        waits = [f"mount {path}" for path in sorted(set(mounts) ^ set(self._mounts))]
-        waits += [
-            f"{name} of mount {path}"
-            for path in sorted(kept)
-            for name in _OF_MOUNTS
-            if getattr(mounts[path], name) != getattr(self._mounts[path], name)
-        ]
-        waits += [name for name in _OF_THE_SERVER if getattr(settings, name) != getattr(self._settings, name)]
+        waits = changed_for_restart(self._settings, settings)
         if waits:
             logger.warning("changed, and taken only by a restart: %s", ", ".join(waits))
         self._defaults = defaults
@@ -241,22 +228,24 @@ class Service:
                 send_timeout=settings.send_timeout,
                 refused=log_refused if settings.access_log else lambda *_: None,
                 forwarded=self._forwarded,
+                may_accept=self._may_accept,
             )
         ]
         try:
             if self.admin_socket is not None:
                 pages = make_admin(self.status, self.registry, self.admin_socket.getsockname()[0])
-                fronts.append(Front(pages, most=_ADMIN_CONNECTIONS, send_timeout=_ADMIN_PATIENCE))
+                fronts.append(Front(pages, most=ADMIN_CONNECTIONS, send_timeout=ADMIN_PATIENCE))
                 fronts[1].listen([self.admin_socket])
-            fronts[0].listen(self.sockets)
+            fronts[0].listen(self.listeners.sockets)
             self.front = fronts[0]
             if settings.reload:
                 self._spawn(self._reload_on_changes())
-            self._log_started()
+            if not self._one_of_several:
+                self._log_started()
             started()
             await self._drained.wait()
             fronts[0].drain()
-            await fronts[0].wait_closed(settings.drain + _SETTLE)
+            await fronts[0].wait_closed(settings.drain + SETTLE)
             for front in fronts[1:]:
                 front.drain()
                 await front.wait_closed(1)
@@ -310,12 +299,6 @@ class Service:
         self._retired.discard(pool)
         self._unwatch(ends)
 
-    def _unlink(self) -> None:
-        """Remove the unix socket's path, once."""
-        path, self._path = self._path, ""
-        if path:
-            Path(path).unlink(missing_ok=True)
-
     def _watch(self, path: str, pool: AnyPool) -> None:
         known = know_mount(getattr(pool, "job_prefix", ""), path)
         ends: list[Callable[[], object]] = [known, self.status.watch(path, pool), self._metrics.watch(path, pool)]
@@ -339,12 +322,21 @@ class Service:
             await self.reload()
 
     def _log_started(self) -> None:
-        for path, mount in self._mounts.items():
-            logger.info("%s: %s", path, describe(mount, mount.with_defaults(self._defaults)))
-            pool = self.gateway.pools[path]
-            if getattr(pool, "kind", "") == "asgi":
-                logger.warning("%s: %s", path, _ASGI_HINT)
-        apps = ", ".join(f"{path} {mount.app}" for path, mount in self._mounts.items())
-        logger.info("serving %s at %s", apps, ", ".join(map(name_of, self.sockets)))
+        kinds = {path: getattr(pool, "kind", "") for path, pool in self.gateway.pools.items()}
+        log_serving(self._settings, kinds, str(self.listeners))
         if self.admin_socket is not None:
             logger.info("status at %s/-/status", name_of(self.admin_socket))
+
+
+def changed_for_restart(before: Settings, after: Settings) -> list[str]:
+    """What has changed in the settings, and only a restart takes."""
+    old, new = before.all_mounts, after.all_mounts
+    waits = [f"mount {path}" for path in sorted(set(new) ^ set(old))]
+    waits += [
+        f"{name} of mount {path}"
+        for path in sorted(set(new) & set(old))
+        for name in _OF_MOUNTS
+        if getattr(new[path], name) != getattr(old[path], name)
+    ]
+    waits += [name for name in _OF_THE_SERVER if getattr(after, name) != getattr(before, name)]
+    return waits

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from runner.model.limits import Limits, parse_size
 from runner.model.sandbox import Sandbox
@@ -15,7 +16,7 @@ from transport.serving.settings import PoolSettings
 from transport.serving.settings_parsing import parse_sandbox
 
 if TYPE_CHECKING:
-    from transport.serving.settings import MountSettings
+    from transport.serving.settings import MountSettings, Settings
 
 logger = logging.getLogger("blastdoor")
 
@@ -59,6 +60,23 @@ def describe(mount: MountSettings, settings: PoolSettings) -> str:
         f"timeout {settings.timeout:g} s" if settings.timeout else "no timeout",
     ]
     return ", ".join(said)
+
+
+_ASGI_HINT: Final = (
+    "an ASGI app has as many requests at once as there are workers, streams too; the others wait, and get a 503 after "
+    "queue_timeout. Let the workers grow with the demand where it streams, as in --workers 4:64"
+)
+
+
+def log_serving(settings: Settings, kinds: Mapping[str, str], where: str) -> None:
+    """What is served, as what, and where."""
+    defaults = settings.defaults
+    for path, mount in settings.all_mounts.items():
+        logger.info("%s: %s", path, describe(mount, mount.with_defaults(defaults)))
+        if kinds.get(path) == "asgi":
+            logger.warning("%s: %s", path, _ASGI_HINT)
+    apps = ", ".join(f"{path} {mount.app}" for path, mount in settings.all_mounts.items())
+    logger.info("serving %s at %s", apps, where)
 
 
 def log_refused(client: str, status: int, reason: str) -> None:

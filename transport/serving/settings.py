@@ -38,6 +38,7 @@ QUEUE_TIMEOUT: Final = 10.0
 """How many seconds a request waits for a worker at most, where nothing is said."""
 
 _LONGEST: Final = 86400.0
+_MOST_FRONTS: Final = 256
 
 FILES: Final = ("blastdoor.toml", "pyproject.toml")
 """Where the settings are looked for, in the working directory."""
@@ -186,6 +187,7 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     send_timeout: float = 60.0
     connections: int = 1000
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")
+    fronts: int | str = 1
     loop: Literal["auto", "asyncio", "uvloop"] = "auto"
     access_log: bool = True
     access_log_queries: bool = True
@@ -202,6 +204,8 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
             raise ConfigurationError(f"port is a number from 0 to 65535, not {self.port!r}")
         if self.uds_mode and re.fullmatch("0?[0-7]{3}", self.uds_mode) is None:
             raise ConfigurationError(f"uds_mode are permissions in octal digits, as in '660', not {self.uds_mode!r}")
+        if self.fronts != "auto" and not (str(self.fronts).isdecimal() and 1 <= int(self.fronts) <= _MOST_FRONTS):
+            raise ConfigurationError(f"fronts is a number from 1 to {_MOST_FRONTS}, or 'auto', not {self.fronts!r}")
         if self.connections < 1:
             raise ConfigurationError(f"connections is a number, 1 or more, not {self.connections!r}")
 

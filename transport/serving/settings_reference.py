@@ -57,6 +57,7 @@ WORDS: Final = {
     "send_timeout": "Seconds that a client may take nothing of its answer.",
     "connections": "Connections at most.",
     "trusted_proxies": "Addresses or networks of proxies whose X-Forwarded headers are believed, or *.",
+    "fronts": "Processes that take requests, each with its part of the workers: a number, or auto: one for 8 cores.",
     "loop": "The event loop: asyncio, uvloop, or auto, which is uvloop where it is installed.",
     "access_log": "Log each request.",
     "access_log_queries": "Log the query strings of requests.",
