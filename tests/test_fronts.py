@@ -75,7 +75,10 @@ def address(served: Process) -> tuple[str, int]:
 
 def front_of(worker: int) -> int:
     """The front whose worker a process is: worker, zygote, front."""
-    return psutil.Process(worker).parent().parent().pid
+    zygote = psutil.Process(worker).parent()
+    front = zygote and zygote.parent()
+    assert front is not None
+    return front.pid
 
 
 class Callers:
@@ -153,7 +156,9 @@ def test_a_front_that_is_killed(serve: Start) -> None:
     spawned = int(requests.get(f"{served.url}/spawn?how=session", timeout=20).text)
     with Callers(served) as callers:
         wait_until(lambda: len(callers.answers) == 2 and callers.total() > 100)
-        victim = front_of(psutil.Process(spawned).parent().pid)
+        spawner = psutil.Process(spawned).parent()
+        assert spawner is not None
+        victim = front_of(spawner.pid)
         (worker,) = [pid for pid in callers.answers if front_of(int(pid)) == victim]
         family = below(victim)
         assert spawned in family

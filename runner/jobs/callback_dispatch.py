@@ -136,7 +136,7 @@ class CallbackDispatch(Dispatch):
     def _start(self, worker: Worker) -> None:
         try:
             self._supervisor.look_after_jobs()
-            job = self._job = CallbackJob(worker, self._supervisor, self, self._poller, self._listener)
+            job = self._job = CallbackJob(worker, self._supervisor, self, self, self._poller, self._listener)
             job.begin()
             if self._paused:
                 job.pause()

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..platform.deadlines import Deadline
     from ..supervision.record import Worker
     from ..wire.messages import ResponseHead
-    from .callback_dispatch import CallbackDispatch
     from .poller import Poller
+    from .prepared import PreparedRequest
     from .supervisor_protocol import SupervisorProtocol
 
 logger = logging.getLogger("blastdoor")
@@ -42,32 +42,54 @@ class Listener(Protocol):
         """There is no more, and it is not whole: before the head as `Pool.open` raises it, after it as `Job.read`."""
 
 
+class Retries(Protocol):
+    """Whoever has made the job, and another one where its worker never took the request."""
+
+    def not_taken(self, never: RequestNotTaken) -> None:
+        """The worker was gone before it took the request."""
+
+    def failed(self, error: BaseException) -> None:
+        """There is no response, or no more of it."""
+
+
 class CallbackJob(RoundTrip):
     """A request in a worker, and its response: the twin of `Job` for callbacks."""
 
-    __slots__ = ("_call", "_deadline", "_deaf", "_listener", "_patience_over", "_poller", "_told", "_waits_for_room")
+    __slots__ = (
+        "_call",
+        "_deadline",
+        "_deaf",
+        "_listener",
+        "_patience_over",
+        "_poller",
+        "_request",
+        "_told",
+        "_waits_for_room",
+    )
 
     def __init__(
         self,
         worker: Worker,
         supervisor: SupervisorProtocol,
-        call: CallbackDispatch,
+        request: PreparedRequest,
+        call: Retries,
         poller: Poller,
         listener: Listener,
     ) -> None:
+        self._request = request
         self._call = call
         self._poller = poller
         self._listener = listener
         self._told = self._deaf = self._waits_for_room = False
         self._deadline: Deadline | None = None
         self._patience_over: Deadline | None = None
-        super().__init__(worker, supervisor, call)
+        super().__init__(worker, supervisor, request)
 
     def begin(self) -> None:
         """Send the request, and listen. RequestNotTaken where the worker is gone; the job has let it go then."""
         try:
             self._take_channel(_LOOP)
-            self._send_request(self._call)
+            self._send_request(self._request)
             self._poller.listen(self, self._channel)
             if self._wall_seconds:
                 self._deadline = self._poller.after(self._wall_seconds).start(self._on_time_up)

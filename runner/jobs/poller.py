@@ -11,18 +11,24 @@ import contextlib
 import logging
 import select
 from asyncio import AbstractEventLoop
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ..platform.deadlines import Deadlines
 
 if TYPE_CHECKING:
     from ..supervision.channel import Channel
-    from .callback_job import CallbackJob
 
 logger = logging.getLogger("blastdoor")
 
 _AT_ONCE: Final = 64
 """How many descriptors are looked at before the loop sees to others."""
+
+
+class Listening(Protocol):
+    """A job that hears of its channel."""
+
+    def on_event(self, fd: int) -> None:
+        """The channel has something: at this descriptor of it."""
 
 
 class Poller:
@@ -32,7 +38,7 @@ class Poller:
         self.loop = loop
         self._epoll = select.epoll()
         self._channels: dict[int, Channel] = {}
-        self._jobs: dict[int, CallbackJob] = {}
+        self._jobs: dict[int, Listening] = {}
         self._deadlines: dict[float, Deadlines] = {}
         loop.add_reader(self._epoll.fileno(), self._look)
 
@@ -52,7 +58,7 @@ class Poller:
             deadlines = self._deadlines[seconds] = Deadlines(self.loop, seconds)
         return deadlines
 
-    def listen(self, job: CallbackJob, channel: Channel) -> None:
+    def listen(self, job: Listening, channel: Channel) -> None:
         """Tell the job when there is something to read, and when it is woken."""
         self.listen_to_answer(job, channel)
         fd = channel.wake_fd
@@ -60,7 +66,7 @@ class Poller:
             self._register(fd, channel, select.EPOLLIN)
         self._jobs[fd] = job
 
-    def listen_to_answer(self, job: CallbackJob, channel: Channel) -> None:
+    def listen_to_answer(self, job: Listening, channel: Channel) -> None:
         """Tell the job when there is something to read: again, after `leave_answer`."""
         fd = channel.response_fd
         if self._channels.get(fd) is not channel:
@@ -71,7 +77,7 @@ class Poller:
         """What is to be read waits, or has ended, which would be told without end."""
         self._forget(channel.response_fd)
 
-    def listen_for_room(self, job: CallbackJob, channel: Channel) -> None:
+    def listen_for_room(self, job: Listening, channel: Channel) -> None:
         """Tell the job when there is room in the request's pipe."""
         fd = channel.request_fd
         if self._channels.get(fd) is not channel:
@@ -82,7 +88,7 @@ class Poller:
         """There is nothing to be written."""
         self._forget(channel.request_fd)
 
-    def unlisten(self, job: CallbackJob, channel: Channel) -> None:
+    def unlisten(self, job: Listening, channel: Channel) -> None:
         """The job is over."""
         for fd in (channel.response_fd, channel.wake_fd):
             if self._jobs.get(fd) is job:

@@ -1,22 +1,30 @@
-"""`scripts/load`: requests a second and p99 under wrk's load, and what one segfault in a hundred does to the others.
+"""`scripts/load`: what servers cost and do under load, the same apps behind each, all of it in one run, in turns.
 
-Each server serves the same app with as many processes; they take turns, a few seconds each, round by round. A healthy
-request counts as lost where it was sent and got no 200, but for those that were still under way at the end.
+- Requests a second, p99 and processor time of a request by role (wrk), healthy and with one request in a hundred that
+  segfaults. A healthy request counts as lost where it was sent and got no 200, but for those that were still under way
+  at the end. The processor time is that of all processes of a server; "front" are those that do not run the app.
+- A thousand idle keep-alive connections: memory for each.
+- 200 slow streams (SSE, 20 tokens a second each): processor time for each token, and which came late.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
+import platform
 import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -27,64 +35,181 @@ from rich.table import Table
 FLASK: Final = "scripts.measure.served_flask:app"
 FASTAPI: Final = "scripts.measure.served_fastapi:app"
 SCRIPT: Final = Path(__file__).with_name("load.lua")
+NGINX: Final = """
+daemon off; worker_processes 1; error_log /dev/null crit; pid {directory}/nginx.pid;
+events {{ worker_connections 2048; }}
+http {{
+  access_log off;
+  client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy; fastcgi_temp_path {directory}/fastcgi;
+  uwsgi_temp_path {directory}/uwsgi; scgi_temp_path {directory}/scgi;
+  upstream app {{ server unix:{directory}/app.sock fail_timeout=0; keepalive 16; }}
+  server {{
+    listen 127.0.0.1:{port} backlog=2048; keepalive_requests 1000000;
+    location / {{
+      proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $host;
+    }}
+  }}
+}}
+"""
+
+WORKERS: Final = ("blastdoor: worker", "gunicorn: worker", "uWSGI worker")
+"""How the titles of processes that run the app begin."""
 
 Result = dict[str, float]
 
 
-def servers(workers: int) -> dict[str, dict[str, list[str]]]:
-    """By app, then by name: the commands, which listen at {port}."""
-    ours = ["transport.cli", "serve", "--port={port}", "--admin=none", "--no-access-log", "--log-level=error"]
-    many = [f"--workers={workers}"]
-    gunicorn = ["gunicorn", "--bind=127.0.0.1:{port}", "--log-level=critical", *many]
-    uvicorn = ["uvicorn", "--port={port}", "--log-level=critical", "--no-access-log"]
+@dataclass
+class Server:
+    """A server: its commands, with {port} and {directory} to be filled in, and what has to be there for it."""
+
+    commands: list[list[str]]
+    needs: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def there(self) -> bool:
+        """Whether it can be started here."""
+        return all(map(_program, self.needs))
+
+
+def _program(name: str) -> str | None:
+    """A program, of this environment or of the machine."""
+    return shutil.which(name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
+
+
+def ours(app: str, workers: str, *options: str) -> Server:
+    quiet = ("--admin=none", "--no-access-log", "--log-level=error")
+    return Server([python("transport.cli", "serve", "--port={port}", *quiet, f"--workers={workers}", *options, app)])
+
+
+def flask_servers(workers: int) -> dict[str, Server]:
+    many = f"--workers={workers}"
+    gunicorn = ("gunicorn", "--log-level=critical", many)
+    uwsgi = [
+        "--http=127.0.0.1:{port}",
+        "--http-keepalive",
+        "--master",
+        f"--processes={workers}",
+        "--need-app",
+        "--die-on-term",
+    ]
     return {
-        "Flask": {
-            "blastdoor serve": [*ours, *many, FLASK],
-            "the same, preloaded": [*ours, *many, FLASK, "--preload=scripts.measure.served_flask"],
-            "gunicorn, sync": [*gunicorn, FLASK],
-            "gunicorn, 8 threads": [*gunicorn, "--threads=8", FLASK],
-        },
-        "FastAPI": {
-            "blastdoor serve": [*ours, *many, FASTAPI],
-            "the same, preloaded": [*ours, *many, FASTAPI, "--preload=scripts.measure.served_fastapi"],
-            "uvicorn": [*uvicorn, *many, FASTAPI],
-            "uvicorn, 1 process": [*uvicorn, FASTAPI],
-        },
+        "blastdoor serve": ours(FLASK, str(workers)),
+        "the same, preloaded": ours(FLASK, str(workers), "--preload=scripts.measure.served_flask"),
+        "blastdoor serve, 2 fronts": ours(FLASK, str(workers), "--fronts=2"),
+        "gunicorn, sync": Server([python(*gunicorn, "--bind=127.0.0.1:{port}", FLASK)]),
+        "gunicorn, 8 threads": Server([python(*gunicorn, "--bind=127.0.0.1:{port}", "--threads=8", FLASK)]),
+        "nginx, gunicorn sync": Server(
+            [
+                python(*gunicorn, "--bind=unix:{directory}/app.sock", FLASK),
+                ["nginx", "-c", "{directory}/nginx.conf", "-p", "{directory}"],
+            ],
+            ("nginx",),
+            {"nginx.conf": NGINX},
+        ),
+        "uWSGI, its router": Server(
+            [["uwsgi", *uwsgi, f"--module={FLASK}", "--disable-logging", "--auto-procname"]], ("uwsgi",)
+        ),
+    }
+
+
+def fastapi_servers(workers: int) -> dict[str, Server]:
+    uvicorn = ("uvicorn", "--port={port}", "--log-level=critical", "--no-access-log")
+    return {
+        "blastdoor serve": ours(FASTAPI, str(workers)),
+        "the same, preloaded": ours(FASTAPI, str(workers), "--preload=scripts.measure.served_fastapi"),
+        "uvicorn": Server([python(*uvicorn, f"--workers={workers}", FASTAPI)]),
+        "uvicorn, 1 process": Server([python(*uvicorn, FASTAPI)]),
     }
 
 
 @contextlib.contextmanager
-def running(command: list[str]) -> Iterator[str]:
-    """A server; gives its URL once it answers."""
+def running(server: Server) -> Iterator[tuple[int, list[psutil.Process]]]:
+    """A server; gives its port and its processes once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *(part.format(port=port) for part in command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{' '.join(command)} does not answer")
-            time.sleep(0.05)
-        time.sleep(1)  # all of its workers
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        process.wait(30)
-        for child in psutil.wait_procs(children, 5)[1]:
-            child.kill()
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)  # for nginx's workers
+        for name, content in server.files.items():
+            (Path(directory) / name).write_text(content.format(port=port, directory=directory))
+        processes = []
+        for command in server.commands:
+            program, *rest = (part.format(port=port, directory=directory) for part in command)
+            started = subprocess.Popen(
+                [_program(program) or program, *rest], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            processes.append(started)
+        try:
+            deadline = time.monotonic() + 60
+            while not _answers(port):
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{server.commands[0]} does not answer")
+                time.sleep(0.05)
+            time.sleep(1)  # all of its workers
+            yield port, [one for process in processes for one in _family(process.pid)]
+        finally:
+            children = [child for process in processes for child in _family(process.pid)[1:]]
+            for process in reversed(processes):
+                process.terminate()
+            for process in processes:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:  # uWSGI, after many segfaults
+                    process.kill()
+                    process.wait(10)
+            for child in psutil.wait_procs(children, 5)[1]:
+                child.kill()
 
 
-def load(url: str, seconds: float, connections: int, every: int) -> Result:
+def _family(pid: int) -> list[psutil.Process]:
+    root = psutil.Process(pid)
+    return [root, *root.children(recursive=True)]
+
+
+def _answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return b" 200 " in client.recv(1000)
+    return False
+
+
+def seconds_by_role(processes: Sequence[psutil.Process]) -> dict[str, float]:
+    """Processor time so far: of those that run the app, and of those in front."""
+    used = {"front": 0.0, "workers": 0.0}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            alone = len(processes) == 1  # a single process is all in one
+            runs_app = alone or title.startswith(WORKERS) or "spawn_main" in title
+            times = process.cpu_times()
+            used["workers" if runs_app else "front"] += times.user + times.system
+    return used
+
+
+def memory(processes: Sequence[psutil.Process]) -> int:
+    """Bytes of all of them: their own, and their parts of what they share (PSS)."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().pss
+    return total
+
+
+def load(port: int, seconds: float, connections: int, every: int) -> Result:
     """One run of wrk."""
     done = subprocess.run(
-        ["wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds:g}s", f"--script={SCRIPT}", url],
+        [
+            "wrk",
+            "--threads=1",
+            f"--connections={connections}",
+            f"--duration={seconds:g}s",
+            f"--script={SCRIPT}",
+            f"http://127.0.0.1:{port}/",
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -98,6 +223,71 @@ def load(url: str, seconds: float, connections: int, every: int) -> Result:
     return result
 
 
+def measured_load(server: Server, seconds: float, connections: int, every: int) -> Result:
+    """One run of wrk, with the processor time that each request took of its server."""
+    with running(server) as (port, processes):
+        load(port, 1, connections, 0)  # it is warm then
+        before = seconds_by_role(processes)
+        result = load(port, seconds, connections, every)
+        after = seconds_by_role(processes)
+    for role, used in after.items():
+        result[role] = (used - before[role]) / max(result["ok"], 1) * 1e6
+    result["whole"] = result["front"] + result["workers"]
+    return result
+
+
+async def idle_connections(port: int, number: int) -> list[asyncio.StreamWriter]:
+    """So many keep-alive connections, each of which has had one answer."""
+    writers = []
+    for _ in range(number):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b" 200 " not in head:
+            raise RuntimeError(f"a connection was not served: {head[:100]!r}")
+        writers.append(writer)
+    return writers
+
+
+async def measured_idle(server: Server, number: int) -> Result:
+    """What idle connections take of memory."""
+    with running(server) as (port, processes):
+        load(port, 1, 16, 0)
+        before = memory(processes)
+        writers = await idle_connections(port, number)
+        after = memory(processes)
+        for writer in writers:
+            writer.close()
+    return {"each": (after - before) / number}
+
+
+async def stream(port: int, tokens: int, late: list[float]) -> int:
+    """One stream; how many tokens came. Each one's lateness, against when it was written, goes into `late`."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /stream?tokens=%d HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % tokens)
+    came = 0
+    try:
+        while line := await reader.readline():
+            if line.startswith(b"data: "):
+                late.append(time.time() - float(line[6:]))
+                came += 1
+    finally:
+        writer.close()
+    return came
+
+
+async def measured_streams(server: Server, number: int, tokens: int) -> Result:
+    """So many streams at once."""
+    with running(server) as (port, processes):
+        late: list[float] = []
+        before = sum(seconds_by_role(processes).values())
+        came = await asyncio.gather(*(stream(port, tokens, late) for _ in range(number)))
+        used = sum(seconds_by_role(processes).values()) - before
+        held = memory(processes)
+    cuts = statistics.quantiles(late, n=100, method="inclusive")
+    return {"token": used / len(late) * 1e6, "came": sum(came), "p50": cuts[49], "p99": cuts[98], "memory": held}
+
+
 def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,41 +295,102 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4, help="of each run (default: 4)")
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", choices=("flask", "fastapi", "idle", "streams"), help="one part of it")
     options = parser.parse_args()
     if shutil.which("wrk") is None:
-        sys.exit("scripts/load needs wrk: on Debian, apt-get install wrk")
-    console = Console()
-    for app, commands in servers(options.workers).items():
+        sys.exit("scripts/load needs wrk: on Debian, apt-get install wrk (and nginx-light, for that row)")
+    console = Console(width=200)
+    console.print(_machine())
+    apps = {"flask": ("Flask", flask_servers), "fastapi": ("FastAPI", fastapi_servers)}
+    for key, (app, make) in apps.items():
+        if options.only not in (None, key):
+            continue
+        servers = {name: server for name, server in make(options.workers).items() if server.there}
         for every, title in ((0, "healthy"), (100, "one request in a hundred segfaults")):
-            results: dict[str, list[Result]] = {name: [] for name in commands}
+            results: dict[str, list[Result]] = {name: [] for name in servers}
             for _ in range(options.rounds):
-                for name, command in commands.items():
-                    with running(command) as url:
-                        load(url, 1, options.connections, 0)  # it is warm then
-                        results[name].append(load(url, options.seconds, options.connections, every))
-            console.print(_table(f"{app}, {title}", results))
+                for name, server in servers.items():
+                    results[name].append(measured_load(server, options.seconds, options.connections, every))
+            console.print(_load_table(f"{app}, {title}", results))
+    if options.only in (None, "idle"):
+        some = flask_servers(options.workers)
+        names = ("blastdoor serve", "gunicorn, 8 threads", "nginx, gunicorn sync", "uWSGI, its router")
+        table = _table("1,000 idle keep-alive connections", "by", "memory of each")
+        for name in names:
+            if some[name].there:
+                try:
+                    each = asyncio.run(measured_idle(some[name], 1000))["each"]
+                    table.add_row(name, f"{each / 1024:.1f} KiB")
+                except (RuntimeError, OSError, asyncio.IncompleteReadError) as error:
+                    table.add_row(name, f"does not hold them: {type(error).__name__}")
+        console.print(table)
+    if options.only in (None, "streams"):
+        table = _table(
+            "200 streams of 20 tokens a second, for 5 s", "by", "µs a token", "tokens", "lag", "p99", "memory"
+        )
+        for name, server in {
+            "blastdoor serve, 200 workers": ours(FASTAPI, "200", "--preload=scripts.measure.served_fastapi"),
+            "uvicorn, 1 process": fastapi_servers(1)["uvicorn, 1 process"],
+        }.items():
+            told = asyncio.run(measured_streams(server, 200, 100))
+            table.add_row(
+                name,
+                f"{told['token']:.0f}",
+                f"{told['came']:,.0f} of 20,000",
+                f"{told['p50'] * 1000:.1f} ms",
+                f"{told['p99'] * 1000:.1f} ms",
+                f"{told['memory'] / (1 << 20):,.0f} MiB",
+            )
+        console.print(table)
 
 
-def _table(title: str, results: dict[str, list[Result]]) -> Table:
+def _machine() -> str:
+    """What it runs on."""
+    versions = []
+    for name in ("blastdoor", "uvloop", "gunicorn", "pyuwsgi", "uvicorn", "flask", "fastapi"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
+    if nginx := shutil.which("nginx"):
+        versions.append(subprocess.run([nginx, "-v"], capture_output=True, text=True, check=False).stderr.split()[-1])
+    python_version = platform.python_version()
+    return f"{os.cpu_count()} cores, Linux {platform.release()}, Python {python_version}; {', '.join(versions)}"
+
+
+def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for name in (
+    for name in columns:
+        table.add_column(name, justify="left" if name == "by" else "right")
+    return table
+
+
+def _load_table(title: str, results: dict[str, list[Result]]) -> Table:
+    table = _table(
+        title,
         "by",
         "200s a second",
         "median, ms",
         "p99, ms",
+        "µs a request",
+        "of it front",
+        "workers",
         "healthy sent",
         "healthy lost",
         "answers to the fatal",
-    ):
-        table.add_column(name, justify="left" if name == "by" else "right")
+    )
     for name, runs in results.items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in ("rate", "p50", "p99")}
+        middle = {
+            key: statistics.median(run[key] for run in runs)
+            for key in ("rate", "p50", "p99", "whole", "front", "workers")
+        }
         total = {key: int(sum(run[key] for run in runs)) for key in ("healthy", "lost", "fatal", "failed")}
         table.add_row(
             name,
             f"{middle['rate']:,.0f}",
             f"{middle['p50']:.2f}",
             f"{middle['p99']:.1f}",
+            f"{middle['whole']:.0f}",
+            f"{middle['front']:.0f}",
+            f"{middle['workers']:.0f}",
             f"{total['healthy']:,}",
             f"{total['lost']:,} ({total['lost'] / max(total['healthy'], 1):.2%})",
             f"{total['failed']:,} of {total['fatal']:,}" if total["fatal"] else "",

@@ -36,7 +36,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum, auto
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import httptools
 
@@ -47,9 +47,9 @@ from transport.gateway.router import Asked
 from transport.problem_details import refusal
 
 if TYPE_CHECKING:
-    from runner.platform.deadlines import Deadline
+    from runner.platform.deadlines import Deadline, Deadlines
     from transport.front.exchange import Exchange
-    from transport.front.server import Front
+    from transport.front.forwarded import Forwarded
 
 logger = logging.getLogger("blastdoor")
 
@@ -95,10 +95,32 @@ class _NoRequest(Exception):
         self.detail = detail
 
 
-class Connection(asyncio.Protocol):
-    """A connection of a client to a `Front`. The first of `_exchanges` is being answered, the others wait behind it."""
+class FrontProtocol(Protocol):
+    """What a connection knows of the front that it is made to."""
 
-    def __init__(self, front: Front) -> None:
+    loop: asyncio.AbstractEventLoop
+    forwarded: Forwarded | None
+    stalls: Deadlines
+    draining: bool
+    tell_refused: Callable[[str, int, str], object]
+
+    def add(self, connection: Connection) -> bool:
+        """One more; whether it is to be served, or refused, at all."""
+
+    def remove(self, connection: Connection) -> None:
+        """One less."""
+
+    def take(self, connection: Connection, asked: Asked) -> Exchange:
+        """A request has come: what answers it."""
+
+    def after(self, seconds: float) -> Deadlines:
+        """What calls back after so many seconds."""
+
+
+class Connection(asyncio.Protocol):
+    """A connection of a client to a front. The first of `_exchanges` is being answered, the others wait behind it."""
+
+    def __init__(self, front: FrontProtocol) -> None:
         self._front = front
         self.loop = front.loop
         self._parser: Any = httptools.HttpRequestParser(self)

@@ -6,14 +6,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from runner.wire.messages import ResponseHead
 from transport.front.heads import CONTINUE, Framing, head_bytes
 
 if TYPE_CHECKING:
-    from transport.front.connection import Connection
+    from asyncio import AbstractEventLoop
+    from collections.abc import Callable
+
     from transport.gateway.router import Asked
+
+
+class ConnectionProtocol(Protocol):
+    """What an exchange knows of its connection."""
+
+    loop: AbstractEventLoop
+    write: Callable[[bytes], None]
+
+    def on_answered(self, exchange: Exchange) -> None:
+        """The answer was written."""
+
+    def break_off(self) -> None:
+        """The answer under way comes to no end, and is not to look as if it did."""
+
+    def update_reading(self) -> None:
+        """What has come of a body was taken, or not: read on, or do not."""
 
 
 class Exchange(ABC):
@@ -31,7 +49,7 @@ class Exchange(ABC):
     status: int | None = None
     sent = 0
 
-    def __init__(self, connection: Connection, asked: Asked) -> None:
+    def __init__(self, connection: ConnectionProtocol, asked: Asked) -> None:
         self.connection = connection
         self.asked = asked
 

@@ -15,7 +15,7 @@ from runner import Pool
 from runner.errors import InvalidRequest, JobClosed, JobFailed, PoolClosed, PoolForked, StartError
 from runner.jobs.pushed_upload import PushedUpload
 from runner.model.request import INLINE
-from transport.front.exchange import Exchange
+from transport.front.exchange import ConnectionProtocol, Exchange
 from transport.front.task_call import TaskCall
 from transport.gateway.patience import Patience
 from transport.gateway.router import BodyTooLarge, BodyTooSlow, Refused
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from runner.model.request import Request
     from runner.protocols import AnyPool
     from runner.wire.messages import ResponseHead
-    from transport.front.connection import Connection
     from transport.gateway.router import Asked, Call, Router
     from transport.gateway.traces import Span
 
@@ -65,7 +64,7 @@ class PoolExchange(Exchange):
     _timer: TimerHandle | None = None
     _held = False
 
-    def __init__(self, router: Router, poller: Poller, connection: Connection, asked: Asked) -> None:
+    def __init__(self, router: Router, poller: Poller, connection: ConnectionProtocol, asked: Asked) -> None:
         self.connection = connection
         self.asked = asked
         self._router = router

@@ -17,14 +17,13 @@ import msgspec
 from prometheus_client.exposition import choose_encoder
 
 from runner.wire.messages import Header, ResponseHead
-from transport.front.exchange import Exchange
+from transport.front.exchange import ConnectionProtocol, Exchange
 from transport.front.server import MakeExchange
 from transport.problem_details import refusal
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-    from transport.front.connection import Connection
     from transport.gateway.router import Answer, Asked
 
 logger = logging.getLogger("blastdoor")
@@ -100,7 +99,7 @@ class _AdminExchange(Exchange):
         self,
         pages: Mapping[str, tuple[Page, bool]],
         hosts: frozenset[str] | None,
-        connection: Connection,
+        connection: ConnectionProtocol,
         asked: Asked,
     ) -> None:
         super().__init__(connection, asked)
