@@ -89,14 +89,8 @@ def ours(app: str, workers: str, *options: str) -> Server:
 def flask_servers(workers: int) -> dict[str, Server]:
     many = f"--workers={workers}"
     gunicorn = ("gunicorn", "--log-level=critical", many)
-    uwsgi = [
-        "--http=127.0.0.1:{port}",
-        "--http-keepalive",
-        "--master",
-        f"--processes={workers}",
-        "--need-app",
-        "--die-on-term",
-    ]
+    uwsgi = ["--http=127.0.0.1:{port}", "--http-keepalive", "--master", f"--processes={workers}"]
+    uwsgi += ["--need-app", "--die-on-term", "--disable-logging", "--auto-procname", f"--module={FLASK}"]
     return {
         "blastdoor serve": ours(FLASK, str(workers)),
         "the same, preloaded": ours(FLASK, str(workers), "--preload=scripts.measure.served_flask"),
@@ -111,9 +105,7 @@ def flask_servers(workers: int) -> dict[str, Server]:
             ("nginx",),
             {"nginx.conf": NGINX},
         ),
-        "uWSGI, its router": Server(
-            [["uwsgi", *uwsgi, f"--module={FLASK}", "--disable-logging", "--auto-procname"]], ("uwsgi",)
-        ),
+        "uWSGI, its router": Server([["uwsgi", *uwsgi]], ("uwsgi",)),
     }
 
 
