@@ -15,10 +15,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import msgspec
+import uvicorn
 
 from runner import Pool
 from tests.waiting import wait_until
 from transport.front.connection import Connection
+from transport.gateway import Gateway
+from transport.gateway.router import Router
 from transport.serving.server import Service
 from transport.serving.settings import Settings
 
@@ -43,6 +46,11 @@ class Served:
         self.admin = ""
         if self.service.admin_socket is not None:
             self.admin = f"http://127.0.0.1:{self.service.admin_socket.getsockname()[1]}"
+
+    @property
+    def gateway(self) -> Router:
+        """What routes its requests."""
+        return self.service.gateway
 
     @property
     def pool(self) -> Pool:
@@ -103,6 +111,56 @@ class Served:
             self._failure = error
         finally:
             self._started.set()
+
+
+class ServedByUvicorn:
+    """The ASGI gateway of the same settings, under uvicorn in a thread: what a `Served` is to its clients."""
+
+    def __init__(self, mounts: str | dict[str, Any] = "tests.handlers:app", **given: Any) -> None:
+        if isinstance(mounts, str):
+            mounts = {"/": mounts}
+        tables = {path: {"app": mount} if isinstance(mount, str) else mount for path, mount in mounts.items()}
+        settings = msgspec.convert({"workers": 2, "mounts": tables, **given}, Settings)
+        self.gateway = Gateway(
+            {path: mount.mount(path, settings.defaults) for path, mount in settings.all_mounts.items()},
+            max_body=settings.max_body_bytes,
+            body_timeout=settings.body_timeout,
+        )
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._socket.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        config = uvicorn.Config(
+            self.gateway, log_config=None, access_log=False, lifespan="on", ws="none", loop="asyncio"
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="uvicorn")
+
+    @property
+    def pool(self) -> Pool:
+        """The pool of the only mount."""
+        (pool,) = self.gateway.pools.values()
+        assert isinstance(pool, Pool)
+        return pool
+
+    def connect(self, timeout: float = 20) -> socket.socket:
+        """A connection of a client's."""
+        return socket.create_connection(self.address, timeout)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        wait_until(lambda: self._server.started or not self._thread.is_alive())
+        assert self._server.started
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pool in self.gateway.pools.values():
+            pool.close(drain=0)
+        self._server.should_exit = True
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        self._socket.close()
 
 
 def receive_all(client: socket.socket) -> bytes:

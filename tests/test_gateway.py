@@ -22,7 +22,7 @@ import requests
 from runner import ConfigurationError, Pool
 from runner.events import JobEnded, JobStarted
 from tests.processes import kill
-from tests.serving import Served, receive_all, receive_until
+from tests.serving import Served, ServedByUvicorn, receive_all, receive_until
 from tests.waiting import wait_until
 from transport import Route
 from transport.front import connection, server
@@ -33,13 +33,18 @@ Serve = Callable[..., Served]
 SECRET = "a secret of the front's"
 
 
+BY_BOTH = pytest.mark.parametrize("serve", ["front", "gateway"], indirect=True)
+"""For what holds at the front of `blastdoor serve` and at the ASGI gateway alike."""
+
+
 @pytest.fixture
-def serve() -> Iterator[Serve]:
+def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
     """Serves apps, and stops after the test."""
-    running: list[Served] = []
+    running: list[Served | ServedByUvicorn] = []
+    kind: Any = ServedByUvicorn if getattr(request, "param", "") == "gateway" else Served
 
     def begin(*arguments: Any, **settings: Any) -> Served:
-        served = Served(*arguments, **{"drain": 0, "admin": "none", **settings})
+        served: Served = kind(*arguments, **{"drain": 0, "admin": "none", **settings})
         running.append(served.__enter__())
         return served
 
@@ -75,6 +80,7 @@ def request_of(target: str, *headers: str, method: str = "GET") -> bytes:
 # -- G1: the way there and back -----------------------------------------------------------------------
 
 
+@BY_BOTH
 def test_a_request_and_its_answer(serve: Serve, session: requests.Session) -> None:
     """G1: method, target byte for byte, headers, body; status, headers, body; and who asks."""
     served = serve()
@@ -87,6 +93,7 @@ def test_a_request_and_its_answer(serve: Serve, session: requests.Session) -> No
     assert seen["client"][1] != 0
 
 
+@BY_BOTH
 def test_tokens_come_one_by_one(serve: Serve, tmp_path: Path) -> None:
     """G1, T10: what the handler writes is there at once: it waits for the client to have seen it."""
     served = serve()
@@ -111,6 +118,7 @@ def test_nothing_waits_for_acknowledgements(serve: Serve) -> None:
         assert ours._transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+@BY_BOTH
 def test_both_directions_at_once(serve: Serve) -> None:
     """G1, H6: each piece of a body of unknown length comes back before the next one is sent."""
     with serve().connect() as client:
@@ -124,6 +132,7 @@ def test_both_directions_at_once(serve: Serve) -> None:
         assert receive_until(client, b"0\r\n\r\n")
 
 
+@BY_BOTH
 @pytest.mark.parametrize("size", [0, 1, 32 << 10, (32 << 10) + 1, 20_000_000])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_bodies(serve: Serve, session: requests.Session, size: int, chunked: bool) -> None:
@@ -147,6 +156,7 @@ def test_an_answer_before_the_body_was_read(serve: Serve) -> None:
     client.close()
 
 
+@BY_BOTH
 def test_expect_continue(serve: Serve) -> None:
     """G1: a client that waits for 100 Continue is told to go on once its body is wanted (RFC 9110, 10.1.1)."""
     with serve().connect() as client:
@@ -156,6 +166,7 @@ def test_expect_continue(serve: Serve) -> None:
         assert receive_until(client, b"body")
 
 
+@BY_BOTH
 @pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "DELETE", "PATCH", "PROPFIND"])
 def test_methods(serve: Serve, session: requests.Session, method: str) -> None:
     """G1, H5: any method goes through; an answer to HEAD has no body."""
@@ -164,6 +175,7 @@ def test_methods(serve: Serve, session: requests.Session, method: str) -> None:
     assert response.content == b"" if method == "HEAD" else response.json()["method"] == method
 
 
+@BY_BOTH
 def test_a_status_that_is_none(serve: Serve, session: requests.Session) -> None:
     """G3: a status beyond HTTP's is a 502."""
     response = session.get(f"{serve().url}/status?status=799")
@@ -173,6 +185,7 @@ def test_a_status_that_is_none(serve: Serve, session: requests.Session) -> None:
 # -- G2: clients that leave ---------------------------------------------------------------------------
 
 
+@BY_BOTH
 @pytest.mark.parametrize("target", ["/endless", "/never_read", "/stream?count=100000&pause=0.01"])
 @pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
 def test_a_client_that_leaves(serve: Serve, target: str, reset: bool) -> None:
@@ -190,6 +203,7 @@ def test_a_client_that_leaves(serve: Serve, target: str, reset: bool) -> None:
     assert requests.get(f"{served.url}/hello", timeout=20).text == "hello"
 
 
+@BY_BOTH
 def test_a_client_that_leaves_in_the_queue(serve: Serve) -> None:
     """G2: one that has gone before it had a worker gets none."""
     served = serve(workers=1)
@@ -205,6 +219,7 @@ def test_a_client_that_leaves_in_the_queue(serve: Serve) -> None:
     assert starts.empty()
 
 
+@BY_BOTH
 def test_a_client_that_leaves_while_it_uploads(serve: Serve) -> None:
     """G2, I2: in the midst of a body that nobody reads, too; the answer that nobody will read ends."""
     served = serve(workers=1)
@@ -217,6 +232,7 @@ def test_a_client_that_leaves_while_it_uploads(serve: Serve) -> None:
     assert ends.get(timeout=20).outcome == "left"
 
 
+@BY_BOTH
 def test_clients_that_leave_at_any_moment(serve: Serve) -> None:
     """G2, I5: at random instants: no job goes on, no request is left, all workers are there."""
     served = serve(workers=2)
@@ -231,7 +247,7 @@ def test_clients_that_leave_at_any_moment(serve: Serve) -> None:
             if headers:
                 client.sendall(b"x" * chance.randrange(200_000))
             time.sleep(chance.random() * 0.004)
-    wait_until(lambda: served.service.gateway.active == 0)
+    wait_until(lambda: served.gateway.active == 0)
     wait_until(lambda: served.pool.stats().busy == 0 and served.pool.stats().idle == 2)
     assert requests.get(f"{served.url}/hello", timeout=20).text == "hello"
 
@@ -239,6 +255,7 @@ def test_clients_that_leave_at_any_moment(serve: Serve) -> None:
 # -- G3: faults ---------------------------------------------------------------------------------------
 
 
+@BY_BOTH
 @pytest.mark.parametrize(
     ("target", "status", "fault"),
     [("/raise", 500, "raised"), ("/die", 500, "died"), ("/protocol", 502, "protocol")],
@@ -252,6 +269,7 @@ def test_faults_before_the_head(serve: Serve, session: requests.Session, target:
     assert "boom" not in response.text
 
 
+@BY_BOTH
 def test_a_time_limit(serve: Serve, session: requests.Session) -> None:
     """G3, F5: over the time of a job: 504."""
     response = session.get(serve(timeout=0.2).url + "/never_read")
@@ -274,6 +292,7 @@ def test_faults_after_the_head(serve: Serve, target: str, version: str) -> None:
             assert not (received + receive_all(client)).endswith(b"0\r\n\r\n")
 
 
+@BY_BOTH
 def test_full(serve: Serve, session: requests.Session, tmp_path: Path) -> None:
     """G3, F7: the queue is full, or the wait over: 503 with Retry-After, at once and after the time."""
     served = serve(workers=1, queue=1, queue_timeout=0.5)
@@ -301,6 +320,7 @@ def test_full(serve: Serve, session: requests.Session, tmp_path: Path) -> None:
     assert answers[1].text == "went"
 
 
+@BY_BOTH
 def test_debug(serve: Serve, session: requests.Session) -> None:
     """G3: in debug mode the client is told the traceback."""
     assert "boom from the handler" in session.get(serve(debug=True).url + "/raise").json()["traceback"]
@@ -309,6 +329,7 @@ def test_debug(serve: Serve, session: requests.Session) -> None:
 # -- G4: headers --------------------------------------------------------------------------------------
 
 
+@BY_BOTH
 def test_headers_of_the_connection_are_not_passed_on(serve: Serve) -> None:
     """G4: hop-by-hop headers, and those that Connection names, end here; all others go through, repeats and order."""
     with serve().connect() as client:
@@ -352,6 +373,7 @@ def test_the_proxy_in_front(serve: Serve, session: requests.Session) -> None:
     assert dict(seen["headers"])["x-forwarded-for"] == "203.0.113.7"
 
 
+@BY_BOTH
 def test_headers_of_the_handler_s_connection(serve: Serve, session: requests.Session) -> None:
     """G4: a handler has no say over the client's connection."""
     served = serve("tests.gateway_apps:connection_headers")
@@ -372,6 +394,7 @@ MOUNT: dict[str, Any] = {
 }
 
 
+@BY_BOTH
 def test_what_the_configuration_vouches_for(serve: Serve, session: requests.Session) -> None:
     """G5, T3, T6: the path goes to the provider's mount; provider, source, key and attribution are the settings'."""
     served = serve({"/ai": MOUNT})
@@ -384,6 +407,7 @@ def test_what_the_configuration_vouches_for(serve: Serve, session: requests.Sess
     assert session.get(f"{served.url}/ai/%2e%2e/x").status_code == 400
 
 
+@BY_BOTH
 def test_locations_come_back(serve: Serve, session: requests.Session) -> None:
     """G5, T8: a Location inside the provider's mount is mapped to the client's own space."""
     served = serve({"/ai": MOUNT})
@@ -392,6 +416,7 @@ def test_locations_come_back(serve: Serve, session: requests.Session) -> None:
     assert session.get(f"{served.url}/ai/location?to=/api/v2/aibridge/openai/hello").text == "hello"
 
 
+@BY_BOTH
 def test_an_authenticated_front(serve: Serve, session: requests.Session, tmp_path: Path) -> None:
     """G5, T6: with the secret, headers tell for whom a request acts; without it nothing; none is passed on."""
     (tmp_path / "secret").write_text(f"{SECRET}\n")
@@ -415,6 +440,7 @@ def test_an_authenticated_front(serve: Serve, session: requests.Session, tmp_pat
         assert response.status_code == 401
 
 
+@BY_BOTH
 def test_a_header_that_comes_twice_tells_nothing(serve: Serve, tmp_path: Path) -> None:
     """G5: the client's own line beside the front's is refused, not chosen from."""
     (tmp_path / "secret").write_text(SECRET)
@@ -427,6 +453,7 @@ def test_a_header_that_comes_twice_tells_nothing(serve: Serve, tmp_path: Path) -
         assert b" 401 " in receive_all(client)
 
 
+@BY_BOTH
 def test_nobody_to_act_for(serve: Serve, session: requests.Session, tmp_path: Path) -> None:
     """G5, T4: a provider's request that acts for nobody reaches no worker."""
     (tmp_path / "secret").write_text(SECRET)
@@ -460,6 +487,7 @@ def test_mounts_that_make_no_sense(pool: Pool) -> None:
 # -- G6: mounts ---------------------------------------------------------------------------------------
 
 
+@BY_BOTH
 def test_several_mounts(serve: Serve, session: requests.Session) -> None:
     """G6: each has its own pool and limits; the longest path wins, by whole segments; else there is nothing."""
     served = serve(
@@ -484,7 +512,7 @@ def test_a_mount_s_stuck_jobs_leave_the_others_alone(serve: Serve, session: requ
     served = serve({"/a": "tests.handlers:app", "/b": "tests.handlers:app"}, workers=1)
     with served.connect() as client:
         client.sendall(request_of("/a/never_read"))
-        wait_until(lambda: served.service.gateway.pools["/a"].stats().busy == 1)
+        wait_until(lambda: served.gateway.pools["/a"].stats().busy == 1)
         assert session.get(f"{served.url}/b/hello", timeout=20).text == "hello"
 
 
@@ -705,7 +733,7 @@ def test_nonsense(serve: Serve) -> None:
                     pass
             except ConnectionError:
                 pass
-    wait_until(lambda: served.service.gateway.active == 0)
+    wait_until(lambda: served.gateway.active == 0)
     assert requests.get(f"{served.url}/hello", timeout=20).text == "hello"
 
 
@@ -776,7 +804,7 @@ def test_endless_pipelining(serve: Serve) -> None:
                 client.sendall(request_of("/hello") * 100)
         for connected in served.connections:
             assert connected.waiting <= connection.PIPELINED
-    wait_until(lambda: served.service.gateway.active == 0)
+    wait_until(lambda: served.gateway.active == 0)
 
 
 @pytest.mark.parametrize("then", [b"", request_of("/hello"), request_of("/hello") + b"\x16\x03 nonsense\r\n\r\n"])
@@ -863,7 +891,7 @@ def test_a_client_that_leaves_while_reading_is_paused(
                 assert sent > 100_000
         starts.get(timeout=20)
     assert ends.get(timeout=20).outcome == "left"
-    wait_until(lambda: served.service.gateway.active == 0)
+    wait_until(lambda: served.gateway.active == 0)
 
 
 def test_a_slow_client_of_a_connection_that_closes(serve: Serve) -> None:
@@ -909,6 +937,7 @@ def test_many_requests_and_a_half(serve: Serve) -> None:
         receive_until(client, b"hello")
 
 
+@BY_BOTH
 def test_connection_has_no_say_in_who_acts(serve: Serve, session: requests.Session, tmp_path: Path) -> None:
     """G5: naming a trusted header in Connection does not make a request act for the mount's own key."""
     (tmp_path / "secret").write_text(SECRET)
@@ -932,11 +961,12 @@ def test_one_connection_at_a_time(serve: Serve, monkeypatch: pytest.MonkeyPatch)
             other.close()
 
 
+@BY_BOTH
 def test_not_modified(serve: Serve, session: requests.Session) -> None:
     """G1, H5: a 304 that tells of a length is sent whole, and the connection goes on."""
     served = serve("tests.gateway_apps:not_modified")
     answers: queue.Queue[Any] = queue.Queue()
-    served.service.gateway.subscribe(answers.put)
+    served.gateway.subscribe(answers.put)
     for _ in range(2):
         assert session.get(served.url).status_code == 304
         assert answers.get(timeout=20).whole
