@@ -832,7 +832,7 @@ def test_nothing_is_written_into_another_answer(serve: Serve, tmp_path: Path, th
         body = received.partition(b"\r\n\r\n")[2]
     assert body.startswith(b"".join(b"%d" % number * 10 for number in range(5)))
     if b"nonsense" in then:
-        _, hello, refused = body.split(b"HTTP/1.1 ")
+        _, hello, refused = [part for part in body.split(b"HTTP/1.1 ") if not part.startswith(b"100 ")]  # a probe
         assert hello.endswith(b"hello\r\n0\r\n\r\n")
         assert refused.startswith(b"400 ")
     else:

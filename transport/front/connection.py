@@ -220,7 +220,8 @@ class Connection(asyncio.Protocol):
         current = exchanges[0]
         if not current.started and current.http_1_0:
             return None  # it knows no interim responses, and is taken to have gone
-        exchanges[-1].keep_alive = False
+        if self._refusal is None:  # else that is still to be told, after these
+            exchanges[-1].keep_alive = False
         if self._watch is None:
             self._watch = DisconnectWatch(self.loop, self._transport, half_closed=None)
             self._probe()
