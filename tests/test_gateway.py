@@ -25,7 +25,7 @@ from tests.processes import kill
 from tests.serving import Served, ServedByUvicorn, receive_all, receive_until
 from tests.waiting import wait_until
 from transport import Route
-from transport.front import connection, server
+from transport.front import connection, pool_exchange, server
 from transport.gateway import Gateway, Mount, TrustedHeaders
 
 Serve = Callable[..., Served]
@@ -36,12 +36,18 @@ SECRET = "a secret of the front's"
 BY_BOTH = pytest.mark.parametrize("serve", ["front", "gateway"], indirect=True)
 """For what holds at the front of `blastdoor serve` and at the ASGI gateway alike."""
 
+BY_ALL = pytest.mark.parametrize("serve", ["front", "gateway", "tasks"], indirect=True)
+"""And at the front with pools that know no callbacks, such as a cluster's."""
+
 
 @pytest.fixture
-def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
+def serve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     """Serves apps, and stops after the test."""
     running: list[Served | ServedByUvicorn] = []
-    kind: Any = ServedByUvicorn if getattr(request, "param", "") == "gateway" else Served
+    how = getattr(request, "param", "front")
+    kind: Any = ServedByUvicorn if how == "gateway" else Served
+    if how == "tasks":
+        monkeypatch.setattr(pool_exchange, "Pool", type("NoPool", (), {}))
 
     def begin(*arguments: Any, **settings: Any) -> Served:
         served: Served = kind(*arguments, **{"drain": 0, "admin": "none", **settings})
@@ -118,7 +124,7 @@ def test_nothing_waits_for_acknowledgements(serve: Serve) -> None:
         assert ours._transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-@BY_BOTH
+@BY_ALL
 def test_both_directions_at_once(serve: Serve) -> None:
     """G1, H6: each piece of a body of unknown length comes back before the next one is sent."""
     with serve().connect() as client:
@@ -132,7 +138,7 @@ def test_both_directions_at_once(serve: Serve) -> None:
         assert receive_until(client, b"0\r\n\r\n")
 
 
-@BY_BOTH
+@BY_ALL
 @pytest.mark.parametrize("size", [0, 1, 32 << 10, (32 << 10) + 1, 20_000_000])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_bodies(serve: Serve, session: requests.Session, size: int, chunked: bool) -> None:
@@ -175,7 +181,7 @@ def test_methods(serve: Serve, session: requests.Session, method: str) -> None:
     assert response.content == b"" if method == "HEAD" else response.json()["method"] == method
 
 
-@BY_BOTH
+@BY_ALL
 def test_a_status_that_is_none(serve: Serve, session: requests.Session) -> None:
     """G3: a status beyond HTTP's is a 502."""
     response = session.get(f"{serve().url}/status?status=799")
@@ -185,7 +191,7 @@ def test_a_status_that_is_none(serve: Serve, session: requests.Session) -> None:
 # -- G2: clients that leave ---------------------------------------------------------------------------
 
 
-@BY_BOTH
+@BY_ALL
 @pytest.mark.parametrize("target", ["/endless", "/never_read", "/stream?count=100000&pause=0.01"])
 @pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
 def test_a_client_that_leaves(serve: Serve, target: str, reset: bool) -> None:
@@ -203,7 +209,7 @@ def test_a_client_that_leaves(serve: Serve, target: str, reset: bool) -> None:
     assert requests.get(f"{served.url}/hello", timeout=20).text == "hello"
 
 
-@BY_BOTH
+@BY_ALL
 def test_a_client_that_leaves_in_the_queue(serve: Serve) -> None:
     """G2: one that has gone before it had a worker gets none."""
     served = serve(workers=1)
@@ -232,7 +238,7 @@ def test_a_client_that_leaves_while_it_uploads(serve: Serve) -> None:
     assert ends.get(timeout=20).outcome == "left"
 
 
-@BY_BOTH
+@BY_ALL
 def test_clients_that_leave_at_any_moment(serve: Serve) -> None:
     """G2, I5: at random instants: no job goes on, no request is left, all workers are there."""
     served = serve(workers=2)
@@ -255,7 +261,7 @@ def test_clients_that_leave_at_any_moment(serve: Serve) -> None:
 # -- G3: faults ---------------------------------------------------------------------------------------
 
 
-@BY_BOTH
+@BY_ALL
 @pytest.mark.parametrize(
     ("target", "status", "fault"),
     [("/raise", 500, "raised"), ("/die", 500, "died"), ("/protocol", 502, "protocol")],
@@ -292,7 +298,7 @@ def test_faults_after_the_head(serve: Serve, target: str, version: str) -> None:
             assert not (received + receive_all(client)).endswith(b"0\r\n\r\n")
 
 
-@BY_BOTH
+@BY_ALL
 def test_full(serve: Serve, session: requests.Session, tmp_path: Path) -> None:
     """G3, F7: the queue is full, or the wait over: 503 with Retry-After, at once and after the time."""
     served = serve(workers=1, queue=1, queue_timeout=0.5)
@@ -677,7 +683,6 @@ def test_half_a_request(serve: Serve) -> None:
         b"GET / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
         b"GET / HTTP/1.1\r\nBad Header: x\r\n\r\n",
         b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET http://x/hello HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /\x80\xff HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /#x HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -735,6 +740,22 @@ def test_nonsense(serve: Serve) -> None:
                 pass
     wait_until(lambda: served.gateway.active == 0)
     assert requests.get(f"{served.url}/hello", timeout=20).text == "hello"
+
+
+def test_the_server_as_a_whole(serve: Serve) -> None:
+    """G6: `OPTIONS *` goes to the app at "/"; where there is none, or a provider's, it has an empty answer."""
+    asked = b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    mounts: list[tuple[Any, bytes]] = [
+        ("tests.frameworks.flask_app:app", b" 404 "),  # by Flask
+        ({"/a": "tests.handlers:app"}, b" 204 "),
+        ({"/": MOUNT}, b" 204 "),
+    ]
+    for mount, status in mounts:
+        served = serve(mount, workers=1)
+        with served.connect() as client:
+            client.sendall(asked)
+            received = receive_all(client)
+        assert status in received.partition(b"\r\n")[0]
 
 
 def test_too_many_connections(serve: Serve) -> None:
@@ -961,7 +982,7 @@ def test_one_connection_at_a_time(serve: Serve, monkeypatch: pytest.MonkeyPatch)
             other.close()
 
 
-@BY_BOTH
+@BY_ALL
 def test_not_modified(serve: Serve, session: requests.Session) -> None:
     """G1, H5: a 304 that tells of a length is sent whole, and the connection goes on."""
     served = serve("tests.gateway_apps:not_modified")

@@ -145,7 +145,7 @@ class Connection(asyncio.Protocol):
         self._replaying = False
         self._data = self._rest = b""
         self._reading = True
-        self._deaf = False
+        self._deaf = self._half_closed = self._probed = False
         self._dropped = 0
         self._held = False
         self.write: Callable[[bytes], None] = _drop
@@ -220,6 +220,7 @@ class Connection(asyncio.Protocol):
         current = exchanges[0]
         if not current.started and current.http_1_0:
             return None  # it knows no interim responses, and is taken to have gone
+        self._half_closed = True
         if self._refusal is None:  # else that is still to be told, after these
             exchanges[-1].keep_alive = False
         if self._watch is None:
@@ -366,7 +367,7 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing():
             return
         current = self._exchanges[0] if self._exchanges else None
-        if self._watch is not None or (current is not None and current.framing is Framing.CLOSE):
+        if self._probed or (current is not None and current.framing is Framing.CLOSE):
             sock: socket.socket = self._transport.get_extra_info("socket")
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -555,7 +556,7 @@ class Connection(asyncio.Protocol):
         self._idle_timer = None
         if self._state is State.IDLE:
             left = self._idle_since + KEEP_ALIVE - time.monotonic()
-            if left <= _TICK:
+            if left <= 0:
                 self._close()
             else:
                 self._deadline = self._front.after(math.ceil(left / _TICK) * _TICK).start(self._on_time_up)
@@ -584,7 +585,7 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport.is_closing():
             return
-        if unread and self._watch is None and transport.can_write_eof():
+        if unread and not self._half_closed and transport.can_write_eof():
             transport.write_eof()
             self._enter(State.OVER, LINGER)
             if not self._reading:
@@ -617,6 +618,7 @@ class Connection(asyncio.Protocol):
         current = self._exchanges[0]
         if current.started:
             if current.framing is Framing.CHUNKED:
+                self._probed = True
                 self.write(_ZERO)
         elif not current.http_1_0:
             self.write(CONTINUE)

@@ -149,6 +149,8 @@ class Mounts:
 
     def find(self, path: str) -> tuple[str, Mount] | None:
         """The mount that a raw path lies under, by whole segments, the longest first; and where it lies."""
+        if path == "*":  # RFC 9110, 9.3.7
+            return ("", self.by_path[""]) if "" in self.by_path else None
         for prefix in self._longest_first:
             if path.startswith(prefix) and (len(path) == len(prefix) or path[len(prefix)] == "/"):
                 return prefix, self.by_path[prefix]

@@ -47,6 +47,9 @@ Answer = tuple[ResponseHead, bytes]
 """Head and body of a response that is the gateway's own."""
 
 
+_NOTHING: Final[Answer] = ResponseHead(204, []), b""
+
+
 class BodyTooSlow(Exception):
     """The client sends less of its body than a worker can be kept waiting for."""
 
@@ -61,9 +64,16 @@ class Refused(Exception):
     `mount` is the path of the mount that it came to, empty for none.
     """
 
-    def __init__(self, status: int, details: Mapping[str, object], mount: str = "", span: Span | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        details: Mapping[str, object],
+        mount: str = "",
+        span: Span | None = None,
+        answer: Answer | None = None,
+    ) -> None:
         super().__init__(status, details)
-        self.answer: Answer = refusal(status, details)
+        self.answer = refusal(status, details) if answer is None else answer
         self.mount = mount
         self.span = span
 
@@ -181,9 +191,13 @@ class Router:
         """What goes to which pool. Refused for what goes to none, before anybody waits for a worker or a body."""
         found = self._mounts.find(asked.path)
         if found is None:
+            if asked.path == "*":  # it asks the server as a whole (RFC 9110, 9.3.7)
+                raise Refused(204, {}, answer=_NOTHING)
             raise Refused(404, {"detail": "nothing is mounted here"})
         prefix, mount = found
         path = prefix or "/"
+        if asked.path == "*" and mount.route is not None:
+            raise Refused(204, {}, path, answer=_NOTHING)
         try:
             headers, context = mount.admit(asked.headers)  # first: Connection has no say in what tells who acts
         except Unauthorized as error:

@@ -164,6 +164,7 @@ class Status:
             "reload_error": self.reload_error,
             "active": self._gateway.active,
             "span": SPAN,
+            "fronts": [],
             "latency": _quantiles(latencies),
             "history": history,
             "pools": {
