@@ -352,7 +352,7 @@ class Connection(asyncio.Protocol):
         self._exchanges.popleft()
         if self._transport.is_closing():
             return
-        if not exchange.keep_alive or self._front.draining:
+        if not exchange.keep_alive or (self._front.draining and not self._exchanges):
             self._close(unread=exchange is self._incoming)
         elif exchange is self._incoming:
             self._enter(State.LINGER, LINGER)

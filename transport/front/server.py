@@ -18,6 +18,8 @@ from transport.problem_details import refusal
 SURPLUS: Final = 100
 """How many connections beyond the limit are answered with a 503; more are dropped at once."""
 
+_BUSY: Final = "there are too many connections"
+
 _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 """Errors of accept(2) that pass: somebody has to close something first."""
 
@@ -161,6 +163,7 @@ class Front:
         """A request of a connection's: what answers it."""
         if len(self.connections) <= self._most:
             return self._make(connection, asked)
+        self.tell_refused(asked.client[0] if asked.client else "", 503, _BUSY)
         return _Busy(connection, asked)
 
     def after(self, seconds: float) -> Deadlines:
@@ -179,7 +182,7 @@ class _Busy(Exchange):
     def begin(self) -> None:
         """Answer at once, and end the connection."""
         self.keep_alive = False
-        head, body = refusal(503, {"detail": "there are too many connections"}, [("retry-after", "1")])
+        head, body = refusal(503, {"detail": _BUSY}, [("retry-after", "1")])
         self.answer(head, b"" if self.asked.method == "HEAD" else body, ended=True)
 
     def take_body(self, data: bytes) -> None:

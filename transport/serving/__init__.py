@@ -1,1 +1,1 @@
-"""What `blastdoor serve` runs: the gateway behind uvicorn, its settings, its page of status, its metrics."""
+"""What `blastdoor serve` runs: the front with its pools, settings, the page of status, metrics."""
