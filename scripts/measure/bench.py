@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from runner import Pool, Request
-from scripts.measure import asynchronous, figures, placement, sandbox
+from scripts.measure import asynchronous, figures, placement, processor, sandbox
 from scripts.measure.figures import interleave, middle
 from scripts.measure.peers import PEERS, UNISOLATED, Call
 from scripts.trials.report import Page
@@ -132,6 +132,7 @@ def judge(
     tokens: tuple[float, float],
     by_size: dict[int, float],
     bandwidth: tuple[float, float],
+    spent: dict[str, float],
 ) -> list[Aim]:
     """What was aimed at, and what came of it."""
     p50 = {name: middle(own) for name, own in times.items()}
@@ -168,6 +169,9 @@ def judge(
     aims.append(at_least("a large body up, against a raw pipe", 0.7, bandwidth[1]))
     aims.append(at_least("tokens of 64 B, each its own write, against a raw pipe", 0.5, tokens[1] / tokens[0]))
     aims.append(at_most("256 idle workers, against 2", 1.1, by_size[256] / by_size[2]))
+    against_executor, added = processor.ratios(spent)
+    aims.append(at_most("processor time of pool.open, against ProcessPoolExecutor", 0.4, against_executor))
+    aims.append(at_most("processor time that we add to requests, against its own", 0.7, added))
     return aims
 
 
@@ -231,12 +235,16 @@ def main() -> int:
         tokens = sorted(token_rates(100_000) for _ in range(3))[1]
         step("pool sizes")
         by_size = placement.sizes(arguments.rounds)
+        step("processor time", 0)
+        spent = processor.times(1000)
         step("large bodies, deaths, cancels, starts")
         rows, bandwidth = supervision(arguments)
         step("done")
-    aims = judge(times, rates, tokens, by_size, bandwidth)
-    show(console, times, rates, aims, rows)
+    aims = judge(times, rates, tokens, by_size, bandwidth, spent)
+    rows = [*processor.rows(spent), *rows]
     machine = f"{os.cpu_count()} cores, Python {platform.python_version()}, Linux {platform.release()}"
+    console.print(machine)
+    show(console, times, rates, aims, rows)
     write(arguments.report, machine, times, rates, tokens, by_size, aims, rows)
     console.print(f"report: {arguments.report.with_suffix('.html')}, {arguments.report.with_suffix('.json')}")
     return 0
