@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Final, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -130,29 +130,95 @@ class PoolStats(msgspec.Struct, frozen=True):
     outcomes: Mapping[Outcome, int]
 
 
+HEALTHY: Final = frozenset(("ok", "left", "not taken"))
+"""Outcomes of jobs that nobody has to look at."""
+
+Entry = TypeVar("Entry")
+
+_BATCH: Final = 1024
+
+
+class Batch(Generic[Entry]):
+    """What is noted in passing, and counted later, many at once. Safe to use from any thread.
+
+    `take` is called with one after the other by `flush`, and when there are many.
+    """
+
+    __slots__ = ("_entries", "_take")
+
+    def __init__(self, take: Callable[[Entry], object]) -> None:
+        self._take = take
+        self._entries: deque[Entry] = deque()
+
+    def add(self, entry: Entry) -> None:
+        """Note one."""
+        entries = self._entries
+        entries.append(entry)
+        if len(entries) >= _BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Count what was noted."""
+        next_entry = self._entries.popleft
+        while self._entries:
+            try:
+                entry = next_entry()
+            except IndexError:  # another thread was quicker
+                return
+            self._take(entry)
+
+
+JobTime = tuple[str, str, float, float]
+"""A job's provider, its outcome, its seconds, and the seconds that it waited for a worker.
+
+Without an outcome it is about the head of a response whose body was still to come.
+"""
+
+
 class Events:
-    """The subscribers of one pool, and its counts. Safe to use from any thread."""
+    """The subscribers of one pool, and its counts. Safe to use from any thread.
+
+    `minders` hear of nothing healthy, `times` note the times of all jobs.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._outcomes: Counter[Outcome] = Counter()
+        self._outcomes: dict[Outcome, int] = {}
         self.deaths = 0
         self.subscribers: tuple[Subscriber, ...] = ()
+        self.minders: tuple[Subscriber, ...] = ()
+        self.times: tuple[Batch[JobTime], ...] = ()
 
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Have `subscriber` called with each event; gives what ends that."""
+    def subscribe(self, subscriber: Subscriber, *, healthy: bool = True) -> Callable[[], None]:
+        """Have `subscriber` called with each event, or with those of nothing healthy only; gives what ends that."""
         with self._lock:
-            self.subscribers = (*self.subscribers, subscriber)
+            if healthy:
+                self.subscribers = (*self.subscribers, subscriber)
+            else:
+                self.minders = (*self.minders, subscriber)
 
         def unsubscribe() -> None:
             with self._lock:
                 self.subscribers = tuple(kept for kept in self.subscribers if kept is not subscriber)
+                self.minders = tuple(kept for kept in self.minders if kept is not subscriber)
 
         return unsubscribe
 
-    def emit(self, event: Event) -> None:
-        """Give an event to all subscribers."""
-        for subscriber in self.subscribers:
+    def note_times(self, batch: Batch[JobTime]) -> Callable[[], None]:
+        """Have the times of all jobs noted; gives what ends that."""
+        with self._lock:
+            self.times = (*self.times, batch)
+
+        def end() -> None:
+            with self._lock:
+                self.times = tuple(kept for kept in self.times if kept is not batch)
+            batch.flush()
+
+        return end
+
+    def emit(self, event: Event, *, healthy: bool = False) -> None:
+        """Give an event to all subscribers, and to the minders unless it is of something healthy."""
+        for subscriber in self.subscribers if healthy else (*self.subscribers, *self.minders):
             try:
                 subscriber(event)
             except Exception:
@@ -160,8 +226,9 @@ class Events:
 
     def count(self, outcome: Outcome) -> None:
         """A job has ended."""
+        outcomes = self._outcomes
         with self._lock:
-            self._outcomes[outcome] += 1
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
 
     def outcomes(self) -> dict[Outcome, int]:
         """How many jobs have ended in which way."""

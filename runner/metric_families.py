@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Final
 
@@ -41,12 +41,23 @@ class Times:
 
 
 class Histograms(Collector):
-    """A family of histograms of times in seconds: a `Times` for each tuple of labels."""
+    """A family of histograms of times in seconds: a `Times` for each tuple of labels.
 
-    def __init__(self, registry: CollectorRegistry, name: str, documentation: str, labels: Sequence[str]) -> None:
+    `flush` is called before its numbers are looked at.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        name: str,
+        documentation: str,
+        labels: Sequence[str],
+        flush: Callable[[], object] = lambda: None,
+    ) -> None:
         self._name = name
         self._documentation = documentation
         self._labels = labels
+        self._flush = flush
         self.children: dict[tuple[str, ...], Times] = {}
         registry.register(self)
 
@@ -57,6 +68,7 @@ class Histograms(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The numbers of this moment."""
+        self._flush()
         family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
         for labels, times in list(self.children.items()):
             buckets = list(zip(_LE, accumulate(times.counts), strict=True))
@@ -67,10 +79,18 @@ class Histograms(Collector):
 class Counters(Collector):
     """A family of counters: a number for each tuple of labels. Safe to use from any thread."""
 
-    def __init__(self, registry: CollectorRegistry, name: str, documentation: str, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        name: str,
+        documentation: str,
+        labels: Sequence[str],
+        flush: Callable[[], object] = lambda: None,
+    ) -> None:
         self._name = name
         self._documentation = documentation
         self._labels = labels
+        self._flush = flush
         self._lock = threading.Lock()
         self.values: dict[tuple[str, ...], float] = {}
         registry.register(self)
@@ -82,6 +102,7 @@ class Counters(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The numbers of this moment."""
+        self._flush()
         family = CounterMetricFamily(self._name, self._documentation, labels=self._labels)
         for labels, value in list(self.values.items()):
             family.add_metric(labels, value)

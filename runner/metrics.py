@@ -16,15 +16,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from .events import (
-    Event,
-    JobAnswered,
-    JobEnded,
-    JobRefused,
-    JobStarted,
-    WorkerEnded,
-    WorkerReady,
-)
+from .events import Batch, Event, JobRefused, JobTime, WorkerEnded, WorkerReady
 from .metric_families import Counters, Histograms
 
 if TYPE_CHECKING:
@@ -36,15 +28,23 @@ class PoolMetrics(Collector):
 
     def __init__(self, registry: CollectorRegistry) -> None:
         who = ("pool", "provider")
+        self._batches: list[Batch[JobTime]] = []
         self._jobs = Histograms(
             registry,
             "blastdoor_job_duration_seconds",
             "Time from a worker's taking a job to its end, by how it ended.",
             (*who, "outcome"),
+            self._flush,
         )
-        self._waits = Histograms(registry, "blastdoor_job_wait_seconds", "Time that a job waited for a worker.", who)
+        self._waits = Histograms(
+            registry, "blastdoor_job_wait_seconds", "Time that a job waited for a worker.", who, self._flush
+        )
         self._heads = Histograms(
-            registry, "blastdoor_job_head_seconds", "Time to the head of a response whose body was still to come.", who
+            registry,
+            "blastdoor_job_head_seconds",
+            "Time to the head of a response whose body was still to come.",
+            who,
+            self._flush,
         )
         self._refused = Counters(registry, "blastdoor_jobs_refused_total", "Callers that got no worker.", who)
         self._starts = Histograms(
@@ -59,13 +59,22 @@ class PoolMetrics(Collector):
     def watch(self, name: str, pool: AnyPool) -> Callable[[], None]:
         """Count what happens in a pool, under this name, which several may share; gives what ends that."""
         self._pools.append((name, pool))
-        unsubscribe = pool.subscribe(functools.partial(self._count, name))
+        batch: Batch[JobTime] = Batch(functools.partial(self._take, name))
+        self._batches.append(batch)
+        ends = pool.subscribe(functools.partial(self._count, name), healthy=False), pool.note_times(batch)
 
         def end() -> None:
-            unsubscribe()
+            for stop in ends:
+                stop()
+            self._batches.remove(batch)
             self._pools.remove((name, pool))
 
         return end
+
+    def _flush(self) -> None:
+        """Count what was noted: before anybody looks."""
+        for batch in list(self._batches):
+            batch.flush()
 
     def collect(self) -> Iterable[Metric]:
         """The gauges of this moment."""
@@ -85,14 +94,16 @@ class PoolMetrics(Collector):
             memory.add_metric((name,), sum(worker.rss for pool in together for worker in pool.workers()))
         return workers, waiting, memory
 
+    def _take(self, pool: str, job: JobTime) -> None:
+        provider, outcome, seconds, waited = job
+        if outcome:
+            self._jobs.of((pool, provider, outcome)).observe(seconds)
+            self._waits.of((pool, provider)).observe(waited)
+        else:
+            self._heads.of((pool, provider)).observe(seconds)
+
     def _count(self, pool: str, event: Event) -> None:
-        if isinstance(event, JobEnded):
-            self._jobs.of((pool, event.provider, event.outcome)).observe(event.seconds)
-        elif isinstance(event, JobStarted):
-            self._waits.of((pool, event.provider)).observe(event.waited)
-        elif isinstance(event, JobAnswered):
-            self._heads.of((pool, event.provider)).observe(event.seconds)
-        elif isinstance(event, JobRefused):
+        if isinstance(event, JobRefused):
             self._refused.add((pool, event.provider))
         elif isinstance(event, WorkerReady):
             self._starts.of((pool,)).observe(event.seconds)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from .events import Events, Subscriber
+from .events import Batch, Events, JobTime, Subscriber
 
 
 class Startable:
@@ -72,6 +72,13 @@ class Startable:
             finally:
                 self.close(drain=0)
 
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Have `subscriber` called with each event of `runner.events`, where it happens; gives what ends that."""
-        return self._events.subscribe(subscriber)
+    def subscribe(self, subscriber: Subscriber, *, healthy: bool = True) -> Callable[[], None]:
+        """Have `subscriber` called with each event of `runner.events`, where it happens; gives what ends that.
+
+        Without `healthy` it hears of jobs only where they end badly, which costs the others nothing.
+        """
+        return self._events.subscribe(subscriber, healthy=healthy)
+
+    def note_times(self, batch: Batch[JobTime]) -> Callable[[], None]:
+        """Have the times of all jobs noted in a batch, which costs them little; gives what ends that."""
+        return self._events.note_times(batch)

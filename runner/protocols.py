@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
-from .events import PoolStats, Subscriber, WorkerInfo
+from .events import Batch, JobTime, PoolStats, Subscriber, WorkerInfo
 from .model.request import Request
 from .wire.messages import JobContext, ResponseHead
 
@@ -93,7 +93,9 @@ class AnyPool(Protocol):
         write_timeout: float | None = None,
     ) -> AnyAsyncJob: ...
 
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]: ...
+    def subscribe(self, subscriber: Subscriber, *, healthy: bool = True) -> Callable[[], None]: ...
+
+    def note_times(self, batch: Batch[JobTime]) -> Callable[[], None]: ...
 
     def stats(self) -> PoolStats: ...
 

@@ -30,7 +30,7 @@ from ..errors import (
     WorkersUnavailable,
     closed_by,
 )
-from ..events import JobAnswered, JobEnded, JobRefused, JobStarted, Outcome
+from ..events import HEALTHY, JobAnswered, JobEnded, JobRefused, JobStarted, Outcome
 from ..jobs.failures import failure
 from ..wire.messages import ResponseHead
 from .messages import (
@@ -87,6 +87,7 @@ class ClusterRoundTrip:
         "_try",
         "_upload",
         "_using",
+        "_waited",
         "_worker",
         "began",
         "head",
@@ -187,10 +188,10 @@ class ClusterRoundTrip:
         if request.scope is not None:
             request.scope.watch(id(self), _closer(self))
         events = host.events
+        self._waited = waited = self.began - request.asked_at
         if events.subscribers:
             context = request.context
-            waited = self.began - request.asked_at
-            events.emit(JobStarted(self.job_id, context.provider, context.source, None, waited))
+            events.emit(JobStarted(self.job_id, context.provider, context.source, None, waited), healthy=True)
         upload = self._upload
         uploads = upload.lazy or self._piece is not None
         if upload.lazy:
@@ -212,7 +213,7 @@ class ClusterRoundTrip:
     def _refused(self, error: BaseException) -> None:
         """Tell of a caller that got no slot."""
         events = self._host.events
-        if events.subscribers:
+        if events.subscribers or events.minders:
             context, waited = self._request.context, time.monotonic() - self._request.asked_at
             events.emit(JobRefused(context.job_id, context.provider, context.source, waited, str(error)))
 
@@ -389,11 +390,14 @@ class ClusterRoundTrip:
             raise self._failure
         self.head = self._head
         events = self._host.events
-        if events.subscribers and not self._settled:
+        if not self._settled:
             context, seconds = self._request.context, time.monotonic() - self.began
-            events.emit(
-                JobAnswered(self.job_id, context.provider, context.source, self._worker, self.head.status, seconds)
-            )
+            for batch in events.times:
+                batch.add((context.provider, "", seconds, 0.0))
+            if events.subscribers:
+                worker, status = self._worker, self.head.status
+                answered = JobAnswered(self.job_id, context.provider, context.source, worker, status, seconds)
+                events.emit(answered, healthy=True)
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -454,15 +458,20 @@ class ClusterRoundTrip:
     def _tell_end(self) -> None:
         events = self._host.events
         events.count(self._outcome)
-        if events.subscribers:
-            context, head = self._request.context, self._head
+        context, seconds = self._request.context, time.monotonic() - self.began
+        for batch in events.times:
+            batch.add((context.provider, self._outcome, seconds, self._waited))
+        healthy = self._outcome in HEALTHY
+        if events.subscribers or (events.minders and not healthy):
+            head = self._head
             why = self._failure or self._closed_by
             detail = why.fault.detail if isinstance(why, JobFailed) else str(why or "")
-            status, seconds = None if head is None else head.status, time.monotonic() - self.began
+            status = None if head is None else head.status
             events.emit(
                 JobEnded(
                     self.job_id, context.provider, context.source, self._worker, status, self._outcome, seconds, detail
-                )
+                ),
+                healthy=healthy,
             )
 
 

@@ -72,7 +72,7 @@ class Dispatch(PreparedRequest):
 
     def _refused(self, error: BlastdoorError) -> None:
         events = self._supervisor.events
-        if events.subscribers:
+        if events.subscribers or events.minders:
             context, waited = self.context, time.monotonic() - self.asked_at
             refused = JobRefused(
                 context.job_id, context.provider, context.source, waited, str(error), self.method, self.target

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ..errors import JobFailed, JobTimedOut, ReadTimeout, WorkerDied, WriteTimeout
-from ..events import JobAnswered, JobEnded, JobStarted, Outcome
+from ..events import HEALTHY, JobAnswered, JobEnded, JobStarted, Outcome
 from ..model.durations import min_timeout
 from ..model.limits import over_wall_time
 from ..supervision.abandoned_jobs import Remainder, log_background_failure
@@ -78,6 +78,7 @@ class RoundTrip(Sending):
         "_outcome",
         "_read_timeout",
         "_scope",
+        "_waited",
         "_wall_seconds",
         "_worker",
         "_write_timeout",
@@ -128,9 +129,10 @@ class RoundTrip(Sending):
         self._settled, worker.job = False, reference
         if self._upload.lazy:
             self._upload.on_ready(waker(self))
+        self._waited = waited = self.began - request.asked_at
         if supervisor.events.subscribers:
-            waited = self.began - request.asked_at
-            supervisor.events.emit(JobStarted(job_id, context.provider, context.source, worker.pid, waited))
+            started = JobStarted(job_id, context.provider, context.source, worker.pid, waited)
+            supervisor.events.emit(started, healthy=True)
 
     def __del__(self) -> None:
         if not getattr(self, "_settled", True) and not self._supervisor.in_forked_child:
@@ -158,11 +160,14 @@ class RoundTrip(Sending):
         """The head is there: hand it out, and tell of it where the body is still to come."""
         self.head = head
         events = self._supervisor.events
-        if events.subscribers and not self._settled:
+        if not self._settled and (events.subscribers or events.times):
             context, seconds = self._context, time.monotonic() - self.began
-            events.emit(
-                JobAnswered(self.job_id, context.provider, context.source, self._worker.pid, head.status, seconds)
-            )
+            for batch in events.times:
+                batch.add((context.provider, "", seconds, 0.0))
+            if events.subscribers:
+                worker, status = self._worker.pid, head.status
+                answered = JobAnswered(self.job_id, context.provider, context.source, worker, status, seconds)
+                events.emit(answered, healthy=True)
 
     def _next_piece(self) -> bytes | None:
         """A piece of the body that is there, b"" at its end; None where it has to be waited for."""
@@ -422,24 +427,28 @@ class RoundTrip(Sending):
         if self._scope is not None:
             self._scope.unwatch(id(self))
         events = self._supervisor.events
-        events.count(self._outcome)
-        if events.subscribers:
+        outcome = self._outcome
+        events.count(outcome)
+        if events.times:
+            time_of_job = self._context.provider, outcome, time.monotonic() - self.began, self._waited
+            for batch in events.times:
+                batch.add(time_of_job)
+        healthy = outcome in HEALTHY
+        if events.subscribers or (events.minders and not healthy):
             head, context = self._exchange.head, self._context
-            seconds = time.monotonic() - self.began
-            status = None if head is None else head.status
             ended = JobEnded(
                 self.job_id,
                 context.provider,
                 context.source,
                 self._worker.pid,
-                status,
-                self._outcome,
-                seconds,
-                "" if self._outcome == "ok" else self._what_went_wrong(),
+                None if head is None else head.status,
+                outcome,
+                time.monotonic() - self.began,
+                "" if outcome == "ok" else self._what_went_wrong(),
                 self.method,
                 self.target,
             )
-            events.emit(ended)
+            events.emit(ended, healthy=healthy)
 
     def _what_went_wrong(self) -> str:
         if self._outcome in ("died", "not taken"):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+RequestTime = tuple[str, str, int | None, int, bool, float, float]
+"""Of a request that is over: mount, method, status, bytes sent, whether the answer was whole, its seconds, and when it
+ended, on the clock of `time.monotonic`."""
+
 
 class RequestFinished(msgspec.Struct, frozen=True):
     """A request at the gateway is over: what was asked, by whom, what was sent of the answer, in how many seconds.

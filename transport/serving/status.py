@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from runner import __version__
-from runner.events import Event, JobEnded, JobRefused
+from runner.events import Batch, Event, JobEnded, JobRefused
 from runner.jobs.round_trip import LAST_WORDS
 from runner.wire.printable import one_line
 
 if TYPE_CHECKING:
     from runner.protocols import AnyPool
-    from transport.gateway.finished import RequestFinished
+    from transport.gateway.finished import RequestTime
     from transport.gateway.router import Router
 
 _EPOCH: Final = time.time() - time.monotonic()
@@ -36,9 +36,6 @@ def steady_time() -> float:
 
 SPAN: Final = 300
 """How many seconds the page looks back."""
-
-_NO_FAULTS: Final = frozenset(("ok", "left", "not taken"))
-"""Ends of jobs that nobody has to look at."""
 
 _SAMPLES: Final = 1000
 _FAULTS: Final = 50
@@ -136,11 +133,12 @@ class Status:
         self.draining = False
         self.reload_error = ""
         self.log = JobLog()
-        gateway.subscribe(self._count)
+        self._batch: Batch[RequestTime] = Batch(self._count)
+        gateway.note_times(self._batch)
 
     def watch(self, mount: str, pool: AnyPool) -> Callable[[], None]:
         """Note the faults of a pool under this name; gives what ends that."""
-        return pool.subscribe(functools.partial(self._note, mount))
+        return pool.subscribe(functools.partial(self._note, mount), healthy=False)
 
     @property
     def ready(self) -> bool:
@@ -149,6 +147,7 @@ class Status:
 
     def tell(self) -> dict[str, Any]:
         """All of it, as it goes into JSON. It reads /proc for each worker."""
+        self._batch.flush()
         now = int(self._clock())
         with self._lock:
             seconds = [second for second in self._seconds if second.at > now - SPAN]
@@ -175,8 +174,9 @@ class Status:
             ],
         }
 
-    def _count(self, answered: RequestFinished) -> None:
-        now = int(self._clock())
+    def _count(self, request: RequestTime) -> None:
+        _, _, status, _, whole, took, ended = request
+        now = int(_EPOCH + ended)
         with self._lock:
             if not self._seconds or self._seconds[-1].at < now:
                 self._seconds.append(Second(now))
@@ -184,16 +184,14 @@ class Status:
                     self._seconds.popleft()
             second = self._seconds[-1]
             second.answers += 1
-            second.errors += answered.status is not None and (answered.status >= 500 or not answered.whole)
+            second.errors += status is not None and (status >= 500 or not whole)
             if len(second.latencies) < _SAMPLES:
-                second.latencies.append(answered.seconds)
+                second.latencies.append(took)
 
     def _note(self, mount: str, event: Event) -> None:
         if not isinstance(event, (JobEnded, JobRefused)):
             return
         if isinstance(event, JobEnded):
-            if event.outcome in _NO_FAULTS:
-                return
             at = self._clock()
             fault = RecentFault(
                 at,
