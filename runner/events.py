@@ -133,12 +133,12 @@ class PoolStats(msgspec.Struct, frozen=True):
 HEALTHY: Final = frozenset(("ok", "left", "not taken"))
 """Outcomes of jobs that nobody has to look at."""
 
-Entry = TypeVar("Entry")
+_Entry = TypeVar("_Entry")
 
 _BATCH: Final = 1024
 
 
-class Batch(Generic[Entry]):
+class Batch(Generic[_Entry]):
     """What is noted in passing, and counted later, many at once. Safe to use from any thread.
 
     `take` is called with one after the other by `flush`, and when there are many.
@@ -146,11 +146,11 @@ class Batch(Generic[Entry]):
 
     __slots__ = ("_entries", "_take")
 
-    def __init__(self, take: Callable[[Entry], object]) -> None:
+    def __init__(self, take: Callable[[_Entry], object]) -> None:
         self._take = take
-        self._entries: deque[Entry] = deque()
+        self._entries: deque[_Entry] = deque()
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: _Entry) -> None:
         """Note one."""
         entries = self._entries
         entries.append(entry)
