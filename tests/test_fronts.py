@@ -88,8 +88,11 @@ class Callers:
     known that had the connection.
     """
 
-    def __init__(self, served: Process, number: int = 8, target: str = "/pid") -> None:
+    def __init__(self, served: Process, number: int = 8, target: str = "/pid", fatal_every: int = 0) -> None:
         self._address = address(served)
+        self._fatal_every = fatal_every
+        self.fatal = 0
+        self.drained = threading.Event()
         self._target = target
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -114,22 +117,34 @@ class Callers:
             return sum(self.answers.values())
 
     def _run(self) -> None:
+        asked = 0
         while not self._stop.is_set():
             client = http.client.HTTPConnection(*self._address, timeout=20)
             last = ""
             try:
                 while not self._stop.is_set():
-                    client.request("GET", self._target)
+                    asked += 1
+                    fatal = bool(self._fatal_every) and asked % self._fatal_every == 0
+                    client.request("GET", "/die" if fatal else self._target)
                     response = client.getresponse()
                     body = response.read().decode()
                     with self._lock:
-                        if response.status == 200:
+                        if fatal:
+                            assert response.status == 500
+                            assert "SIGSEGV" in body
+                            self.fatal += 1
+                        elif response.status == 200:
                             self.answers[body] = self.answers.get(body, 0) + 1
                             last = body
                         else:
                             self.failed.append((last, f"{response.status} {body}"))
                     if response.headers["connection"] == "close":
                         break
+            except ConnectionRefusedError as error:
+                if self.drained.is_set():
+                    return  # nobody listens any more
+                with self._lock:
+                    self.failed.append(("", str(error)))
             except (http.client.HTTPException, OSError) as error:
                 with self._lock:
                     self.failed.append((last, f"{type(error).__name__}: {error}"))
@@ -189,6 +204,27 @@ def test_fronts_that_are_killed_over_and_over(serve: Start) -> None:
         wait_until(lambda: serving(served) == 2)
     wait_gone(list(families), 2)
     assert requests.get(f"{served.url}/hello", timeout=20).text == "hello"
+
+
+def test_a_day_of_a_server(serve: Start) -> None:
+    """P2, P4: requests that segfault, a front that is killed, a reload, the end: only that front's are lost."""
+    served = serve("--workers=4")
+    with Callers(served, 6, fatal_every=50) as callers:
+        wait_until(lambda: callers.total() > 500)
+        victim = front_pids(served)[0]
+        kill(victim)
+        wait_until(lambda: victim not in front_pids(served) and serving(served) == 2)
+        lost = list(callers.failed)
+        served.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: sum("reloaded in" in line for line in served.lines) == 2)
+        before = callers.total()
+        wait_until(lambda: callers.total() > before + 300)
+        callers.drained.set()
+        served.process.terminate()
+        assert served.process.wait(30) == 0
+    assert callers.fatal > 10
+    assert callers.failed == lost
+    assert len(lost) <= 6
 
 
 def test_a_parent_that_is_killed(serve: Start) -> None:

@@ -56,9 +56,6 @@ logger = logging.getLogger("blastdoor")
 KEEP_ALIVE: Final = 5.0
 _TICK: Final = 0.25
 HEAD_SECONDS: Final = 10.0
-DRAINING_SECONDS: Final = 1.0
-"""Of a connection that was made as the front began to drain: what it has sent by then is answered."""
-
 MOST_HEAD: Final = 64 * 1024
 PIPELINED: Final = 256
 LINGER: Final = 5.0
@@ -102,6 +99,7 @@ class FrontProtocol(Protocol):
     forwarded: Forwarded | None
     stalls: Deadlines
     draining: bool
+    idle_grace: float
     tell_refused: Callable[[str, int, str], object]
 
     def add(self, connection: Connection) -> bool:
@@ -182,7 +180,7 @@ class Connection(asyncio.Protocol):
             self._state = State.OVER
             transport.abort()
             return
-        self._enter(State.IDLE, DRAINING_SECONDS if self._front.draining else HEAD_SECONDS)
+        self._enter(State.IDLE, self._front.idle_grace if self._front.draining else HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         """Take what has come, of what completes nothing no more than there may be."""
@@ -317,7 +315,7 @@ class Connection(asyncio.Protocol):
         if http_1_0:
             exchange.http_1_0 = True
         else:
-            exchange.keep_alive = parser.should_keep_alive()
+            exchange.keep_alive = parser.should_keep_alive() and not front.draining
             if framing != 0:
                 exchange.expects = asked.header("expect").lower() == "100-continue"
         self._incoming = exchange
@@ -392,7 +390,9 @@ class Connection(asyncio.Protocol):
         """Take no more requests."""
         if self._exchanges:
             self._exchanges[-1].keep_alive = False
-        elif self._state in (State.IDLE, State.HEAD, State.LINGER):
+        elif self._state in (State.IDLE, State.HEAD) and self._front.idle_grace:
+            self._enter(self._state, self._front.idle_grace)  # a request may be on its way, and is answered
+        elif self._state is not State.OVER:
             self._close()
 
     def abort(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 from collections.abc import Callable, Iterable
@@ -61,6 +62,7 @@ class Front:
         self.stalls = Deadlines(self.loop, send_timeout)
         self.connections: set[Connection] = set()
         self.draining = False
+        self.idle_grace = 0.0
         self._make = make
         self._may_accept = may_accept
         self._most = most
@@ -71,17 +73,26 @@ class Front:
         self._empty = asyncio.Event()
 
     def listen(self, sockets: Iterable[socket.socket]) -> None:
-        """Accept connections at these sockets, from now on. They are closed by whoever has made them."""
+        """Accept connections at these sockets, from now on. They are closed by `drain`."""
         for sock in sockets:
             sock.setblocking(False)
             sock.listen(_BACKLOG)
             self._listeners.append(sock)
         self._begin_accepting()
 
-    def drain(self) -> None:
-        """Accept nothing more, end the idle connections, and each other one after its answer."""
+    def drain(self, idle_grace: float = 0.0) -> None:
+        """Accept nothing more, and end each connection after its answer; the idle ones after so many seconds.
+
+        A client may have sent a request on an idle one that is still on its way.
+        """
         self.draining = True
+        self.idle_grace = idle_grace
         self._stop_accepting()
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):
+                while self._take_one(listener):
+                    pass  # who has connected is served, if he has something to say
+            listener.close()
         for connection in list(self.connections):
             connection.shut_down()
 
@@ -125,20 +136,27 @@ class Front:
             self._pause = self.loop.call_later(_DEFER, self._begin_accepting)
             return
         try:
-            sock, _ = listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
+            self._take_one(listener)
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
             self.loop.call_exception_handler({"message": "a connection can't be accepted", "exception": error})
             self._stop_accepting()
             self._pause = self.loop.call_later(_ACCEPT_PAUSE, self._begin_accepting)
-            return
+
+    def _take_one(self, listener: socket.socket) -> bool:
+        """Accept one that waits; whether there may be more. OSError where nothing can be accepted."""
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, InterruptedError):
+            return False
+        except ConnectionAbortedError:
+            return True
         sock.setblocking(False)
         task = self.loop.create_task(self._take_in(sock))
         self._arriving.add(task)
         task.add_done_callback(self._arriving.discard)
+        return True
 
     async def _take_in(self, sock: socket.socket) -> None:
         try:

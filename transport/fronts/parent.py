@@ -138,7 +138,7 @@ class Fronts:
         """Drain all fronts, and end; the second time at once. In the event loop's thread."""
         if not self._draining:
             self._draining = True
-            self.listeners.unlink()  # now, while nobody can have taken the path over
+            self.listeners.close()  # the fronts have theirs; its path goes while nobody can have taken it over
             self._drained.set()
         for front in self._fronts:
             front.signal(signal.SIGTERM)

@@ -52,6 +52,9 @@ _OF_THE_SERVER: Final = tuple(
 )
 """What only a restart takes: of a mount, and of the server."""
 
+_IDLE_GRACE: Final = 1.0
+"""Seconds that an idle connection is kept while the server drains: a request may be on its way on it."""
+
 SETTLE: Final = 5.0
 """Seconds for what is left to be sent once the jobs under way were ended."""
 
@@ -244,7 +247,7 @@ class Service:
                 self._log_started()
             started()
             await self._drained.wait()
-            fronts[0].drain()
+            fronts[0].drain(min(_IDLE_GRACE, settings.drain))
             await fronts[0].wait_closed(settings.drain + SETTLE)
             for front in fronts[1:]:
                 front.drain()
