@@ -36,7 +36,7 @@ class Job(RoundTrip, BaseJob):
             super().__init__(worker, supervisor, request)
             if self._scope is not None:
                 self._watch_scope(self._scope)
-            self._use(lambda: self._await_head(request))
+            self._use(self._await_head, request)
             head = self._exchange.head
             if head is None:
                 self._check_end()
@@ -48,6 +48,10 @@ class Job(RoundTrip, BaseJob):
 
     def _await_head(self, request: PreparedRequest) -> None:
         self._send_request(request)
+        if self._may_wait_long:
+            frames = self._channel.wait_and_receive()
+            if frames:
+                self._receive(frames)
         while self._exchange.awaits_head and self._closed_by is None:
             self._advance()
 
@@ -72,18 +76,18 @@ class Job(RoundTrip, BaseJob):
             if looked and until is not None and time.monotonic() >= until:
                 return
             looked = True
-            self._use(self._advance if until is None else lambda: self._advance(until))
+            self._use(self._advance, until)
         if self._closed_by is not None:
             raise self._closed()
         into += body
         body.clear()
 
-    def _use(self, step: Callable[[], None]) -> None:
+    def _use(self, step: Callable[..., None], *arguments: object) -> None:
         """Take a step on the channel, as the one thread that uses it; a close that comes meanwhile follows it."""
         try:
             try:
                 self._take_channel(step)
-                step()
+                step(*arguments)
             except BaseException as error:
                 self._break_off(step, error)
                 raise

@@ -202,6 +202,11 @@ class RoundTrip(Sending):
             raise RequestNotTaken(None) from None
         self._uploading = upload.lazy or not channel.flushed
 
+    @property
+    def _may_wait_long(self) -> bool:
+        """Whether nothing limits the wait for the response, and nothing else is to be done meanwhile."""
+        return not self._uploading and self._read_timeout is None and self._scope is None and self._expires is None
+
     def _patience(self) -> float | None:
         """How long to wait for the channel now, in seconds."""
         if self._worker.dead:
@@ -326,6 +331,10 @@ class RoundTrip(Sending):
         """The response has ended, well or not: let the worker go on to its next job, if it is fit to."""
         exchange = self._exchange
         channel = self._channel
+        if exchange.sound and channel.ready_for_next and not (self._uploading or self._owes_end):
+            self._outcome = "ok"  # the ordinary end, in few steps
+            self._end(self._supervisor.leases.give_back)
+            return
         if exchange.violation or not channel.clean:
             logger.error(
                 "job %s: worker %s broke the protocol and is killed: %s",

@@ -170,6 +170,16 @@ class ResponseExchange:
         return self.state is State.IDLE_EXPECTED or self.state is State.TAIL_EXPECTED
 
     @property
+    def sound(self) -> bool:
+        """Whether it has ended as it should, in every respect, and nothing is to be seen to but what follows."""
+        return (
+            self.state is State.ENDED
+            and self.whole
+            and not (self._left or self.violation or self.surplus or self.printed)
+            and self.report is None
+        )
+
+    @property
     def missing(self) -> int:
         """How many bytes the body that has come lies short of its Content-Length."""
         return 0 if self._bodyless else self._left or 0
