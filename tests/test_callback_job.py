@@ -435,6 +435,21 @@ def test_a_listener_that_raises() -> None:
     run(test)
 
 
+def test_a_large_head_of_a_worker_that_has_died() -> None:
+    """F3: what it had written is taken, though it takes several reads, and its death is known already."""
+
+    async def test() -> None:
+        async with calls() as made:
+            _, told = made.call()
+            await turns(lambda: bool(made.lane.heard()))
+            made.lane.say((HEAD, ResponseHead(200, [("x-large", "x" * 100_000)])), (BODY, b"ab"), END_FRAME)
+            made.lane.die(-9)
+            await told.wait()
+            assert (told.error, told.body, told.ended) == (None, b"ab", True)
+
+    run(test)
+
+
 def test_real_workers_die_under_callbacks() -> None:
     """W8, I5: 400 jobs, workers killed at seeded instants: each listener is told once, and the pool is whole after."""
 

@@ -122,7 +122,9 @@ class Callers:
             client = http.client.HTTPConnection(*self._address, timeout=20)
             last = ""
             try:
-                while not self._stop.is_set():
+                for _ in range(50):  # then a new connection, perhaps to the other front
+                    if self._stop.is_set():
+                        break
                     asked += 1
                     fatal = bool(self._fatal_every) and asked % self._fatal_every == 0
                     client.request("GET", "/die" if fatal else self._target)
@@ -297,7 +299,7 @@ def test_a_reload_under_load(serve: Start, tmp_path: Path) -> None:
             wait_until(lambda version=version: sum("reloaded in" in line for line in served.lines) == 2 * (version - 1))  # type: ignore[misc]
         seen = dict(callers.answers)
         wait_until(lambda: callers.answers["3"] > seen["3"] + 100)
-        assert callers.answers["2"] == seen["2"]  # no front is left behind
+        assert callers.answers["2"] <= seen["2"] + 6  # what was under way; no front is left behind
     assert not callers.failed
     module.write_text("nonsense(")
     served.process.send_signal(signal.SIGHUP)

@@ -23,9 +23,23 @@ if TYPE_CHECKING:
 
 
 class CallbackDispatch(Dispatch):
-    """A request on its way to a worker, then its job. Used in the loop's thread only."""
+    """A request on its way to a worker, then its job. Used in the loop's thread only.
 
-    __slots__ = ("_deadline", "_job", "_listener", "_over", "_paused", "_poller", "_start_over", "_tries", "_waiter")
+    `begun` tells that a worker has it.
+    """
+
+    __slots__ = (
+        "_deadline",
+        "_job",
+        "_listener",
+        "_over",
+        "_paused",
+        "_poller",
+        "_start_over",
+        "_tries",
+        "_waiter",
+        "begun",
+    )
 
     def __init__(
         self,
@@ -49,6 +63,7 @@ class CallbackDispatch(Dispatch):
         self._job: CallbackJob | None = None
         self._deadline: Deadline | None = None
         self._over = self._paused = False
+        self.begun = False
 
     @property
     def job_id(self) -> str:
@@ -136,6 +151,7 @@ class CallbackDispatch(Dispatch):
     def _start(self, worker: Worker) -> None:
         try:
             self._supervisor.look_after_jobs()
+            self.begun = True
             job = self._job = CallbackJob(worker, self._supervisor, self, self, self._poller, self._listener)
             job.begin()
             if self._paused:
@@ -149,6 +165,7 @@ class CallbackDispatch(Dispatch):
     def not_taken(self, never: RequestNotTaken) -> None:
         """The worker was gone before it took the request: try again, with another."""
         self._job = None
+        self.begun = False
         if self._over:
             return
         try:

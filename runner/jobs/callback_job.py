@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("blastdoor")
 
+_READS: Final = 64
+"""How often the pipe of a dead worker is read in a turn: it held less, unless another process writes to it."""
+
 _LOOP: Final = object()
 """Uses the channel: the loop's callbacks, from the beginning to the end of the job."""
 
@@ -142,7 +145,9 @@ class CallbackJob(RoundTrip):
             self._release_channel(_LOOP)
             raise self._closed()
         worker, channel = self._worker, self._channel
-        while not self._settled:
+        for _ in range(_READS):
+            if self._settled:
+                return
             dead = worker.dead
             if self._deaf:
                 if dead:
@@ -154,10 +159,15 @@ class CallbackJob(RoundTrip):
                 self._tell()
                 if not dead:
                     return  # the others' turn; what is left is told of again
-            elif frames is None or dead:  # dead: what the handler has started may hold the pipe open
+            elif frames is None or (dead and channel.starved):  # what it has started may hold the pipe open
                 self._await_death()
-            else:
+                if not worker.dead:
+                    return
+            elif not dead:
                 return
+        if not self._settled and worker.dead:
+            self._await_death()  # what it has started goes on writing: that is no response
+            self._end_with_worker()
 
     def _await_death(self) -> None:
         """The worker's stream has ended: go on once it is known how the worker has."""
@@ -192,7 +202,12 @@ class CallbackJob(RoundTrip):
             self._listener.on_body(data, ended=ended and not failed)
         if failed:
             self._check_end()
-        elif not ended and exchange.complete and not self._uploading and not self._settled:
+        elif not ended:
+            self._watch_tail()
+
+    def _watch_tail(self) -> None:
+        """Where the body is complete, and all is sent, the end is waited for no longer than for a moment."""
+        if self._exchange.complete and not self._uploading and not self._settled and self._patience_over is None:
             self._patience_over = self._poller.after(TAIL_PATIENCE).start(self._on_tail_time_up)
 
     def _serve_upload(self) -> None:
@@ -210,6 +225,8 @@ class CallbackJob(RoundTrip):
             self._poller.leave_room(channel)
         if self._uploading and not self._settled:
             self._upload.starve()
+        elif self._told:
+            self._watch_tail()
 
     def _wake(self) -> None:
         """The upload has something to send; in the loop's thread."""
@@ -218,7 +235,12 @@ class CallbackJob(RoundTrip):
 
     def _on_time_up(self) -> None:
         if not self._settled:
-            self._guard(self._time_is_up)
+            self._guard(self._end_for_time)
+
+    def _end_for_time(self) -> None:
+        self._time_is_up()
+        if self._settled:
+            self._tell()  # its body was complete, and nobody waits for the rest
 
     def _on_tail_time_up(self) -> None:
         if not self._settled and self._exchange.complete and not self._uploading:

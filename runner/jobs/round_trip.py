@@ -418,8 +418,12 @@ class RoundTrip(Sending):
         """Let the supervisor see to the rest of the job."""
         exchange = self._exchange
         error = self._closed_by
+        if exchange.background:
+            exchange = ResponseExchange.of_background(exchange.job)
+        elif not exchange.open:
+            exchange = ResponseExchange.of_end(exchange.job)  # this one's body is still to be read, here
         rest = Remainder(
-            ResponseExchange.of_background(exchange.job) if exchange.background else exchange,
+            exchange,
             timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
             expires=self._expires,
         )

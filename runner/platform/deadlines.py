@@ -34,7 +34,10 @@ class Deadline:
 
 
 class Deadlines:
-    """Callbacks that come `seconds` after they were asked for, in the loop's thread. They must not raise."""
+    """Callbacks that come `seconds` after they were asked for, in the loop's thread.
+
+    What one raises is given to the loop's exception handler.
+    """
 
     __slots__ = ("_loop", "_queue", "_timer", "alive", "seconds")
 
@@ -71,9 +74,14 @@ class Deadlines:
             deadline = self._queue[0]
             callback = deadline.callback
             if callback is not None and deadline.at > now:
-                self._timer = self._loop.call_later(deadline.at - now, self._look)
+                if self._timer is None:  # a callback may have started it
+                    self._timer = self._loop.call_later(deadline.at - now, self._look)
                 return
             self._queue.popleft()
             if callback is not None:
                 deadline.cancel()
-                callback()
+                try:
+                    callback()
+                except Exception as error:  # noqa: BLE001 - the others' time is up all the same
+                    context = {"message": "a callback failed when its time was up", "exception": error}
+                    self._loop.call_exception_handler(context)

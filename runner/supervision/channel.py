@@ -49,6 +49,7 @@ class Channel:
         "_wants_write",
         "request_fd",
         "response_fd",
+        "starved",
         "torn",
         "wake_fd",
         "written",
@@ -72,6 +73,7 @@ class Channel:
         self._epoll_wants_write = False
         self.written = 0
         self.torn = False
+        self.starved = False
 
     @property
     def flushed(self) -> bool:
@@ -212,11 +214,16 @@ class Channel:
             self._epoll.unregister(self.response_fd)
 
     def receive(self) -> list[Frame] | None:
-        """The frames that are there now, possibly none; None at the end of the worker's stream."""
+        """The frames that are there now, possibly none; None at the end of the worker's stream.
+
+        `starved` tells that nothing was there, not even a part of one.
+        """
         try:
             data = os.read(self.response_fd, _READ_SIZE)
         except BlockingIOError:
+            self.starved = True
             return []
+        self.starved = False
         if not data:
             return None
         return self._decoder.feed(data)

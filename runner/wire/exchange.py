@@ -132,6 +132,14 @@ class ResponseExchange:
         return exchange
 
     @classmethod
+    def of_end(cls, job: int) -> ResponseExchange:
+        """Nothing more is to come of a job's response: only the rest of its request is to be sent."""
+        exchange = cls(job, "")
+        exchange.state = State.ENDED
+        exchange.whole = True
+        return exchange
+
+    @classmethod
     def of_tail(cls, job: int) -> ResponseExchange:
         """What is still to come of a job whose body is complete: whatever there is, its end."""
         exchange = cls(job, "HEAD")  # further bytes are nobody's

@@ -59,7 +59,7 @@ def render(status: dict[str, Any]) -> Group:
         f"  up {_time(status['uptime'])}  {sum(last) / 10:.1f} requests/s  {errors} errors in 5 min  "
         f"median {_time(status['latency']['p50'])}  p99 {_time(status['latency']['p99'])}  "
         f"{status['active']} under way",
-        *(f"  front {n}: pid {front['pid']}, {front['state']}" for n, front in enumerate(status["fronts"], 1)),
+        *(f"  front {n}: pid {front['pid']}, {front['state']}" for n, front in enumerate(status.get("fronts", ()), 1)),
         (failed, "red"),
     )
     return Group(head, *(_pool(path, pool) for path, pool in status["pools"].items()), _faults(status["faults"]))

@@ -68,6 +68,7 @@ AHEAD: Final = 64 * 1024
 
 _LONG_HEAD: Final = f"the request's head is over {MOST_HEAD} bytes"
 _ZERO: Final = b"0"
+_HOST: Final = re.compile(r"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]*")
 _METHOD: Final = re.compile(rb"(?:\r\n)*[!#$%&'*+\-.^_`|~0-9A-Za-z]+ ")
 _RESET: Final = struct.pack("ii", 1, 0)
 
@@ -207,14 +208,16 @@ class Connection(asyncio.Protocol):
         self._data = self._rest = b""
         if self._exchanges or self._refusal is not None:
             self._begin_next()
-        elif self._state is State.IDLE:
+        elif self._state is State.IDLE and (self._in_head or not self._progress):
             self._enter(State.HEAD, HEAD_SECONDS)
 
     def eof_received(self) -> bool | None:
         """The client sends no more. Whether the connection stays open for what it is still to be sent."""
         exchanges = self._exchanges
-        if not exchanges or self._in_head or self._incoming is not None or self._state is State.OVER:
+        if not exchanges or self._incoming is not None or self._state is State.OVER:
             return None
+        self._deaf = self._deaf or self._in_head  # of a request that is cut off nothing is answered
+        self._in_head = False
         current = exchanges[0]
         if not current.started and current.http_1_0:
             return None  # it knows no interim responses, and is taken to have gone
@@ -250,21 +253,23 @@ class Connection(asyncio.Protocol):
         self._end_stall()
         self._stall = self._front.stalls.start(self._transport.abort)
         self._held = True
-        if self._exchanges:
+        if self._exchanges and self._exchanges[0].begun:
             self._exchanges[0].hold()
 
     def resume_writing(self) -> None:
         """All has left."""
         self._end_stall()
         self._held = False
-        if self._exchanges:
+        if self._exchanges and self._exchanges[0].begun:
             self._exchanges[0].go_on()
+        elif self._exchanges:
+            self._begin_soon()
 
     # -- httptools -----------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         """A head begins."""
-        if self._replaying:
+        if self._replaying or self._state is State.OVER:
             return
         if len(self._exchanges) > PIPELINED:
             raise _NoRequest(400, "too many requests wait for their turn")
@@ -283,7 +288,7 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; or a trailer, which no handler may take for one."""
-        if self._in_head:
+        if self._in_head and self._state is not State.OVER:
             self._head_size += len(name) + len(value) + 4
             if self._head_size > MOST_HEAD:
                 raise _NoRequest(431, _LONG_HEAD)
@@ -291,12 +296,14 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """A head is there."""
-        if self._replaying:
+        if self._replaying or self._state is State.OVER:
             return
         self._in_head = False
         self._progress = True
         parser = self._parser
         version = parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            raise _NoRequest(505, f"HTTP/{version} is not spoken here (RFC 9112, 2.3)")
         headers, framing = self._check_head(version)
         self._upgrading = parser.should_upgrade()
         method = parser.get_method().decode("latin-1")
@@ -325,7 +332,7 @@ class Connection(asyncio.Protocol):
         """A piece of a body."""
         self._progress = True
         exchange = self._incoming
-        if exchange is not None and not exchange.complete:
+        if exchange is not None and not exchange.complete and self._state is not State.OVER:
             exchange.take_body(body)
             if exchange.backlog > AHEAD:
                 self.update_reading()
@@ -336,8 +343,9 @@ class Connection(asyncio.Protocol):
             return  # it is the end of its head, see `_decline_upgrade`
         self._progress = True
         exchange, self._incoming = self._incoming, None
-        if exchange is not None:
+        if exchange is not None and self._state is not State.OVER:
             exchange.whole = True
+            exchange.expects = False  # the body is there: nobody has to be told to send it
             if exchange.complete:  # the rest of a body, after its answer
                 self._await_next()
             else:
@@ -348,7 +356,7 @@ class Connection(asyncio.Protocol):
     def on_answered(self, exchange: Exchange) -> None:
         """The answer was written."""
         self._exchanges.popleft()
-        if self._transport.is_closing():
+        if self._transport.is_closing() or self._state is State.OVER:
             return
         if not exchange.keep_alive or (self._front.draining and not self._exchanges):
             self._close(unread=exchange is self._incoming)
@@ -356,7 +364,7 @@ class Connection(asyncio.Protocol):
             self._enter(State.LINGER, LINGER)
             self.update_reading()
         elif self._exchanges:
-            self.loop.call_soon(self._begin_next)  # those behind take their turn without deep recursion
+            self._begin_soon()
         else:
             self._await_next()
 
@@ -399,18 +407,32 @@ class Connection(asyncio.Protocol):
         """End it now."""
         self._transport.abort()
 
+    def _begin_soon(self) -> None:
+        """Have the next one answered: those behind one another take their turns without deep recursion."""
+        self.loop.call_soon(self._begin_guarded)
+
+    def _begin_guarded(self) -> None:
+        try:
+            self._begin_next()
+        except Exception:
+            logger.exception("a connection is broken off: answering a request failed")
+            self._transport.abort()
+
     def _begin_next(self) -> None:
         """Have the first of the requests answered, if none is."""
         exchanges = self._exchanges
+        if self._state is State.OVER:
+            return
         if exchanges and not self._transport.is_closing():
             current = exchanges[0]
-            if not current.begun:
+            if not current.begun and self._held:
+                self._end_deadline()
+                self._state = State.ANSWER  # what was answered before has to leave first: see `resume_writing`
+            elif not current.begun:
                 current.begun = True
                 if self._deadline is not None:
                     self._end_deadline()
                 self._state = State.ANSWER if current.whole else State.BODY
-                if self._held:
-                    current.hold()
                 current.begin()
             elif current.whole and self._state is State.BODY:
                 self._state = State.ANSWER
@@ -421,6 +443,8 @@ class Connection(asyncio.Protocol):
 
     def _await_next(self) -> None:
         """All that has come is answered."""
+        if self._state is State.OVER:
+            return
         if self._refusal is not None:
             self._refuse(self._refusal)
         elif self._in_head:
@@ -444,8 +468,10 @@ class Connection(asyncio.Protocol):
             value = raw_value.decode("latin-1").strip(" \t")  # RFC 9110, 5.5: the blanks are no part of it
             if name == "host":
                 hosts += 1
+                if _HOST.fullmatch(value) is None:
+                    raise _NoRequest(400, "the Host header is no host (RFC 9112, 3.2)")
             elif name == "content-length":
-                if not value.isdigit():
+                if not (value.isascii() and value.isdigit() and len(value) < 20):
                     raise _NoRequest(400, "a Content-Length is a number of bytes (RFC 9110, 8.6)")
                 length = int(value)  # the parser has seen that it is the only one
             elif name == "transfer-encoding":
@@ -469,6 +495,8 @@ class Connection(asyncio.Protocol):
         if not path.startswith(b"/"):  # no path: RFC 9112, 3.2.4, and RFC 9110, 4.2.3
             path = b"*" if method == "OPTIONS" and not path else b"/" + path
         authority = place.rpartition(b"@")[2].decode("latin-1")
+        if not authority or _HOST.fullmatch(authority) is None:
+            raise _NoRequest(400, "the target names no host (RFC 9110, 4.2.1)")
         headers[:] = [("host", authority), *(pair for pair in headers if pair[0] != "host")]
         return path
 
@@ -547,6 +575,7 @@ class Connection(asyncio.Protocol):
 
     def _idle(self) -> None:
         """Nothing is under way. The time of the last request's idleness runs on, and is looked at when it is up."""
+        self._end_deadline()
         self._state = State.IDLE
         self._idle_since = time.monotonic()
         if self._idle_timer is None:
@@ -559,6 +588,7 @@ class Connection(asyncio.Protocol):
             if left <= 0:
                 self._close()
             else:
+                self._end_deadline()
                 self._deadline = self._front.after(math.ceil(left / _TICK) * _TICK).start(self._on_time_up)
 
     def _end_deadline(self) -> None:
@@ -583,11 +613,16 @@ class Connection(asyncio.Protocol):
     def _close(self, *, unread: bool = False) -> None:
         """Have what is left sent, and close. Where the client may not have sent all, that is taken for a while."""
         transport = self._transport
-        if transport.is_closing():
+        if transport.is_closing() or self._state is State.OVER:
             return
+        self.write = _drop
         if unread and not self._half_closed and transport.can_write_eof():
-            transport.write_eof()
             self._enter(State.OVER, LINGER)
+            try:
+                transport.write_eof()
+            except OSError:  # it was reset
+                transport.abort()
+                return
             if not self._reading:
                 self._reading = True
                 transport.resume_reading()

@@ -40,6 +40,9 @@ class Running(Protocol):
     @property
     def job_id(self) -> str: ...
 
+    @property
+    def begun(self) -> bool: ...
+
     def begin(self) -> None: ...
 
     def leave(self, cause: BaseException | None = None) -> None: ...
@@ -221,14 +224,14 @@ class PoolExchange(Exchange):
 
     def on_failure(self, error: BaseException) -> None:
         """There is no more, and it is not whole."""
-        self._running = None
+        running, self._running = self._running, None
         call = self._call
         assert call is not None
-        if isinstance(error, PoolClosed) and call.mount.pool is not self._pool:
-            self._open_again()  # the pool was replaced while this waited for a worker; nothing of it was taken
-            return
         if self.started:
             self._break_off()
+            return
+        if isinstance(error, PoolClosed) and call.mount.pool is not self._pool and not (running and running.begun):
+            self._open_again()  # the pool was replaced while this waited for a worker; nothing of it was taken
             return
         answer = self._router.fault_answer(error, debug=call.mount.pool.debug)
         if isinstance(error, JobFailed):

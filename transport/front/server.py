@@ -28,7 +28,8 @@ _ACCEPT_PAUSE: Final = 1.0
 """Seconds until the next try then."""
 
 _DEFER: Final = 0.01
-"""Seconds that a connection is left to another process."""
+_DEFERS: Final = 100
+"""Seconds that a connection is left to another process, and how often: that one may be stopped, or hang."""
 
 _BACKLOG: Final = 2048
 """Connections that the kernel keeps until they are accepted (listen(2))."""
@@ -65,6 +66,8 @@ class Front:
         self.idle_grace = 0.0
         self._make = make
         self._may_accept = may_accept
+        self._deferred = 0
+        self._deferred_at = 0.0
         self._most = most
         self._deadlines: dict[float, Deadlines] = {}
         self._listeners: list[socket.socket] = []
@@ -131,10 +134,17 @@ class Front:
 
     def _accept(self, listener: socket.socket) -> None:
         """Take a connection: one at a time, so that other processes at the same socket get theirs."""
-        if self._may_accept is not None and not self._may_accept():
-            self._stop_accepting()
-            self._pause = self.loop.call_later(_DEFER, self._begin_accepting)
-            return
+        if self._may_accept is not None:
+            now = self.loop.time()
+            if now > self._deferred_at + 3 * _DEFER:
+                self._deferred = 0  # what was left to others was taken
+            if not self._may_accept() and self._deferred < _DEFERS:
+                self._deferred += 1
+                self._deferred_at = now
+                self._stop_accepting()
+                self._pause = self.loop.call_later(_DEFER, self._begin_accepting)
+                return
+            self._deferred = 0
         try:
             self._take_one(listener)
         except OSError as error:

@@ -38,6 +38,7 @@ class TaskCall:
         self._free.set()
         self._over = False
         self.job_id = ""
+        self.begun = False
 
     def begin(self) -> None:
         """Open the job, in a task."""
@@ -61,6 +62,7 @@ class TaskCall:
         try:
             job = await self._pool.aopen(self._request, context=self._context, write_timeout=math.inf)
             self.job_id = job.job_id
+            self.begun = True
             async with job:
                 await self._pass_on(job)
         except Exception as error:  # noqa: BLE001 - it is the listener's

@@ -58,6 +58,9 @@ _HOME: Final = str(Path(__file__).parents[2])
 _ANSWER: Final = 3.0
 """Seconds that a front may take to tell its status."""
 
+_RELOAD: Final = 600.0
+"""Seconds that a front may take to reload."""
+
 _STOP: Final = 15.0
 """Seconds beyond its drain time that a front may take to end."""
 
@@ -219,14 +222,15 @@ class Fronts:
             front.kill()
         await asyncio.gather(*ends)
 
-    def gone(self, front: _FrontHandle) -> None:
+    def gone(self, front: _FrontHandle, pid: int) -> None:
         """A front has ended: its numbers stay, its room does not."""
-        self._room.forget(front.index)
-        self._sums.retire(front.index)
+        if front.pid == pid:
+            self._room.forget(front.index)
+        self._sums.retire(pid)
 
-    def take(self, front: _FrontHandle, numbers: Numbers) -> None:
+    def take(self, pid: int, numbers: Numbers) -> None:
         """A front has told its numbers."""
-        self._sums.take(front.index, numbers)
+        self._sums.take(pid, numbers)
 
     def setup(self, front: _FrontHandle, settings: Settings) -> Setup:
         """What a front is told first."""
@@ -379,10 +383,10 @@ class _FrontHandle:
             theirs.close()
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
-        self._dead.clear()
+        self._dead = asyncio.Event()
         self._ready.clear()
         self._parent.loop.add_reader(self._pidfd, self._on_exit)
-        self._parent.spawn(self._talk(ours, setup))
+        self._parent.spawn(self._talk(ours, setup, self._dead, self.pid))
 
     async def wait_started(self) -> str | None:
         """Until it takes requests; or else why it does not."""
@@ -405,11 +409,17 @@ class _FrontHandle:
 
     async def reload(self, settings: Settings) -> bool:
         """Have new pools serve; whether they do. One that is dead, or dies of it, begins with them by itself."""
+        while not self._dead.is_set() and not self._ready.is_set():
+            await self._ready.wait()  # it starts, and may have read the old code already
         if not self.serves:
             return True
         self._reloaded = self._parent.loop.create_future()
         self._send(Reload(settings))
-        return await self._reloaded
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._reloaded), _RELOAD)
+        except TimeoutError:
+            logger.error("front %d (pid %s) has not reloaded within %g s", self.index + 1, self.pid, _RELOAD)
+            return False
 
     async def ask_status(self) -> dict[str, Any] | None:
         """What its page of status would show; None where it does not say."""
@@ -440,8 +450,9 @@ class _FrontHandle:
 
     # ------------------------------------------------------------------------------------------------
 
-    async def _talk(self, ours: socket.socket, setup: Setup) -> None:
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+    async def _talk(self, ours: socket.socket, setup: Setup, dead: asyncio.Event, pid: int) -> None:
+        reader, writer = await asyncio.open_connection(sock=ours)
+        self._writer = writer
         try:
             self._send(setup)
             while (message := await next_from_front(reader)) is not None:
@@ -451,17 +462,18 @@ class _FrontHandle:
                 elif isinstance(message, Failed):
                     self.error = message.error
                 elif isinstance(message, Numbers):
-                    self._parent.take(self, message)
+                    self._parent.take(pid, message)
                     _settle(self._numbers, None)
                 elif isinstance(message, Told):
                     _settle(self._status, message.status)
                 elif isinstance(message, Reloaded):
                     _settle(self._reloaded, message.whole)
         finally:
-            self._writer.close()
-            self._writer = None
-            await self._dead.wait()
-            self._parent.gone(self)
+            writer.close()
+            if self._writer is writer:
+                self._writer = None
+            await dead.wait()
+            self._parent.gone(self, pid)
             for waiting in (self._numbers, self._status):
                 if waiting is not None and not waiting.done():
                     waiting.set_exception(ConnectionError("the front has ended"))
