@@ -182,7 +182,7 @@ def test_a_front_that_is_killed(serve: Start) -> None:
         kill(victim)
         wait_gone([victim, *family], 2)
         wait_until(lambda: victim not in front_pids(served) and serving(served) == 2)
-        wait_until(lambda: requests.get(f"{served.url}/pid", timeout=20).text not in callers.answers)  # the new one
+        wait_until(lambda: len(callers.answers) == 3)  # the new one's worker answers too
     assert all(last == worker or last == "" for last, _ in callers.failed), callers.failed
     assert len(callers.failed) <= 8  # each client's connection may have been the victim's
     assert "was killed by SIGKILL" in served.wait_for("another takes its place")
@@ -306,6 +306,26 @@ def test_a_reload_under_load(serve: Start, tmp_path: Path) -> None:
     served.wait_for("can't be reloaded")
     assert "reload failed" in status_of(served)["reload_error"]
     assert requests.get(served.url, timeout=20).text == "3"
+
+
+def test_a_reload_while_a_front_starts(serve: Start, tmp_path: Path) -> None:
+    """P4: one that has read the old code as it started serves the new one in the end, as all do."""
+    module, gate = tmp_path / "shop.py", tmp_path / "gate"
+    gate.touch()
+    code = "import pathlib, time\nwhile not pathlib.Path({gate!r}).exists():\n    time.sleep(0.002)\n"
+    code += "def app(request, response):\n    return b'{version}'\n"
+    module.write_text(code.format(gate=str(gate), version=1))
+    served = serve(app="shop:app", cwd=tmp_path)
+    gate.unlink()
+    kill(front_pids(served)[0])
+    wait_until(lambda: status_of(served)["fronts"][0]["state"] == "starting")
+    (starting,) = [front["pid"] for front in status_of(served)["fronts"] if front["state"] == "starting"]
+    wait_until(lambda: len(below(starting)) >= 2)  # its worker imports
+    module.write_text(code.format(gate=str(gate), version=2))
+    served.process.send_signal(signal.SIGHUP)
+    gate.touch()
+    wait_until(lambda: sum("reloaded in" in line for line in served.lines) == 2)
+    assert {requests.get(served.url, timeout=20).text for _ in range(40)} == {"2"}
 
 
 @pytest.mark.parametrize("signals", [1, 2])
