@@ -416,6 +416,27 @@ def test_new_connections_go_where_there_is_room(serve: Start, tmp_path: Path) ->
             held.close()
 
 
+def test_a_front_that_hangs_keeps_no_connection_waiting(serve: Start, tmp_path: Path) -> None:
+    """P1: what is left to a front that has room, and is stopped, is taken by the full one after a while."""
+    served = serve("--queue-timeout=1")
+    here, go = tmp_path / "here", tmp_path / "go"
+    asked = f"GET /wait_for?here={here}&go={go} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    stopped = front_pids(served)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    held = [socket.create_connection(address(served), 20) for _ in range(3)]
+    try:
+        for client in held[:2]:  # one runs, one waits: the other front is full
+            client.sendall(asked)
+        wait_until(here.exists)
+        held[2].sendall(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert held[2].recv(1 << 16).startswith(b"HTTP/1.1 503 ")  # by the full one, and not never
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+        go.touch()
+        for client in held:
+            client.close()
+
+
 def test_shares() -> None:
     """P1: workers, queue and connections are parted; what can't be is refused at the start."""
     settings = load_settings(None, {"app": APP, "workers": "5:9", "queue": 7, "connections": 11, "fronts": "2"})
