@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -30,7 +31,14 @@ def _descriptors() -> dict[int, str]:
 
 
 def _shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    """Files of shared memory: for root all, for an ordinary user its own, since others' tests may run beside."""
+    uid = os.geteuid()
+    found = set()
+    for entry in os.scandir("/dev/shm"):
+        with contextlib.suppress(FileNotFoundError):
+            if uid == 0 or entry.stat(follow_symlinks=False).st_uid == uid:
+                found.add(entry.name)
+    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
