@@ -183,22 +183,6 @@ def test_an_upload_that_is_left_is_stopped(lane: Lane) -> None:
     assert next(pieces)  # a plain iterator can't be closed, and most of it was never asked for
 
 
-def test_a_response_before_the_upload_is_the_reader_s(lane: Lane) -> None:
-    """T7, H6: the supervisor has the rest of the upload to send, and no say in the body that came."""
-    opened: list[Job] = []
-    opener = threading.Thread(target=lambda: opened.append(lane.open("POST", b"x" * 3_000_000)))
-    opener.start()
-    wait_until(lambda: lane.worker.channel.unread() > 250_000 and not lane.worker.channel.flushed)  # the pipe is full
-    lane.say(HEAD_200, (BODY, b"all of it"), END_FRAME)
-    opener.join()
-    (job,) = opened
-    ((worker, remainder),) = lane.adopted
-    assert not remainder.exchange.unfinished
-    remainder.exchange.body.clear()  # as the supervisor does with what nobody reads
-    assert b"".join(job) == b"all of it"
-    lane.leases.discard(worker)
-
-
 def test_a_source_that_raises(lane: Lane) -> None:
     """T7: the caller gets its own exception, the worker a STOP."""
 
