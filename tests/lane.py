@@ -71,10 +71,12 @@ class Lane:
         self.adopted.append((worker, remainder))
 
     def say(self, *frames: tuple[int, Any], job: int = 1) -> None:
-        """Write frames, of this job of the worker's."""
+        """Write frames, of this job of the worker's, in one write: whoever reads one of them has all."""
+        written = b""
         for kind, payload in frames:
             data = payload if isinstance(payload, bytes) else msgspec.msgpack.encode(payload)
-            os.write(self._response_fd, encode(kind, job, data))
+            written += encode(kind, job, data)
+        os.write(self._response_fd, written)
 
     def heard(self) -> list[Frame]:
         """The frames of the request that have come since the last time."""

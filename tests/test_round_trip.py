@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -181,6 +182,25 @@ def test_an_upload_that_is_left_is_stopped(lane: Lane) -> None:
     assert lane.heard()[-1][0] == STOP
     assert lane.states == (1, 0)
     assert next(pieces)  # a plain iterator can't be closed, and most of it was never asked for
+
+
+def test_a_response_before_the_upload_is_the_reader_s(lane: Lane) -> None:
+    """T7, H6: the supervisor has the rest of the upload to send, and no say in the body that came."""
+    opened: list[Job] = []
+    opener = threading.Thread(target=lambda: opened.append(lane.open("POST", b"x" * 3_000_000)))
+    opener.start()
+    seen = -1
+    while lane.worker.channel.flushed or lane.worker.channel.unread() > seen:  # until the pipe is full
+        seen = lane.worker.channel.unread()
+        time.sleep(0.01)
+    lane.say(HEAD_200, (BODY, b"all of it"), END_FRAME)
+    opener.join()
+    (job,) = opened
+    ((worker, remainder),) = lane.adopted
+    assert not remainder.exchange.unfinished
+    remainder.exchange.body.clear()  # as the supervisor does with what nobody reads
+    assert b"".join(job) == b"all of it"
+    lane.leases.discard(worker)
 
 
 def test_a_source_that_raises(lane: Lane) -> None:
