@@ -6,6 +6,7 @@ Longer than other modules by its docstrings: they are the contract that users re
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import logging
 import os
@@ -378,13 +379,11 @@ class Pool(Startable):
         place of the request's. Raises InvalidRequest for a head over the size cap, PoolForked, PoolClosed and
         StartError; all else is told.
         """
-        from .jobs.callback_dispatch import CallbackDispatch  # loaded where it is used
-
         check_request(request)
         supervisor = self._supervisor
         if supervisor is None or self._forked:
             supervisor = self._begin()
-        call = CallbackDispatch(
+        call = _callback_dispatch()(
             request,
             Upload(sized_body(request)) if upload is None else upload,
             context,
@@ -422,6 +421,14 @@ class Pool(Startable):
 
 
 _ENDLESS = (None, None)
+
+
+@functools.cache
+def _callback_dispatch() -> type[CallbackDispatch]:
+    """What only callbacks of loops need, loaded where it is used, and once."""
+    from .jobs.callback_dispatch import CallbackDispatch
+
+    return CallbackDispatch
 
 
 _pools: weakref.WeakValueDictionary[str, Pool] = weakref.WeakValueDictionary()

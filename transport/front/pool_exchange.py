@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 from asyncio import TimerHandle
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from runner import Pool
 from runner.errors import InvalidRequest, JobClosed, JobFailed, PoolClosed, PoolForked, StartError
 from runner.jobs.pushed_upload import PushedUpload
-from runner.model.request import INLINE
+from runner.model.request import INLINE, Upload
 from transport.front.exchange import ConnectionProtocol, Exchange
 from transport.front.task_call import TaskCall
 from transport.gateway.patience import Patience
@@ -23,7 +22,6 @@ from transport.problem_details import refusal
 
 if TYPE_CHECKING:
     from runner.jobs.poller import Poller
-    from runner.model.request import Request
     from runner.protocols import AnyPool
     from runner.wire.messages import ResponseHead
     from transport.gateway.router import Asked, Call, Router
@@ -171,12 +169,11 @@ class PoolExchange(Exchange):
         call = self._call
         assert call is not None
         self._pool = pool = call.mount.pool
-        request = call.request
-        upload = None
+        upload: Upload | None = None
         if self.asked.length != 0:
             pieces = self._pieces or []
             if self.whole and self._received <= INLINE:
-                request = replace(request, body=b"".join(pieces))
+                upload = Upload(b"".join(pieces))
             else:
                 upload = self._upload = PushedUpload(self._on_starved)
                 for piece in pieces:
@@ -186,19 +183,19 @@ class PoolExchange(Exchange):
                 self._pieces = None
         try:
             if self._span is None:
-                self._begin(pool, request, upload, call)
+                self._begin(pool, call, upload)
             else:
                 with self._span.active():
-                    self._begin(pool, request, upload, call)
+                    self._begin(pool, call, upload)
         except (InvalidRequest, PoolClosed, PoolForked, StartError) as error:
             self.on_failure(error)
 
-    def _begin(self, pool: AnyPool, request: Request, upload: PushedUpload | None, call: Call) -> None:
+    def _begin(self, pool: AnyPool, call: Call, upload: Upload | None) -> None:
         running: Running
         if isinstance(pool, Pool):
-            running = pool.open_for(self, request, self._poller, upload, call.context)
+            running = pool.open_for(self, call.request, self._poller, upload, call.context)
         else:
-            running = TaskCall(pool, request, upload, call.context, self, self._poller.loop)
+            running = TaskCall(pool, call.request, upload, call.context, self, self._poller.loop)
         self._running = running
         if self._held:
             running.pause()

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from runner.jobs.pushed_upload import PushedUpload
+
 if TYPE_CHECKING:
     from runner.jobs.callback_job import Listener
-    from runner.jobs.pushed_upload import PushedUpload
-    from runner.model.request import Request
+    from runner.model.request import Request, Upload
     from runner.protocols import AnyAsyncJob, AnyPool
     from runner.wire.messages import JobContext
 
@@ -23,13 +24,17 @@ class TaskCall:
         self,
         pool: AnyPool,
         request: Request,
-        upload: PushedUpload | None,
+        upload: Upload | None,
         context: JobContext,
         listener: Listener,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._pool = pool
-        self._request = request if upload is None else replace(request, body=self._pieces(upload))
+        if isinstance(upload, PushedUpload):
+            request = replace(request, body=self._pieces(upload))
+        elif upload is not None:
+            request = replace(request, body=upload.inline)
+        self._request = request
         self._context = context
         self._listener = listener
         self._loop = loop
