@@ -12,7 +12,8 @@ import os
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING, Final
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Final
 
 from runner.errors import BlastdoorError
 from runner.platform import linux
@@ -32,6 +33,7 @@ from transport.fronts.messages import (
     Told,
     next_for_front,
     packed,
+    receive_setup,
 )
 from transport.fronts.room import Room
 from transport.serving.addresses import Listeners
@@ -73,35 +75,14 @@ def main(fd: int) -> None:
     linux.die_with_parent(signal.SIGKILL)
     with socket.socket(fileno=fd) as control:
         control.set_inheritable(False)
-        control.setblocking(False)
-        with asyncio.Runner() as runner:
-            setup = runner.run(_first(control))
-        if not isinstance(setup, Setup):
+        setup = receive_setup(control)
+        if setup is None:
             sys.exit(FAILED)  # the parent has died already
+        control.setblocking(False)
         _set_title(f"blastdoor: front {setup.index + 1}")
         log_to_stderr(setup.settings.log_level, setup.settings.log_format)
         with asyncio.Runner(loop_factory=loop_factory(setup.settings.loop)) as runner:
             sys.exit(runner.run(_FrontProcess(setup, control).run()))
-
-
-async def _first(control: socket.socket) -> object:
-    """The setup. Nothing else comes before the front has answered."""
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader()
-    size = await _exactly(loop, control, 4)
-    reader.feed_data(size)
-    reader.feed_data(await _exactly(loop, control, int.from_bytes(size, "little")))
-    return await next_for_front(reader)
-
-
-async def _exactly(loop: asyncio.AbstractEventLoop, control: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        piece = await loop.sock_recv(control, size - len(data))
-        if not piece:
-            sys.exit(FAILED)
-        data += piece
-    return data
 
 
 def _set_title(title: str) -> None:
@@ -132,8 +113,8 @@ class _FrontProcess:
         tasks = []
         try:
             self._service = Service(self._settings, lambda: self._settings, self._listeners, self._may_accept)
-            tasks = [asyncio.create_task(self._hear(reader))]
-            await self._service.run(lambda: tasks.append(asyncio.create_task(self._tell_numbers())))
+            tasks = [self._spawn(self._hear(reader))]
+            await self._service.run(lambda: tasks.append(self._spawn(self._tell_numbers())))
         except (BlastdoorError, OSError) as error:
             if not isinstance(error, BlastdoorError):
                 logger.exception("a front can't start")
@@ -148,17 +129,36 @@ class _FrontProcess:
             self._writer.close()
         return 0
 
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Talk to the parent. A front that can't, whatever was raised, ends: the parent has another take its place."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._on_talk_over)
+        return task
+
+    @staticmethod
+    def _on_talk_over(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a front can't talk to its parent any more, and ends", exc_info=error)
+            os.kill(os.getpid(), signal.SIGKILL)
+
     async def _hear(self, reader: asyncio.StreamReader) -> None:
         """Do what the parent says. Where it has died this process ends, as its kernel would have it."""
         while (message := await next_for_front(reader)) is not None:
             if isinstance(message, Reload):
                 self._settings = message.settings
-                self._send(Reloaded(await self._service.reload()))
+                self._send(Reloaded(await self._reload()))
             elif isinstance(message, AskStatus):
                 self._send(Told(await asyncio.to_thread(self._service.status.tell)))
             elif isinstance(message, AskNumbers):
                 self._send(self._numbers())
         os.kill(os.getpid(), signal.SIGKILL)
+
+    async def _reload(self) -> bool:
+        try:
+            return await self._service.reload()
+        except Exception:
+            logger.exception("a reload failed")
+            return False
 
     async def _tell_numbers(self) -> None:
         self._send(Started({path: getattr(pool, "kind", "") for path, pool in self._service.gateway.pools.items()}))

@@ -6,6 +6,7 @@ Both are this project's own processes and trust each other. A front that dies le
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from typing import Any, Final
 
@@ -70,7 +71,7 @@ class Counts(msgspec.Struct, array_like=True):
 
 
 class Started(msgspec.Struct, tag=True, array_like=True):
-    """From a front: requests are taken. `mounts` describes each mount in a line; `kinds` says how its app is called."""
+    """From a front: requests are taken. `kinds` says of each mount how its app is called."""
 
     kinds: dict[str, str]
 
@@ -113,6 +114,24 @@ def packed(message: ToFront | FromFront) -> bytes:
     if len(data) > MOST:
         raise ConfigurationError(f"a message of {len(data)} bytes is over the cap of {MOST}")
     return _LENGTH.pack(len(data)) + data
+
+
+def receive_setup(control: socket.socket) -> Setup | None:
+    """The first message of the parent's, from a socket that blocks; None where there is none."""
+    size = _receive(control, _LENGTH.size)
+    data = None if size is None else _receive(control, _LENGTH.unpack(size)[0])
+    message = None if data is None else _to_front(data)
+    return message if isinstance(message, Setup) else None
+
+
+def _receive(control: socket.socket, size: int) -> bytes | None:
+    data = b""
+    while len(data) < size:
+        piece = control.recv(size - len(data))
+        if not piece:
+            return None
+        data += piece
+    return data
 
 
 async def next_for_front(reader: asyncio.StreamReader) -> ToFront | None:
