@@ -9,16 +9,14 @@ start, the old one stays.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import os
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Gauge, PlatformCollector, ProcessCollector
 
@@ -31,9 +29,10 @@ from transport.front.server import Front
 from transport.gateway.router import Router
 from transport.serving.addresses import Listeners, bind_port, name_of
 from transport.serving.admin import ADMIN_CONNECTIONS, ADMIN_PATIENCE, make_admin
+from transport.serving.background import Background, on_signals
 from transport.serving.http_metrics import RequestMetrics
 from transport.serving.log_format import know_mount
-from transport.serving.server_log import LoopErrors, log_access, log_refused, log_serving
+from transport.serving.server_log import log_access, log_refused, log_serving
 from transport.serving.settings import PoolSettings, Settings
 from transport.serving.status import Status
 
@@ -95,7 +94,7 @@ class Service:
             self.gateway.subscribe(functools.partial(log_access, queries=settings.access_log_queries))
         self._ends: dict[str, list[Callable[[], object]]] = {}
         self._reloading = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._background = Background()
         self.front: Front | None = None
         self._drained = asyncio.Event()
         self._retired: set[AnyPool] = set()
@@ -121,7 +120,7 @@ class Service:
         pools = self.gateway.pools
         logger.addHandler(self.status.log)
         try:
-            with self._signals():
+            with on_signals(self.stop, lambda: self._background.spawn(self.reload())):
                 for path, pool in pools.items():
                     self._watch(path, pool)
                     if not self.status.draining:
@@ -133,9 +132,7 @@ class Service:
                 raise
         finally:
             await self._close_pools()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._background.end()
             logger.removeHandler(self.status.log)
             self.listeners.close()
             if self.admin_socket is not None:
@@ -147,17 +144,17 @@ class Service:
         """Drain, and end; the second time at once. In the event loop's thread."""
         if self.status.draining:
             logger.warning("stopping at once")
-            self._spawn(self._end_jobs(0))
+            self._background.spawn(self._end_jobs(0))
             return
         self.status.draining = True
         self.listeners.unlink()  # now, while nobody can have taken the path over
         if self.front is None:
             logger.info("stopping before the start was over")
-            self._spawn(self._close_pools())
+            self._background.spawn(self._close_pools())
             return
         logger.info("draining: requests under way have %g s", self._settings.drain)
         self._drained.set()
-        self._spawn(self._end_jobs(self._settings.drain))
+        self._background.spawn(self._end_jobs(self._settings.drain))
 
     async def reload(self) -> bool:
         """Have new pools serve the mounts; whether all could be started. One reload at a time, none at the end."""
@@ -210,7 +207,7 @@ class Service:
         old = self.gateway.replace(path, pool)
         logger.info("%s: reloaded in %.1f s", path, time.monotonic() - began)
         self._retired.add(old)
-        self._spawn(self._retire(old, before))
+        self._background.spawn(self._retire(old, before))
         return True
 
     # ------------------------------------------------------------------------------------------------
@@ -242,7 +239,7 @@ class Service:
             fronts[0].listen(self.listeners.sockets)
             self.front = fronts[0]
             if settings.reload:
-                self._spawn(self._reload_on_changes())
+                self._background.spawn(self._reload_on_changes())
             if not self._one_of_several:
                 self._log_started()
             started()
@@ -254,37 +251,6 @@ class Service:
                 await front.wait_closed(1)
         finally:
             poller.close()
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(LoopErrors())
-        handlers = {
-            signal.SIGTERM: self.stop,
-            signal.SIGINT: self.stop,
-            signal.SIGHUP: lambda: self._spawn(self.reload()),
-        }
-        try:
-            for number, handler in handlers.items():
-                loop.add_signal_handler(number, handler)
-        except (ValueError, RuntimeError):  # not in the main thread: `stop` and `reload` are called there
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number in handlers:
-                loop.remove_signal_handler(number)
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("something beside the serving failed", exc_info=error)
 
     async def _end_jobs(self, seconds: float) -> None:
         """End the jobs that are still under way after so many seconds: their callers are told."""
