@@ -6,6 +6,7 @@ Its own `Histogram.observe` takes some 5 µs, which a small request would pay th
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
@@ -40,11 +41,8 @@ class Times:
             self.total += seconds
 
 
-class Histograms(Collector):
-    """A family of histograms of times in seconds: a `Times` for each tuple of labels.
-
-    `flush` is called before its numbers are looked at.
-    """
+class _Family(Collector):
+    """Metrics of one name, one for each tuple of labels. `flush` is called before their numbers are looked at."""
 
     def __init__(
         self,
@@ -58,8 +56,19 @@ class Histograms(Collector):
         self._documentation = documentation
         self._labels = labels
         self._flush = flush
+        self._make()
+        registry.register(self)  # which collects, to learn the names
+
+    @abstractmethod
+    def _make(self) -> None:
+        """There are none yet."""
+
+
+class Histograms(_Family):
+    """A family of histograms of times in seconds: a `Times` for each tuple of labels."""
+
+    def _make(self) -> None:
         self.children: dict[tuple[str, ...], Times] = {}
-        registry.register(self)
 
     def of(self, labels: tuple[str, ...]) -> Times:
         """The one with these labels."""
@@ -76,24 +85,12 @@ class Histograms(Collector):
         return (family,)
 
 
-class Counters(Collector):
+class Counters(_Family):
     """A family of counters: a number for each tuple of labels. Safe to use from any thread."""
 
-    def __init__(
-        self,
-        registry: CollectorRegistry,
-        name: str,
-        documentation: str,
-        labels: Sequence[str],
-        flush: Callable[[], object] = lambda: None,
-    ) -> None:
-        self._name = name
-        self._documentation = documentation
-        self._labels = labels
-        self._flush = flush
+    def _make(self) -> None:
         self._lock = threading.Lock()
         self.values: dict[tuple[str, ...], float] = {}
-        registry.register(self)
 
     def add(self, labels: tuple[str, ...], amount: float = 1) -> None:
         """So much more."""

@@ -13,7 +13,7 @@ import select
 from asyncio import AbstractEventLoop
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ..platform.deadlines import Deadlines
+from ..platform.deadlines import DeadlinesByTime
 
 if TYPE_CHECKING:
     from ..supervision.channel import Channel
@@ -32,14 +32,18 @@ class Listening(Protocol):
 
 
 class Poller:
-    """For all jobs of one asyncio loop, in whose thread it is used. OSError where there is no descriptor to be had."""
+    """For all jobs of one asyncio loop, in whose thread it is used. OSError where there is no descriptor to be had.
+
+    `after` gives what calls back after so many seconds: one of the few times that are set for all jobs of a pool.
+    """
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
         self._epoll = select.epoll()
         self._channels: dict[int, Channel] = {}
         self._jobs: dict[int, Listening] = {}
-        self._deadlines: dict[float, Deadlines] = {}
+        self._deadlines = DeadlinesByTime(loop)
+        self.after = self._deadlines.after
         loop.add_reader(self._epoll.fileno(), self._look)
 
     def close(self) -> None:
@@ -48,15 +52,7 @@ class Poller:
         self._epoll.close()
         self._jobs.clear()
         self._channels.clear()
-        for deadlines in self._deadlines.values():
-            deadlines.close()
-
-    def after(self, seconds: float) -> Deadlines:
-        """What calls back after so many seconds: one of the few times that are set for all jobs of a pool."""
-        deadlines = self._deadlines.get(seconds)
-        if deadlines is None:
-            deadlines = self._deadlines[seconds] = Deadlines(self.loop, seconds)
-        return deadlines
+        self._deadlines.close()
 
     def listen(self, job: Listening, channel: Channel) -> None:
         """Tell the job when there is something to read, and when it is woken."""

@@ -85,3 +85,25 @@ class Deadlines:
                 except Exception as error:  # noqa: BLE001 - the others' time is up all the same
                     context = {"message": "a callback failed when its time was up", "exception": error}
                     self._loop.call_exception_handler(context)
+
+
+class DeadlinesByTime:
+    """`Deadlines` by their seconds, of which there are few: those that are asked for, and all closed together."""
+
+    __slots__ = ("_by_seconds", "_loop")
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        self._loop = loop
+        self._by_seconds: dict[float, Deadlines] = {}
+
+    def after(self, seconds: float) -> Deadlines:
+        """What calls back after so many seconds."""
+        deadlines = self._by_seconds.get(seconds)
+        if deadlines is None:
+            deadlines = self._by_seconds[seconds] = Deadlines(self._loop, seconds)
+        return deadlines
+
+    def close(self) -> None:
+        """Call nothing any more."""
+        for deadlines in self._by_seconds.values():
+            deadlines.close()

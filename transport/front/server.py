@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from runner.platform.deadlines import Deadlines
+from runner.platform.deadlines import DeadlinesByTime
 from transport.front.connection import Connection
 from transport.front.exchange import Exchange
 from transport.front.forwarded import Forwarded
@@ -44,7 +44,8 @@ class Front:
 
     At most `most` connections are served. A client that does not take what is sent to it within `send_timeout` seconds
     is dropped. `refused` is told of what is no request: whose, the status, why. `forwarded` tells who the clients are.
-    Where `may_accept` says no, another process at the same sockets takes the connection.
+    Where `may_accept` says no, another process at the same sockets takes the connection. `after` gives what calls back
+    after so many seconds.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class Front:
         self.loop = asyncio.get_running_loop()
         self.forwarded = forwarded
         self.tell_refused = refused
-        self.stalls = Deadlines(self.loop, send_timeout)
+        self._deadlines = DeadlinesByTime(self.loop)
+        self.after = self._deadlines.after
+        self.stalls = self.after(send_timeout)
         self.connections: set[Connection] = set()
         self.draining = False
         self.idle_grace = 0.0
@@ -69,7 +72,6 @@ class Front:
         self._deferred = 0
         self._deferred_at = 0.0
         self._most = most
-        self._deadlines: dict[float, Deadlines] = {}
         self._listeners: list[socket.socket] = []
         self._arriving: set[asyncio.Task[object]] = set()
         self._pause: asyncio.TimerHandle | None = None
@@ -109,9 +111,7 @@ class Front:
             for connection in list(self.connections):
                 connection.abort()
             await self._wait_empty()
-        self.stalls.close()
-        for deadlines in self._deadlines.values():
-            deadlines.close()
+        self._deadlines.close()
 
     async def _wait_empty(self) -> None:
         while self.connections:
@@ -193,13 +193,6 @@ class Front:
             return self._make(connection, asked)
         self.tell_refused(asked.client[0] if asked.client else "", 503, _BUSY)
         return _Busy(connection, asked)
-
-    def after(self, seconds: float) -> Deadlines:
-        """What calls back after so many seconds."""
-        deadlines = self._deadlines.get(seconds)
-        if deadlines is None:
-            deadlines = self._deadlines[seconds] = Deadlines(self.loop, seconds)
-        return deadlines
 
 
 class _Busy(Exchange):
