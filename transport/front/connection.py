@@ -1,4 +1,4 @@
-"""One connection of a client: what comes is parsed (httptools), requests are answered one after the other.
+"""One connection of a client: its requests are answered one after the other, each in its time.
 
 | state | what is awaited | no longer than | then |
 | --- | --- | --- | --- |
@@ -9,9 +9,7 @@
 | LINGER | the rest of a request that is answered, for nobody | `LINGER` | what has come of the next one |
 | OVER | nothing: what is left is sent | `send_timeout` | the end |
 
-- Of a head, of trailers or of chunks' sizes `MOST_HEAD` bytes may come that make nothing complete. Trailers are
-  dropped: they are no headers. At most `PIPELINED` requests wait behind the one that is being answered; nothing is read
-  then.
+- At most `PIPELINED` requests wait behind the one that is being answered; nothing is read then.
 - What is no request is answered once all before it is, and ends the connection (RFC 9112, 9.3.2 and 2.2).
 - A client that has sent all of its request and closed its half of the connection (shutdown(2)) gets its answer. From
   here it looks like one that has gone. Something sent to it tells them apart: the kernel of a client that has gone
@@ -29,20 +27,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 import socket
 import struct
 import time
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum, auto
-from typing import TYPE_CHECKING, Any, Final, Protocol
-
-import httptools
+from typing import TYPE_CHECKING, Final, Protocol
 
 from runner.wire.messages import Header
 from transport.front.disconnect import DisconnectWatch
 from transport.front.heads import CONTINUE, Framing, head_bytes
+from transport.front.request_reader import NoRequest, RequestReader
 from transport.gateway.router import Asked
 from transport.problem_details import refusal
 
@@ -55,8 +51,9 @@ logger = logging.getLogger("blastdoor")
 
 KEEP_ALIVE: Final = 5.0
 _TICK: Final = 0.25
+"""Seconds, to which what is left of a connection's idle time is rounded up."""
+
 HEAD_SECONDS: Final = 10.0
-MOST_HEAD: Final = 64 * 1024
 PIPELINED: Final = 256
 LINGER: Final = 5.0
 MOST_DROPPED: Final = 1024 * 1024
@@ -66,10 +63,7 @@ PROBE_SECONDS: Final = 5.0
 AHEAD: Final = 64 * 1024
 """Bytes of a body that may wait to be taken; then nothing is read."""
 
-_LONG_HEAD: Final = f"the request's head is over {MOST_HEAD} bytes"
 _ZERO: Final = b"0"
-_HOST: Final = re.compile(r"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]*")
-_METHOD: Final = re.compile(rb"(?:\r\n)*[!#$%&'*+\-.^_`|~0-9A-Za-z]+ ")
 _RESET: Final = struct.pack("ii", 1, 0)
 
 
@@ -82,15 +76,6 @@ class State(IntEnum):
     ANSWER = auto()
     LINGER = auto()
     OVER = auto()
-
-
-class _NoRequest(Exception):
-    """What has come is none; raised through the parser."""
-
-    def __init__(self, status: int, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
 
 
 class FrontProtocol(Protocol):
@@ -116,13 +101,13 @@ class FrontProtocol(Protocol):
         """What calls back after so many seconds."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(RequestReader):
     """A connection of a client to a front. The first of `_exchanges` is being answered, the others wait behind it."""
 
     def __init__(self, front: FrontProtocol) -> None:
+        super().__init__()
         self._front = front
         self.loop = front.loop
-        self._parser: Any = httptools.HttpRequestParser(self)
         self._exchanges: deque[Exchange] = deque()
         self._incoming: Exchange | None = None
         self._state = State.HEAD
@@ -130,19 +115,10 @@ class Connection(asyncio.Protocol):
         self._stall: Deadline | None = None
         self._idle_since = 0.0
         self._idle_timer: Deadline | None = None
-        self._refusal: _NoRequest | None = None
+        self._refusal: NoRequest | None = None
         self._client: tuple[str, int] | None = None
         self._behind_proxy = False
         self._server = ("localhost", 80)
-        self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._in_head = False
-        self._head_size = 0
-        self._fruitless = 0
-        self._progress = False
-        self._upgrading = False
-        self._replaying = False
-        self._data = self._rest = b""
         self._reading = True
         self._deaf = self._half_closed = self._probed = False
         self._dropped = 0
@@ -178,34 +154,19 @@ class Connection(asyncio.Protocol):
         self._server = _address(transport.get_extra_info("sockname")) or self._server
         transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of anything that has not left
         if not self._front.add(self):
-            self._state = State.OVER
+            self._end()
             transport.abort()
             return
         self._enter(State.IDLE, self._front.idle_grace if self._front.draining else HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         """Take what has come, of what completes nothing no more than there may be."""
-        if self._deaf or self._state is State.OVER:
+        if self._deaf or self._ended:
             self._dropped += len(data)
             if self._dropped > MOST_DROPPED:
                 self._transport.abort()
             return
-        while data:
-            self._progress = False
-            self._data, self._rest = data, b""
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._decline_upgrade(upgrade)
-            except httptools.HttpParserError as error:
-                self._end_input(error)
-                break
-            self._fruitless = 0 if self._progress else self._fruitless + len(data)
-            if self._fruitless > MOST_HEAD:
-                self._refuse_input(_NoRequest(431, f"over {MOST_HEAD} bytes of head, or of trailers"))
-                break
-            data = self._rest  # what follows an upgrade that is not made
-        self._data = self._rest = b""
+        self._read(data)
         if self._exchanges or self._refusal is not None:
             self._begin_next()
         elif self._state is State.IDLE and (self._in_head or not self._progress):
@@ -214,7 +175,7 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool | None:
         """The client sends no more. Whether the connection stays open for what it is still to be sent."""
         exchanges = self._exchanges
-        if not exchanges or self._incoming is not None or self._state is State.OVER:
+        if not exchanges or self._incoming is not None or self._ended:
             return None
         self._deaf = self._deaf or self._in_head  # of a request that is cut off nothing is answered
         self._in_head = False
@@ -231,7 +192,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is over: whoever works for this client is told."""
-        self._state = State.OVER
+        self._end()
         self._end_deadline()
         self._end_stall()
         if self._idle_timer is not None:
@@ -243,7 +204,6 @@ class Connection(asyncio.Protocol):
         self._front.remove(self)
         exchanges, self._exchanges = self._exchanges, deque()
         self._incoming = self._parser = None
-        self.write = _drop
         for exchange in exchanges:
             if exchange.begun and not exchange.complete:
                 exchange.abandon()
@@ -265,65 +225,26 @@ class Connection(asyncio.Protocol):
         elif self._exchanges:
             self._begin_soon()
 
-    # -- httptools -----------------------------------------------------------------------------------
+    # -- RequestReader -------------------------------------------------------------------------------
 
-    def on_message_begin(self) -> None:
-        """A head begins."""
-        if self._replaying or self._state is State.OVER:
-            return
-        if len(self._exchanges) > PIPELINED:
-            raise _NoRequest(400, "too many requests wait for their turn")
-        self._url = b""
-        self._headers = []
-        self._in_head = True
-        self._head_size = 0
+    @property
+    def _is_full(self) -> bool:
+        return len(self._exchanges) > PIPELINED
 
-    def on_url(self, url: bytes) -> None:
-        """A piece of the target."""
-        if not self._replaying:
-            self._url += url
-            self._head_size += len(url)
-            if self._head_size > MOST_HEAD:
-                raise _NoRequest(431, _LONG_HEAD)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; or a trailer, which no handler may take for one."""
-        if self._in_head and self._state is not State.OVER:
-            self._head_size += len(name) + len(value) + 4
-            if self._head_size > MOST_HEAD:
-                raise _NoRequest(431, _LONG_HEAD)
-            self._headers.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        """A head is there."""
-        if self._replaying or self._state is State.OVER:
-            return
-        self._in_head = False
-        self._progress = True
-        parser = self._parser
-        version = parser.get_http_version()
-        if version not in ("1.0", "1.1"):
-            raise _NoRequest(505, f"HTTP/{version} is not spoken here (RFC 9112, 2.3)")
-        headers, framing = self._check_head(version)
-        self._upgrading = parser.should_upgrade()
-        method = parser.get_method().decode("latin-1")
-        url = self._url
-        if not url.startswith((b"/", b"*")):
-            url = self._take_authority(url, method, headers)
-        target = url.decode("latin-1")
-        path = target.partition("?")[0]
+    def _take_request(
+        self, method: str, target: str, headers: list[Header], length: int | None, *, http_1_0: bool, keep_alive: bool
+    ) -> None:
         front = self._front
         scheme, client = "http", self._client
         if self._behind_proxy and front.forwarded is not None:
             client, scheme = front.forwarded.resolve(client, headers)
-        asked = Asked(method, path, target, headers, scheme, self._server, client, framing)
-        http_1_0 = version == "1.0"
+        asked = Asked(method, target.partition("?")[0], target, headers, scheme, self._server, client, length)
         exchange = front.take(self, asked)
         if http_1_0:
             exchange.http_1_0 = True
         else:
-            exchange.keep_alive = parser.should_keep_alive() and not front.draining
-            if framing != 0:
+            exchange.keep_alive = keep_alive and not front.draining
+            if length != 0:
                 exchange.expects = asked.header("expect").lower() == "100-continue"
         self._incoming = exchange
         self._exchanges.append(exchange)
@@ -332,18 +253,14 @@ class Connection(asyncio.Protocol):
         """A piece of a body."""
         self._progress = True
         exchange = self._incoming
-        if exchange is not None and not exchange.complete and self._state is not State.OVER:
+        if exchange is not None and not exchange.complete and not self._ended:
             exchange.take_body(body)
             if exchange.backlog > AHEAD:
                 self.update_reading()
 
-    def on_message_complete(self) -> None:
-        """The end of a request is there."""
-        if self._upgrading:
-            return  # it is the end of its head, see `_decline_upgrade`
-        self._progress = True
+    def _take_end(self) -> None:
         exchange, self._incoming = self._incoming, None
-        if exchange is not None and self._state is not State.OVER:
+        if exchange is not None and not self._ended:
             exchange.whole = True
             exchange.expects = False  # the body is there: nobody has to be told to send it
             if exchange.complete:  # the rest of a body, after its answer
@@ -351,12 +268,40 @@ class Connection(asyncio.Protocol):
             else:
                 exchange.take_body_end()
 
+    def _is_last(self) -> bool:
+        last = self._exchanges[-1] if self._exchanges else None
+        return last is not None and last.whole and not last.keep_alive
+
+    def _ignore_input(self) -> None:
+        self._deaf = True
+
+    def _give_up(self) -> None:
+        self._transport.abort()
+
+    def _refuse_input(self, refused: NoRequest) -> None:
+        """Refuse once all that has come before is answered."""
+        self._refusal = refused
+        self._deaf = True
+        self._in_head = False
+        broken, self._incoming = self._incoming, None
+        if broken is None:
+            return
+        if broken.complete:  # the rest of a request that is answered
+            self._refusal = None
+            self._close(unread=True)
+        elif broken.started:
+            self._transport.abort()
+        else:
+            self._exchanges.pop()
+            if broken.begun:
+                broken.abandon()
+
     # -- exchanges -----------------------------------------------------------------------------------
 
     def on_answered(self, exchange: Exchange) -> None:
         """The answer was written."""
         self._exchanges.popleft()
-        if self._transport.is_closing() or self._state is State.OVER:
+        if self._transport.is_closing() or self._ended:
             return
         if not exchange.keep_alive or (self._front.draining and not self._exchanges):
             self._close(unread=exchange is self._incoming)
@@ -421,7 +366,7 @@ class Connection(asyncio.Protocol):
     def _begin_next(self) -> None:
         """Have the first of the requests answered, if none is."""
         exchanges = self._exchanges
-        if self._state is State.OVER:
+        if self._ended:
             return
         if exchanges and not self._transport.is_closing():
             current = exchanges[0]
@@ -443,7 +388,7 @@ class Connection(asyncio.Protocol):
 
     def _await_next(self) -> None:
         """All that has come is answered."""
-        if self._state is State.OVER:
+        if self._ended:
             return
         if self._refusal is not None:
             self._refuse(self._refusal)
@@ -454,111 +399,9 @@ class Connection(asyncio.Protocol):
         if not self._reading:
             self.update_reading()
 
-    # -- what is no request --------------------------------------------------------------------------
-
-    def _check_head(self, version: str) -> tuple[list[Header], int | None]:
-        """The headers, names in small letters, and the body's length, None where it has chunks. Refuse what the parser
-        lets pass."""
-        hosts = 0
-        codings: list[str] = []
-        length: int | None = 0
-        headers: list[Header] = []
-        for raw_name, raw_value in self._headers:
-            name = raw_name.decode("latin-1").lower()
-            value = raw_value.decode("latin-1").strip(" \t")  # RFC 9110, 5.5: the blanks are no part of it
-            if name == "host":
-                hosts += 1
-                if _HOST.fullmatch(value) is None:
-                    raise _NoRequest(400, "the Host header is no host (RFC 9112, 3.2)")
-            elif name == "content-length":
-                if not (value.isascii() and value.isdigit() and len(value) < 20):
-                    raise _NoRequest(400, "a Content-Length is a number of bytes (RFC 9110, 8.6)")
-                length = int(value)  # the parser has seen that it is the only one
-            elif name == "transfer-encoding":
-                codings.append(value)
-            headers.append((name, value))
-        if codings:
-            length = None
-            if ",".join(codings).strip(" \t").lower() != "chunked":
-                raise _NoRequest(501, "of transfer codings only chunked is known (RFC 9112, 6.1)")
-        if hosts != 1 and (hosts or version == "1.1"):
-            raise _NoRequest(400, f"a request has one Host header, not {hosts} (RFC 9112, 3.2)")
-        return headers, length
-
-    def _take_authority(self, url: bytes, method: str, headers: list[Header]) -> bytes:
-        """The target of one in absolute form. Its host counts, whatever Host says (RFC 9112, 3.2.2)."""
-        _, mark, rest = url.partition(b"://")
-        if not mark:
-            return url
-        place = re.split(b"[/?#]", rest, maxsplit=1)[0]
-        path = rest[len(place) :]
-        if not path.startswith(b"/"):  # no path: RFC 9112, 3.2.4, and RFC 9110, 4.2.3
-            path = b"*" if method == "OPTIONS" and not path else b"/" + path
-        authority = place.rpartition(b"@")[2].decode("latin-1")
-        if not authority or _HOST.fullmatch(authority) is None:
-            raise _NoRequest(400, "the target names no host (RFC 9110, 4.2.1)")
-        headers[:] = [("host", authority), *(pair for pair in headers if pair[0] != "host")]
-        return path
-
-    def _decline_upgrade(self, upgrade: httptools.HttpParserUpgrade) -> None:
-        """An upgrade that is asked for is not made: the message goes on as any other (RFC 9110, 7.8).
-
-        The parser takes what follows such a head for another protocol's: a new one reads on, after a head that frames
-        the same body, and asks for nothing.
-        """
-        self._rest = self._data[upgrade.args[0] :]
-        framing = [pair for pair in self._headers if pair[0].lower() in (b"content-length", b"transfer-encoding")]
-        version = self._parser.get_http_version().encode()
-        head = b"POST / HTTP/%b\r\n%b\r\n" % (version, b"".join(b"%b: %b\r\n" % pair for pair in framing))
-        self._upgrading = False
-        self._parser = httptools.HttpRequestParser(self)
-        self._replaying = True
-        try:
-            self._parser.feed_data(head)
-        finally:
-            self._replaying = False
-
-    def _end_input(self, error: httptools.HttpParserError) -> None:
-        """The parser goes no further."""
-        cause = error.__context__
-        last = self._exchanges[-1] if self._exchanges else None
-        if isinstance(cause, _NoRequest):
-            self._refuse_input(cause)
-        elif isinstance(error, httptools.HttpParserCallbackError):
-            logger.error("a connection is broken off: taking a request failed", exc_info=cause or error)
-            self._transport.abort()
-        elif last is not None and last.whole and not last.keep_alive and not self._in_head:
-            self._deaf = True  # what follows the last request is for nobody (RFC 9112, 9.6)
-        elif (
-            isinstance(error, httptools.HttpParserInvalidMethodError)
-            and not self._progress  # else it is further on in what has come, and nobody knows where
-            and _METHOD.match(self._data)
-        ):
-            self._refuse_input(_NoRequest(501, "the method is none that this server knows (RFC 9110, 9.1)"))
-        else:
-            self._refuse_input(_NoRequest(400, "Invalid HTTP request received."))
-
-    def _refuse_input(self, refused: _NoRequest) -> None:
-        """Nothing more is taken: refuse once all that has come before is answered."""
-        self._refusal = refused
-        self._deaf = True
-        self._in_head = False
-        broken, self._incoming = self._incoming, None
-        if broken is None:
-            return
-        if broken.complete:  # the rest of a request that is answered
-            self._refusal = None
-            self._close(unread=True)
-        elif broken.started:
-            self._transport.abort()
-        else:
-            self._exchanges.pop()
-            if broken.begun:
-                broken.abandon()
-
-    def _refuse(self, refused: _NoRequest) -> None:
+    def _refuse(self, refused: NoRequest) -> None:
         """Answer in the server's own name, and close."""
-        if self._transport.is_closing() or self._state is State.OVER:
+        if self._transport.is_closing() or self._ended:
             return
         self._front.tell_refused(self._client[0] if self._client else "", refused.status, refused.detail)
         head, body = refusal(refused.status, {"detail": refused.detail})
@@ -604,7 +447,7 @@ class Connection(asyncio.Protocol):
     def _on_time_up(self) -> None:
         self._deadline = None
         if self._state is State.HEAD and self._in_head:
-            self._refuse(_NoRequest(408, f"the request's head took longer than {HEAD_SECONDS:g} s"))
+            self._refuse(NoRequest(408, f"the request's head took longer than {HEAD_SECONDS:g} s"))
         elif self._state in (State.LINGER, State.OVER):
             self._transport.abort()
         else:
@@ -613,9 +456,9 @@ class Connection(asyncio.Protocol):
     def _close(self, *, unread: bool = False) -> None:
         """Have what is left sent, and close. Where the client may not have sent all, that is taken for a while."""
         transport = self._transport
-        if transport.is_closing() or self._state is State.OVER:
+        if transport.is_closing() or self._ended:
             return
-        self.write = _drop
+        self._end()
         if unread and not self._half_closed and transport.can_write_eof():
             self._enter(State.OVER, LINGER)
             try:
@@ -627,9 +470,14 @@ class Connection(asyncio.Protocol):
                 self._reading = True
                 transport.resume_reading()
         else:
-            self._state = State.OVER
             self._end_deadline()
             transport.close()
+
+    def _end(self) -> None:
+        """Nothing more is taken, and nothing more is written."""
+        self._state = State.OVER
+        self._ended = True
+        self.write = _drop
 
     # -- clients that go -----------------------------------------------------------------------------
 
