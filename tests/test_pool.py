@@ -8,6 +8,7 @@ import os
 import pickle
 import queue
 import resource
+import select
 import signal
 import sys
 import threading
@@ -32,6 +33,8 @@ from runner import (
     WorkerDied,
 )
 from runner.events import WorkerEnded
+from runner.supervision.record import Worker
+from runner.supervision.supervisor import Supervisor
 from tests.processes import is_gone, kill, wait_gone
 from tests.waiting import wait_until
 
@@ -621,3 +624,25 @@ def test_a_failed_start_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.M
                 attempt()
         (tmp_path / "broken").unlink()
         assert get(pool, "/") == b"sometimes"
+
+
+def test_the_news_of_a_death_overtakes_its_report(
+    start: Callable[..., Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F8: a worker that fails before the host has dealt with its birth: the caller has its report all the same."""
+    born = Supervisor._born
+    overtaken = []
+
+    def late(supervisor: Supervisor, worker: Worker, pid: int, pidfd: int) -> None:
+        born(supervisor, worker, pid, pidfd)
+        wait_gone([pid], 10)
+        assert supervisor._zygote is not None
+        select.select([supervisor._zygote.control_fd], [], [])  # it is the first that epoll gives next
+        overtaken.append(pid)
+
+    monkeypatch.setattr(Supervisor, "_born", late)
+    monkeypatch.setenv("BLASTDOOR_TEST_DIR", str(tmp_path))
+    (tmp_path / "broken").touch()
+    with pytest.raises(StartError, match="broken for now"):
+        start("tests.bad_handlers.sometimes:app", workers=1)
+    assert overtaken

@@ -65,3 +65,13 @@ def read_first_frame(worker: Worker, frames: list[Frame] | None) -> Ready | None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         worker.failure = f"its first frame does not hold up: {error}"
     return None
+
+
+def read_report(worker: Worker) -> None:
+    """Read what a worker that is dead, and was never ready, has left in its pipe: `worker.failure` tells it."""
+    channel = worker.channel
+    frames: list[Frame] | None = []
+    while frames == [] and not channel.starved:  # a frame has a cap
+        frames = channel.receive()
+    if frames:
+        read_first_frame(worker, frames)

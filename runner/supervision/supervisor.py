@@ -41,7 +41,7 @@ from .logs import LogPipe
 from .reactor import Reactor
 from .record import Worker
 from .scaling import Scaler, Size
-from .spawning import order_worker, read_first_frame
+from .spawning import order_worker, read_first_frame, read_report
 from .start_failure_log import StartFailureLog
 from .watchdog import Watchdog
 from .zygote_client import ZygoteClient
@@ -483,6 +483,8 @@ class Supervisor:
         """A worker has ended: log its last words, tell its holder, and see to its successor."""
         del self._workers[worker.number]
         self._ready_unborn.discard(worker)
+        if not worker.ready and not worker.failure:
+            read_report(worker)  # the news of its end may have overtaken it
         for fd in (worker.channel.response_fd, worker.channel.request_fd, *worker.log.fds, worker.pidfd or -1):
             self._reactor.unwatch(fd)
         # Of a death in a job, or before the first one, somebody tells, with the last output.
