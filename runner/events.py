@@ -105,7 +105,9 @@ Subscriber = Callable[[Event], object]
 class WorkerInfo(msgspec.Struct, frozen=True):
     """One worker at this moment: `rss` in bytes, `cpu_seconds` used so far, `age` in seconds since it was ordered.
 
-    `node` is the address of its node in a cluster, `request` the method and the target of the job that it is at.
+    `node` is the address of its node in a cluster. It runs `running` jobs of the `concurrency` that it may at once;
+    `job_id` and `request`, method and target, are those of the one that has run longest. `leaving` says that it gets no
+    more jobs.
     """
 
     pid: int
@@ -117,10 +119,16 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     cpu_seconds: float
     node: str = ""
     request: str = ""
+    running: int = 0
+    concurrency: int = 1
+    leaving: bool = False
 
 
 class PoolStats(msgspec.Struct, frozen=True):
-    """A pool at this moment: workers by state, callers that wait, and how the jobs so far have ended."""
+    """A pool at this moment: workers by state, callers that wait, and how the jobs so far have ended.
+
+    `busy` workers have one job or more; `running` is how many jobs run, of the `lanes` that there are for them.
+    """
 
     starting: int
     idle: int
@@ -128,6 +136,8 @@ class PoolStats(msgspec.Struct, frozen=True):
     waiting: int
     deaths: int
     outcomes: Mapping[Outcome, int]
+    running: int = 0
+    lanes: int = 0
 
 
 HEALTHY: Final = frozenset(("ok", "left", "not taken"))

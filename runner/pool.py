@@ -54,7 +54,7 @@ _NO_CONTEXT: Final = JobContext()
 
 
 class Pool(Startable):
-    """Worker processes that run one handler, each one job at a time.
+    """Worker processes that run one handler, each one job at a time, or up to `concurrency`.
 
     `handler` is an import string (`"package.module:attribute"`, imported only in the workers) or a callable,
     which is sent by value. A module alone has its `app` or `application`. A factory is called in each worker: with its
@@ -70,6 +70,10 @@ class Pool(Startable):
     CONTENT_LENGTH, which Django needs; a longer one is refused with a 413.
     `limits` are those of the workers and their jobs. `sandbox` says what the handler's code may reach; with one, `env`
     None passes nothing of the host's environment on, and the handler is never imported outside it.
+
+    With `concurrency` above 1 a worker runs so many jobs at once, for apps that mostly wait: an async handler on its
+    event loop, others in a thread each. Jobs of one worker share its memory and its fate: where it dies all of them
+    end. A job that does not end in its grace time has its worker replaced; the other jobs there have `drain` seconds.
 
     `workers=(2, 32)` grows with the demand and shrinks when a worker was idle for `shrink_after` seconds; `spares` more
     are kept warm, so that a death costs the next caller nothing. `queue` bounds how many callers wait, and
@@ -93,6 +97,7 @@ class Pool(Startable):
         kind: Kind = "auto",
         factory: bool = False,
         workers: int | tuple[int, int] | None = None,
+        concurrency: int = 1,
         spares: int = 0,
         shrink_after: float = 10.0,
         queue: int | None = None,
@@ -128,9 +133,10 @@ class Pool(Startable):
             grace=grace,
             debug=debug,
             label=label,
+            concurrency=concurrency,
         )
         self._options = PoolConfig(
-            size=size_of(workers, spares, shrink_after),
+            size=size_of(workers, spares, shrink_after, concurrency),
             queueing=Queueing(
                 queue=queue,
                 queue_timeout=queue_timeout,
@@ -202,6 +208,7 @@ class Pool(Startable):
                         env,
                         options.times.start_timeout,
                         options.times.stop_timeout,
+                        options.times.drain,
                     )
                     supervisor.begin()
                 except (OSError, RuntimeError) as error:
@@ -276,8 +283,10 @@ class Pool(Startable):
         """The numbers of this moment: workers by state, callers that wait, and how the jobs so far have ended."""
         supervisor = self._supervisor
         starting = 0 if supervisor is None else supervisor.starting
-        idle, busy, waiting = self._leases.numbers()
-        return PoolStats(starting, idle, busy, waiting, self._events.deaths, self._events.outcomes())
+        idle, busy, running, waiting = self._leases.numbers()
+        lanes = (idle + busy) * self._config.concurrency
+        outcomes = self._events.outcomes()
+        return PoolStats(starting, idle, busy, waiting, self._events.deaths, outcomes, running, lanes)
 
     # -- use -----------------------------------------------------------------------------------------
 

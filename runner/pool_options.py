@@ -25,12 +25,17 @@ PLAIN_ENVIRONMENT: Final = {"LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:
 """The environment of sandboxed workers, but for what `env` names, and the thread counts of numeric libraries."""
 
 
+MOST_LANES: Final = 4096
+"""The most jobs that a worker may run at once."""
+
+
 class PoolOptions(TypedDict, total=False):
     """The keyword arguments of `runner.Pool`, which `runner.cluster.ClusterPool` takes as well."""
 
     kind: Kind
     factory: bool
     workers: int | tuple[int, int] | None
+    concurrency: int
     spares: int
     shrink_after: float
     queue: int | None
@@ -74,7 +79,8 @@ class Queueing(msgspec.Struct, frozen=True, kw_only=True):
 
     def admission(self, size: Size) -> Admission:
         """What the leases of a pool of this size are told."""
-        return Admission(jobs=size.most if size.spares else None, queue=self.queue, per_provider=self.per_provider)
+        jobs = size.most * size.concurrency if size.spares else None
+        return Admission(jobs=jobs, queue=self.queue, per_provider=self.per_provider)
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,7 +138,7 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True):
     recycle: Recycle | None
 
 
-def size_of(workers: int | tuple[int, int] | None, spares: int, shrink_after: float) -> Size:
+def size_of(workers: int | tuple[int, int] | None, spares: int, shrink_after: float, concurrency: int = 1) -> Size:
     """The size of a pool from its options. ConfigurationError where it makes no sense."""
     if workers is None:
         workers = os.cpu_count() or 1
@@ -144,7 +150,7 @@ def size_of(workers: int | tuple[int, int] | None, spares: int, shrink_after: fl
         raise ConfigurationError(f"workers=({least}, {most}): the first is the least number, the second the most")
     _check_number("spares", spares)
     check_seconds("shrink_after", shrink_after)
-    return Size(least=least, most=most, spares=spares, shrink_after=shrink_after)
+    return Size(least=least, most=most, spares=spares, shrink_after=shrink_after, concurrency=concurrency)
 
 
 def _check_number(name: str, number: object) -> None:
@@ -166,6 +172,7 @@ def zygote_config(
     grace: float,
     debug: bool,
     label: str,
+    concurrency: int,
 ) -> ZygoteConfig:
     """What a pool's zygote and workers go by. ConfigurationError for what makes no sense."""
     if kind not in KINDS:
@@ -177,6 +184,7 @@ def zygote_config(
     sandbox = check_sandbox(sandbox)
     check_preload(preload, sandbox)
     limits = limits or Limits()
+    check_concurrency(concurrency, kind, limits, sandbox)
     name, pickle = portable(handler)
     return ZygoteConfig(
         handler=name,
@@ -191,6 +199,7 @@ def zygote_config(
         root_path=root_path,
         limits=limits if sandbox is None else sandbox.fill_in(limits),
         grace=grace,
+        concurrency=concurrency,
         sandbox=sandbox,
         spool_uploads=None if spool_uploads is None else parse_size(spool_uploads),
     )
@@ -212,6 +221,23 @@ def check_sandbox(sandbox: object) -> Sandbox | None:
     if sandbox == "default" or sandbox == "strict":
         return Sandbox(profile=sandbox)
     raise ConfigurationError(f"sandbox is 'default', 'strict', or a runner.Sandbox, not {sandbox!r}")
+
+
+def check_concurrency(concurrency: object, kind: Kind, limits: Limits, sandbox: Sandbox | None) -> None:
+    """How many jobs a worker runs at once, and whether that goes together with what else is asked for."""
+    if not isinstance(concurrency, int) or isinstance(concurrency, bool) or not 1 <= concurrency <= MOST_LANES:
+        raise ConfigurationError(f"concurrency is a number of jobs, from 1 to {MOST_LANES}, not {concurrency!r}")
+    if concurrency == 1:
+        return
+    if sandbox is not None and sandbox.strictly:
+        raise ConfigurationError(
+            "the strict sandbox runs each job in a worker of its own: leave concurrency at 1, or take Sandbox.default()"
+        )
+    if kind == "asgi" and limits.cpu_seconds is not None:
+        raise ConfigurationError(
+            "cpu_seconds is a limit of each job, and the jobs of an ASGI app share one thread: "
+            "leave it out (wall_seconds holds for each), or leave concurrency at 1"
+        )
 
 
 def check_label(label: object) -> str:

@@ -11,6 +11,7 @@ import mmap
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -445,16 +446,12 @@ def do_spin(request: HandlerRequest, response: HandlerResponse) -> None:
 
 
 def do_deaf(request: HandlerRequest, response: HandlerResponse) -> None:
-    """Does to its cancel pipe what `how` says, and hears of no cancel."""
+    """Does to its end of the line what `how` says, and hears of no cancel."""
     how = parameter(request, "how")
-    if how == "full":
-        fd = os.open("/proc/self/fd/5", os.O_WRONLY | os.O_NONBLOCK)
-        for size in (4096, 1):
-            try:
-                while True:
-                    os.write(fd, b"x" * size)
-            except BlockingIOError:
-                continue
+    if how == "shut":
+        line = socket.socket(fileno=os.dup(5))
+        line.shutdown(socket.SHUT_RD)
+        line.close()
     elif how == "closed":
         os.close(5)
     for fd in (0, 3, 4, 5) if how != "closed" else ():

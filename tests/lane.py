@@ -14,9 +14,11 @@ from runner.jobs.dispatch import Dispatch
 from runner.jobs.job import Job
 from runner.model.limits import Limits
 from runner.model.request import Request, Upload
+from runner.supervision import record
 from runner.supervision.abandoned_jobs import Remainder
 from runner.supervision.channel import Channel, make_pipe
 from runner.supervision.leases import Leases
+from runner.supervision.line import make_line
 from runner.supervision.logs import LogPipe
 from runner.supervision.record import Worker
 from runner.wire.frames import (
@@ -42,21 +44,22 @@ class Lane:
         self.events = Events()
         self.leases = Leases()
         self.in_forked_child = False
-        self.adopted: list[tuple[Worker, Remainder]] = []
+        self.adopted: list[tuple[record.Lane, Remainder]] = []
         self.seen: list[Event] = []
         self.events.subscribe(self.seen.append)
         request_read, request_write = make_pipe()
         response_read, response_write = make_pipe()
         out_read, out_write = make_pipe()
         err_read, err_write = make_pipe()
-        self._cancel_read, cancel_write = make_pipe()
+        line, self._line_fd = make_line()
         os.set_blocking(request_read, False)
         self._request_fd, self._response_fd = request_read, response_write
         self._log_fds = [out_write, err_write]
         self._decoder = FrameDecoder(TO_WORKER)
         self._number = 0
-        channel = Channel(request_write, response_read, cancel_write)
-        self.worker = Worker(1, channel, LogPipe(out_read, err_read, "worker 1"))
+        channel = Channel(request_write, response_read)
+        self.worker = Worker(1, channel, line, LogPipe(out_read, err_read, "worker 1"))
+        self.lane = self.worker.lanes[0]
         self.worker.pid = 4711
         self.leases.add(self.worker)
 
@@ -66,9 +69,9 @@ class Lane:
     def look_after_jobs(self) -> None:
         """Nor after its jobs."""
 
-    def adopt(self, worker: Worker, remainder: Remainder) -> None:
+    def adopt(self, lane: record.Lane, remainder: Remainder) -> None:
         """Note what a job has left."""
-        self.adopted.append((worker, remainder))
+        self.adopted.append((lane, remainder))
 
     def say(self, *frames: tuple[int, Any], job: int = 1) -> None:
         """Write frames, of this job of the worker's, in one write: whoever reads one of them has all."""
@@ -107,17 +110,17 @@ class Lane:
     @property
     def states(self) -> tuple[int, int]:
         """How many workers are idle, and how many are held."""
-        idle, held, _ = self.leases.numbers()
-        return idle, held
+        numbers = self.leases.numbers()
+        return numbers.idle, numbers.running
 
     def close(self) -> None:
         """Free all descriptors."""
-        for fd in (self._request_fd, self._response_fd, self._cancel_read, *self._log_fds):
+        for fd in (self._request_fd, self._response_fd, self._line_fd, *self._log_fds):
             if fd >= 0:
                 os.close(fd)
         self.worker.log.close(told=True)
-        if not self.worker.dead or self.worker.leased:
-            self.worker.channel.close()
+        self.worker.close()
+        self.lane.channel.close()
 
 
 @contextmanager

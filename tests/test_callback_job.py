@@ -224,7 +224,7 @@ def test_deaths(when: str) -> None:
             else:
                 assert isinstance(told.error, LeaseTimeout if when == "not taken" else WorkerDied)
             if made.lane.adopted:  # the end of a whole body was waited for, for a moment
-                made.lane.leases.discard(made.lane.worker)
+                made.lane.leases.discard(made.lane.lane)
             assert made.lane.states == (0, 0)
             if when == "not taken":
                 assert any(isinstance(event, JobRefused) for event in made.lane.seen)
@@ -242,13 +242,13 @@ def test_background_work_and_a_tail() -> None:
             await told.wait()
             assert told.ended
             assert made.lane.adopted[-1][1].exchange.background
-            made.lane.leases.give_back(made.lane.worker)
+            made.lane.leases.give_back(made.lane.lane)
             _, told = made.call()
             made.lane.say((HEAD, ResponseHead(200, [("content-length", "2")])), (BODY, b"ab"), job=2)
             await told.wait()
             assert (told.body, told.ended) == (b"ab", True)
             assert len(made.lane.adopted) == 2
-            made.lane.leases.discard(made.lane.worker)
+            made.lane.leases.discard(made.lane.lane)
 
     run(test)
 
@@ -269,7 +269,7 @@ def test_leaving() -> None:
                 await some_turns()
                 assert not told.over.is_set()
                 made.lane.worker.channel.receive()
-                made.lane.leases.give_back(made.lane.worker)
+                made.lane.leases.give_back(made.lane.lane)
 
     run(test)
 
@@ -293,7 +293,7 @@ def test_a_close_from_another_thread() -> None:
                 assert len(made.lane.adopted) == number
                 made.lane.heard()
                 made.lane.worker.channel.receive()
-                made.lane.leases.give_back(made.lane.worker)
+                made.lane.leases.give_back(made.lane.lane)
                 call.leave()
             assert made.lane.states == (1, 0)
 
@@ -306,7 +306,7 @@ def test_waiting_for_a_worker() -> None:
     async def test() -> None:
         async with calls() as made:
             first, second, third, fourth = (made.call(timeout=10.0) for _ in range(4))
-            assert made.lane.leases.numbers()[2] == 3
+            assert made.lane.leases.numbers().waiting == 3
             second[0].leave()
             made.lane.say(HEAD_200, END_FRAME)
             await first[1].wait()
@@ -337,7 +337,7 @@ def test_waiting_in_vain() -> None:
             _, late = made.call()
             assert isinstance(late.error, PoolClosed)
             first.leave()
-            made.lane.leases.discard(made.lane.worker)
+            made.lane.leases.discard(made.lane.lane)
 
     run(test)
 
@@ -421,7 +421,7 @@ def test_over_its_wall_time() -> None:
             _, told = made.call()
             await told.wait()
             assert isinstance(told.error, JobTimedOut)
-            made.lane.leases.discard(made.lane.worker)
+            made.lane.leases.discard(made.lane.lane)
 
     run(test)
 
@@ -437,7 +437,7 @@ def test_a_listener_that_raises() -> None:
             await told.wait()
             assert isinstance(told.error, TypeError)
             assert len(made.lane.adopted) == 1
-            made.lane.leases.discard(made.lane.worker)
+            made.lane.leases.discard(made.lane.lane)
 
     run(test)
 

@@ -6,6 +6,7 @@ import dis
 import gc
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -14,7 +15,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from runner.control.signals import SIGNAL, pack_cancel
+from runner.control.line_messages import pack_cancel
+from runner.control.signals import SIGNAL
 from runner.wire.exchange import ResponseExchange
 from runner.wire.frames import (
     BODY,
@@ -27,7 +29,7 @@ from runner.wire.frames import (
 from runner.wire.messages import JobContext, RequestHead
 from runner.worker.cancellation import Cancellation
 from runner.worker.handlers.native import HandlerRequest, HandlerResponse, NativeAdapter
-from runner.worker.main import run_job
+from runner.worker.job_loop import run_job
 from runner.worker.pipes import OutgoingResponse, Pipes
 from runner.worker.stdio import OutputFlag
 
@@ -41,8 +43,9 @@ class Bench:
     def __init__(self, handler: Callable[[HandlerRequest, HandlerResponse], bytes | None]) -> None:
         self.request_read, self.request_write = os.pipe()
         self.response_read, self.response_write = os.pipe()
-        self.cancel_read, self.cancel_write = os.pipe()
-        self.cancellation = Cancellation(self.cancel_read)
+        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.line_fd = theirs.detach()
+        self.cancellation = Cancellation(self.line_fd)
         self.cancellation.install()
         self.pipes = Pipes(self.request_read, self.response_write, self.cancellation, OutputFlag())
         self.bridge = NativeAdapter(handler)
@@ -68,8 +71,9 @@ class Bench:
 
     def close(self) -> None:
         ends = self.request_read, self.request_write, self.response_read, self.response_write
-        for fd in (*ends, self.cancel_read, self.cancel_write):
+        for fd in (*ends, self.line_fd):
             os.close(fd)
+        self.line.close()
 
 
 @pytest.fixture
@@ -112,7 +116,7 @@ def run_cancelled_at(bench: Bench, number: int, instant: int) -> bool:
                 left -= 1
                 if left == -1:
                     sys.settrace(None)
-                    os.write(bench.cancel_write, pack_cancel(number))
+                    bench.line.send(pack_cancel(0, number))
                     signal.raise_signal(SIGNAL)
         return trace
 

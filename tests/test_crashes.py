@@ -117,7 +117,7 @@ def test_deaths_with_streams_open(start: Callable[..., Pool]) -> None:
     with requests.Session() as session:
         session.mount(URL, Transport(pool))
         streams = [session.get(f"{URL}/stream?count=30&pause=0.01", stream=True) for _ in range(3)]
-        (victim,) = [worker for worker in pool._leases._leased if worker.job and worker.job() is job_of(streams[1])]
+        (victim,) = [lane.worker for lane in pool._leases._leased if lane.job and lane.job() is job_of(streams[1])]
         kill(victim.pid)
         with pytest.raises(ChunkedEncodingError, match="SIGKILL"):
             streams[1].content  # noqa: B018

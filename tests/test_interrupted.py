@@ -111,7 +111,7 @@ def test_at_every_instant(start: Callable[..., Pool], how: str) -> None:
     instant = 0
     exchange(pool, how)
     while raise_at(instant, lambda: exchange(pool, how)):
-        assert len(pool._leases._idle) <= 1, instant
+        assert len(pool._leases.idle()) <= 1, instant
         whole(pool, b"the next caller's")
         instant += 1
     settled(pool, 1)

@@ -82,12 +82,13 @@ def test_one_worker_one_job(start: Callable[..., Pool]) -> None:
 
 
 def test_what_a_worker_holds(pool: Pool) -> None:
-    """W1, W2: its two pipes, /dev/null, the log pipes and the cancel pipe; nothing of the zygote's or the host's."""
+    """W1, W2: its two pipes, /dev/null, the log pipes and the line; nothing of the zygote's or the host's."""
     found = state(pool)
     pipes = found["descriptors"]
     assert pipes["0"] == "/dev/null"
     assert len({pipes[number] for number in "12345"}) == 5
-    assert all(pipes[number].startswith("pipe:") for number in "12345")
+    assert all(pipes[number].startswith("pipe:") for number in "1234")
+    assert pipes["5"].startswith("socket:")
     assert set(pipes) == {"0", "1", "2", "3", "4", "5"}
     assert found["argv"] == [""]
     assert found["threads"] == 1
@@ -251,7 +252,7 @@ def test_a_read_timeout_ends_the_job(start: Callable[..., Pool], log: pytest.Log
 def test_a_stopped_worker(start: Callable[..., Pool]) -> None:
     """W7: a worker that was stopped in its job is found by the caller's own limit, and killed after the grace time."""
     pool = start(workers=1)
-    (worker,) = pool._leases._idle
+    (worker,) = pool._leases.idle()
     with pytest.raises(ReadTimeout):
         get(pool, "/die?how=SIGSTOP", read_timeout=0.05)
     assert get(pool, "/hello", read_timeout=10) == b"hello"
@@ -264,7 +265,7 @@ def test_an_idle_worker_is_stopped(
 ) -> None:
     """I10, W7: a worker that is stopped while it has no job is killed and replaced, before anybody is given it."""
     pool = start(workers=1, sandbox=sandbox)
-    (worker,) = pool._leases._idle
+    (worker,) = pool._leases.idle()
     ended: queue.Queue[object] = queue.Queue()
     pool.subscribe(lambda event: ended.put(event) if isinstance(event, WorkerEnded) else None)
     kill(worker.pid, signal.SIGSTOP)
@@ -276,7 +277,7 @@ def test_an_idle_worker_is_stopped(
 def test_a_worker_that_was_stopped_goes_on(start: Callable[..., Pool]) -> None:
     """W7: one that is stopped in its job, and continued, has lost nothing but time."""
     pool = start(workers=1)
-    (worker,) = pool._leases._idle
+    (worker,) = pool._leases.idle()
     with pool.open(Request("GET", "/endless")) as job:
         kill(worker.pid, signal.SIGSTOP)
         wait_until(lambda: psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED)
@@ -289,7 +290,7 @@ def test_idle_workers_that_die(start: Callable[..., Pool]) -> None:
     """W7, I1: a worker that was killed while it was idle costs the next caller nothing."""
     pool = start(workers=2, preload=True)
     for _ in range(200):
-        for worker in list(pool._leases._idle):
+        for worker in list(pool._leases.idle()):
             with contextlib.suppress(ProcessLookupError):  # dead since the round before, and not yet noted
                 kill(worker.pid)
         assert get(pool, "/hello") == b"hello"
@@ -553,7 +554,7 @@ def test_descriptors_run_out(start: Callable[..., Pool]) -> None:
             take_all()
             assert len(taken) == whole, "a start that failed has kept descriptors"
         while pool.stats().idle or pool.stats().starting:
-            for worker in list(pool._leases._idle):
+            for worker in list(pool._leases.idle()):
                 with contextlib.suppress(ProcessLookupError):
                     kill(worker.pid)
             take_all()

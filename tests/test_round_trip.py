@@ -87,11 +87,11 @@ def test_background_work_is_adopted(lane: Lane) -> None:
     """H6: an END that says busy: the response is whole, the worker is the supervisor's until IDLE."""
     lane.say(HEAD_200, (END, bytes((BUSY,))))
     assert b"".join(lane.open()) == b""
-    ((worker, remainder),) = lane.adopted
-    assert worker is lane.worker
+    ((left, remainder),) = lane.adopted
+    assert left is lane.lane
     assert remainder.exchange.background
     assert lane.states == (0, 1)
-    lane.leases.discard(worker)
+    lane.leases.discard(left)
 
 
 def test_a_body_that_is_complete_waits_for_no_end(lane: Lane) -> None:
@@ -101,7 +101,7 @@ def test_a_body_that_is_complete_waits_for_no_end(lane: Lane) -> None:
     assert b"".join(job) == b"ab"
     assert job.finished
     assert len(lane.adopted) == 1
-    lane.leases.discard(lane.worker)
+    lane.leases.discard(lane.lane)
 
 
 @pytest.mark.parametrize("taken", [False, True])
@@ -170,7 +170,7 @@ def test_close_in_the_middle_leaves_it_to_the_supervisor(lane: Lane) -> None:
     with pytest.raises(JobClosed):
         job.read()
     assert ended(lane).outcome == "left"
-    lane.leases.discard(lane.worker)
+    lane.leases.discard(lane.lane)
 
 
 def test_an_upload_that_is_left_is_stopped(lane: Lane) -> None:
@@ -196,11 +196,11 @@ def test_a_response_before_the_upload_is_the_reader_s(lane: Lane) -> None:
     lane.say(HEAD_200, (BODY, b"all of it"), END_FRAME)
     opener.join()
     (job,) = opened
-    ((worker, remainder),) = lane.adopted
+    ((left, remainder),) = lane.adopted
     assert not remainder.exchange.unfinished
     remainder.exchange.body.clear()  # as the supervisor does with what nobody reads
     assert b"".join(job) == b"all of it"
-    lane.leases.discard(worker)
+    lane.leases.discard(left)
 
 
 def test_a_source_that_raises(lane: Lane) -> None:
@@ -214,7 +214,7 @@ def test_a_source_that_raises(lane: Lane) -> None:
         lane.open("POST", source())
     assert [kind for kind, _, _ in lane.heard()] == [REQUEST, BODY, STOP]
     assert len(lane.adopted) == 1
-    lane.leases.discard(lane.worker)
+    lane.leases.discard(lane.lane)
 
 
 def test_over_its_wall_time() -> None:
@@ -226,7 +226,7 @@ def test_over_its_wall_time() -> None:
             job.read()
         ((_, remainder),) = slow.adopted
         assert "0.05 s" in remainder.timed_out
-        slow.leases.discard(slow.worker)
+        slow.leases.discard(slow.lane)
 
 
 def test_close_wakes_the_thread_that_reads(lane: Lane) -> None:
@@ -242,5 +242,5 @@ def test_close_wakes_the_thread_that_reads(lane: Lane) -> None:
         assert raised == [JobClosed]
         assert len(lane.adopted) == number
         lane.heard()
-        lane.leases.give_back(lane.worker)
+        lane.leases.give_back(lane.lane)
     assert lane.states == (1, 0)

@@ -178,7 +178,7 @@ def test_cancels_at_random_instants(start: Callable[..., Pool]) -> None:
     print("right", right, "cancelled", cancelled)
     assert min(right, cancelled) > 100
     deadline = time.monotonic() + 10
-    while len(pool._leases._idle) < 2:
+    while len(pool._leases.idle()) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     for number in range(20):

@@ -64,9 +64,9 @@ def test_nothing_is_shared(start: Callable[..., Pool], handler: str, sandbox: Sa
             assert shared == [], [(pair, os.readlink(f"/proc/{pair[1][0]}/fd/{pair[1][1]}")) for pair in shared]
 
 
-@pytest.mark.parametrize("how", ["full", "closed", "blocking"])
+@pytest.mark.parametrize("how", ["shut", "closed", "blocking"])
 def test_a_worker_that_takes_no_cancel(start: Callable[..., Pool], log: pytest.LogCaptureFixture, how: str) -> None:
-    """C3, W1, T12: whatever it did to its end of the cancel pipe, it is killed, and nobody else is held up."""
+    """C3, W1, T12: whatever it did to its end of the line, it is killed, and nobody else is held up."""
     pool = start(workers=2, grace=30 if how != "blocking" else 0.25)
     with pool.open(Request("GET", f"/deaf?how={how}"), read_timeout=20) as job:
         assert job.read() == b"deaf"

@@ -26,6 +26,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     the app looked for in; and once a zygote is told, the whole `sys.path` of its workers, of which one with a sandbox
     takes only what is trusted. `taken` are names of this project's that the app has modules of its own for.
     `spool_uploads` is the most bytes of a body without a length that a WSGI app's worker takes before it calls it.
+    `concurrency` is how many lanes a worker may have.
     """
 
     handler: str
@@ -43,6 +44,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     debug: bool = False
     taken: list[str] = []
     spool_uploads: int | None = None
+    concurrency: int = 1
 
     @property
     def by_name(self) -> bool:
@@ -51,7 +53,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Spawn(msgspec.Struct, array_like=True, frozen=True, tag=True):
-    """Host to zygote, with a worker's ends: request pipe, response pipe, stdout, stderr, cancel pipe."""
+    """Host to zygote, with a worker's ends: request pipe, response pipe, stdout, stderr, line."""
 
     worker: int
 

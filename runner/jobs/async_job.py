@@ -18,7 +18,7 @@ from .job_base import BaseAsyncJob
 from .round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
-    from ..supervision.record import Worker
+    from ..supervision.record import Lane
     from .prepared import PreparedRequest
     from .supervisor_protocol import SupervisorProtocol
 
@@ -35,14 +35,14 @@ class AsyncJob(RoundTrip, BaseAsyncJob):
     @classmethod
     async def open(
         cls,
-        worker: Worker,
+        lane: Lane,
         supervisor: SupervisorProtocol,
         request: PreparedRequest,
     ) -> AsyncJob:
         """Send the request and wait for the response's head."""
         job = cls.__new__(cls)
         try:
-            job.__init__(worker, supervisor, request)  # type: ignore[misc] # a signal's handler may raise in it
+            job.__init__(lane, supervisor, request)  # type: ignore[misc] # a signal's handler may raise in it
             if job._scope is not None:
                 job._watch_scope(job._scope)
             job._open_event_fd()

@@ -15,7 +15,7 @@ from .round_trip import RequestNotTaken
 if TYPE_CHECKING:
     from ..model.request import Request, Upload
     from ..platform.deadlines import Deadline
-    from ..supervision.record import Worker
+    from ..supervision.record import Lane
     from ..wire.messages import JobContext
     from .callback_job import Listener
     from .poller import Poller
@@ -59,7 +59,7 @@ class CallbackDispatch(Dispatch):
         self._listener = listener
         self._start_over = start_over
         self._tries = MAX_TRIES
-        self._waiter: CallbackWaiter[Worker] | None = None
+        self._waiter: CallbackWaiter[Lane] | None = None
         self._job: CallbackJob | None = None
         self._deadline: Deadline | None = None
         self._over = self._paused = False
@@ -103,15 +103,15 @@ class CallbackDispatch(Dispatch):
 
     def _lease(self) -> None:
         supervisor = self._supervisor
-        waiter: CallbackWaiter[Worker] = CallbackWaiter(self.context.provider, self, self._poller.loop, self._on_found)
+        waiter: CallbackWaiter[Lane] = CallbackWaiter(self.context.provider, self, self._poller.loop, self._on_found)
         try:
             supervisor.look_for_lost()
-            worker = supervisor.leases.lease_or_wait(waiter)
+            lane = supervisor.leases.lease_or_wait(waiter)
         except Exception as error:  # noqa: BLE001 - it is the listener's
             self.failed(error)
             return
-        if worker is not None:
-            self._start(worker)
+        if lane is not None:
+            self._start(lane)
             return
         self._waiter = waiter
         if self.lease_timeout is not None:
@@ -124,11 +124,11 @@ class CallbackDispatch(Dispatch):
             return
         self._stop_waiting()
         try:
-            worker = waiter.result()
+            lane = waiter.result()
         except Exception as error:  # noqa: BLE001 - it is the listener's
             self.failed(error)
         else:
-            self._start(worker)
+            self._start(lane)
 
     def _on_lease_time_up(self) -> None:
         waiter = self._waiter
@@ -148,11 +148,11 @@ class CallbackDispatch(Dispatch):
 
     # -- the job -------------------------------------------------------------------------------------
 
-    def _start(self, worker: Worker) -> None:
+    def _start(self, lane: Lane) -> None:
         try:
             self._supervisor.look_after_jobs()
             self.begun = True
-            job = self._job = CallbackJob(worker, self._supervisor, self, self, self._poller, self._listener)
+            job = self._job = CallbackJob(lane, self._supervisor, self, self, self._poller, self._listener)
             job.begin()
             if self._paused:
                 job.pause()

@@ -14,7 +14,7 @@ from .round_trip import EXIT_LIMIT, TAIL_PATIENCE, RequestNotTaken, RoundTrip
 
 if TYPE_CHECKING:
     from ..platform.deadlines import Deadline
-    from ..supervision.record import Worker
+    from ..supervision.record import Lane
     from ..wire.messages import ResponseHead
     from .poller import Poller
     from .prepared import PreparedRequest
@@ -72,7 +72,7 @@ class CallbackJob(RoundTrip):
 
     def __init__(
         self,
-        worker: Worker,
+        lane: Lane,
         supervisor: SupervisorProtocol,
         request: PreparedRequest,
         call: Retries,
@@ -86,7 +86,7 @@ class CallbackJob(RoundTrip):
         self._told = self._deaf = self._waits_for_room = False
         self._deadline: Deadline | None = None
         self._patience_over: Deadline | None = None
-        super().__init__(worker, supervisor, request)
+        super().__init__(lane, supervisor, request)
 
     def begin(self) -> None:
         """Send the request, and listen. RequestNotTaken where the worker is gone; the job has let it go then."""
@@ -256,8 +256,8 @@ class CallbackJob(RoundTrip):
         self._break_off(_LOOP, error)
         self._stop()
 
-    def _end(self, let_go: Callable[[Worker], object]) -> None:
-        self._stop()  # first: the worker's next job may begin within `let_go`
+    def _end(self, let_go: Callable[[Lane], object]) -> None:
+        self._stop()  # first: the lane's next job may begin within `let_go`
         super()._end(let_go)
 
     def _stop(self) -> None:

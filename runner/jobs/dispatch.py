@@ -1,4 +1,4 @@
-"""The tries to have a worker take a request: lease one, send it, and again where the worker never took it."""
+"""The tries to have a worker take a request: lease a lane, send it, and again where the worker never took it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .prepared import PreparedRequest, job_number
 from .round_trip import RequestNotTaken, RoundTrip
 
 if TYPE_CHECKING:
-    from ..supervision.record import Worker
+    from ..supervision.record import Lane
     from .async_job import AsyncJob
     from .supervisor_protocol import SupervisorProtocol
 
@@ -24,7 +24,7 @@ MAX_TRIES: Final = 3
 class Dispatch(PreparedRequest):
     """A request on its way to a worker.
 
-    It holds the worker that was leased for it until a job does, so that one is let go whatever is raised where.
+    It holds the lane that was leased for it until a job does, so that one is let go whatever is raised where.
     """
 
     __slots__ = ("_supervisor",)
@@ -36,9 +36,9 @@ class Dispatch(PreparedRequest):
         while True:
             try:
                 supervisor.look_for_lost()
-                worker = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
+                lane = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
                 supervisor.look_after_jobs()
-                return Job(worker, supervisor, self)
+                return Job(lane, supervisor, self)
             except RequestNotTaken as never:
                 tries = next_try(never, tries)
             except (LeaseTimeout, WorkersUnavailable) as error:
@@ -56,11 +56,9 @@ class Dispatch(PreparedRequest):
         while True:
             try:
                 supervisor.look_for_lost()
-                worker = await supervisor.leases.lease_async(
-                    self.lease_timeout, self.scope, self.context.provider, self
-                )
+                lane = await supervisor.leases.lease_async(self.lease_timeout, self.scope, self.context.provider, self)
                 supervisor.look_after_jobs()
-                return await job_type.open(worker, supervisor, self)
+                return await job_type.open(lane, supervisor, self)
             except RequestNotTaken as never:
                 tries = next_try(never, tries)
             except (LeaseTimeout, WorkersUnavailable) as error:
@@ -80,30 +78,31 @@ class Dispatch(PreparedRequest):
             events.emit(refused)
 
     def _let_go(self) -> None:
-        """Whatever was raised: a worker that was leased, and that no job holds, goes back."""
-        worker = self._supervisor.leases.held_by(self)
-        if worker is not None:
-            self.withdraw(worker)
+        """Whatever was raised: a lane that was leased, and that no job holds, goes back."""
+        lane = self._supervisor.leases.held_by(self)
+        if lane is not None:
+            self.withdraw(lane)
 
-    def dispatch(self, worker: Worker) -> None:
-        """Write the request to a worker that came free for this call, before its caller has woken up."""
-        worker.log.job_id = self.context.job_id
-        worker.channel.begin()
+    def dispatch(self, lane: Lane) -> None:
+        """Write the request to a lane that came free for this call, before its caller has woken up."""
+        lane.name_job(self.context.job_id)
+        channel = lane.channel
+        channel.begin()
         self.sent_at = time.monotonic()  # first: it must not be sent twice, whatever is raised here
-        worker.channel.torn = True  # until it is sent
+        channel.torn = True  # until it is sent
         try:
-            self.send(worker.channel, job_number(worker.jobs + 1))
+            self.send(channel, job_number(lane.jobs + 1))
         except BrokenPipeError:
             self.sent_at = None  # the caller finds out by itself
 
-    def withdraw(self, worker: Worker) -> None:
-        """Give up a worker that was found: one that has begun ends the job as any that its caller leaves."""
+    def withdraw(self, lane: Lane) -> None:
+        """Give up a lane that was found: where the job has begun, it ends as any that its caller leaves."""
         if self.sent_at is not None:
-            RoundTrip(worker, self._supervisor, self).close()
-        elif worker.channel.torn:
-            self._supervisor.leases.discard(worker)
+            RoundTrip(lane, self._supervisor, self).close()
+        elif lane.channel.torn:
+            self._supervisor.leases.discard(lane)
         else:
-            self._supervisor.leases.give_back(worker)
+            self._supervisor.leases.give_back(lane)
 
 
 def load_async() -> tuple[type[AsyncJob], Callable[[Body], Upload]]:

@@ -73,8 +73,10 @@ def over_limit(kind: Literal["memory", "timeout"], detail: str, job_id: str) -> 
     return error(Fault(kind=kind, detail=detail, job_id=job_id))
 
 
-def worker_death(status: int | None, job_id: str) -> WorkerDied:
-    """The failure of a job whose worker ended with this status, as `Died` carries it."""
+def worker_death(status: int | None, job_id: str, casualties: int = 1) -> WorkerDied:
+    """The failure of a job whose worker ended with this status, as `Died` carries it, at so many jobs."""
     what, exit_code, signal_name = describe_exit(status)
     detail = f"the worker process {what} during the job"
+    if casualties > 1:
+        detail += f", with {casualties - 1} other{'s' if casualties > 2 else ''}"
     return WorkerDied(Fault(kind="died", detail=detail, job_id=job_id, exit_code=exit_code, signal=signal_name))

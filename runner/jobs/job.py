@@ -12,7 +12,7 @@ from .job_base import BaseJob
 from .round_trip import EXIT_LIMIT, NOTHING, RoundTrip
 
 if TYPE_CHECKING:
-    from ..supervision.record import Worker
+    from ..supervision.record import Lane
     from .prepared import PreparedRequest
     from .supervisor_protocol import SupervisorProtocol
 
@@ -28,12 +28,12 @@ class Job(RoundTrip, BaseJob):
 
     def __init__(
         self,
-        worker: Worker,
+        lane: Lane,
         supervisor: SupervisorProtocol,
         request: PreparedRequest,
     ) -> None:
         try:
-            super().__init__(worker, supervisor, request)
+            super().__init__(lane, supervisor, request)
             if self._scope is not None:
                 self._watch_scope(self._scope)
             self._use(self._await_head, request)

@@ -4,11 +4,11 @@
 the response serves the upload meanwhile, as the worker takes it; a response that comes first goes first, and
 one that ends early stops the upload.
 
-A job holds its worker until it settles, exactly once, in one of three ways:
+A job holds its lane until it settles, exactly once, in one of three ways:
 
-- the response ended: the worker is given back;
-- the job was left early, or has background work to do: the worker goes to the supervisor;
-- the worker broke or died: it is discarded.
+- the response ended: the lane is given back;
+- the job was left early, or has background work to do: the lane goes to the supervisor;
+- the worker broke or died: the lane is discarded.
 
 `gate` says who uses the channel, `sending` sends the body. What is left is one life cycle, which is longer than other
 modules.
@@ -39,7 +39,7 @@ from .sending import Sending, waker
 
 if TYPE_CHECKING:
     from ..supervision.job_protocol import JobProtocol
-    from ..supervision.record import Worker
+    from ..supervision.record import Lane
     from .supervisor_protocol import SupervisorProtocol
 
 logger = logging.getLogger("blastdoor")
@@ -75,6 +75,7 @@ class RoundTrip(Sending):
         "_context",
         "_exchange",
         "_expires",
+        "_lane",
         "_outcome",
         "_read_timeout",
         "_scope",
@@ -92,11 +93,11 @@ class RoundTrip(Sending):
 
     def __init__(
         self,
-        worker: Worker,
+        lane: Lane,
         supervisor: SupervisorProtocol,
         request: PreparedRequest,
     ) -> None:
-        self._settled = True  # until the last line: whoever leased the worker sees to it
+        self._settled = True  # until the last line: whoever leased the lane sees to it
         context = request.context
         wall_seconds = supervisor.limits.wall_seconds
         self.job_id = job_id = context.job_id
@@ -106,15 +107,16 @@ class RoundTrip(Sending):
         self.began = time.monotonic() if sent_at is None else sent_at
         self._outcome: Outcome = "left"
         self._scope = request.scope
-        self._worker = worker
-        self._channel = worker.channel
+        self._lane = lane
+        self._worker = worker = lane.worker
+        self._channel = lane.channel
         self._supervisor = supervisor
         self._upload = request.upload
         self._read_timeout, self._write_timeout = request.timeouts
         ChannelGuard.__init__(self)
-        worker.jobs += 1
-        worker.log.job_id = job_id
-        self._number = job_number(worker.jobs)
+        lane.jobs += 1
+        lane.name_job(job_id)
+        self._number = job_number(lane.jobs)
         self._expires = None if wall_seconds is None else self.began + wall_seconds
         self._wall_seconds = wall_seconds or 0.0
         self._exchange = ResponseExchange(self._number, request.method)
@@ -126,7 +128,7 @@ class RoundTrip(Sending):
         self._owes_end = self._upload.lazy
         reference: weakref.ref[JobProtocol] = weakref.ref(self)
         # From here on the job is the one that has to let the worker go. No signal is handled within this line.
-        self._settled, worker.job = False, reference
+        self._settled, lane.job = False, reference
         if self._upload.lazy:
             self._upload.on_ready(waker(self))
         self._waited = waited = self.began - request.asked_at
@@ -291,7 +293,7 @@ class RoundTrip(Sending):
         tail = worker.log.tail(self.job_id)
         self._outcome = "not taken" if never_taken else "memory" if worker.limit_exceeded else "died"
         self._discard()
-        death = worker_death(worker.status, self.job_id)
+        death = worker_death(worker.status, self.job_id, worker.casualties)
         if never_taken:
             raise RequestNotTaken(death)
         self._close_upload()
@@ -345,6 +347,7 @@ class RoundTrip(Sending):
             )
             self._close_upload()
             self._outcome = "protocol"
+            self._supervisor.leases.kill(self._worker)  # whatever else it is at
             self._discard()
             return
         if exchange.surplus:
@@ -400,7 +403,7 @@ class RoundTrip(Sending):
         finally:
             self._ending = False
 
-    def _end(self, let_go: Callable[[Worker], object]) -> None:
+    def _end(self, let_go: Callable[[Lane], object]) -> None:
         """The job is over: tell of it, and let the worker go, whatever whoever is told raises."""
         # Under the lock, before the worker is let go: `close` wakes a channel only while it is held.
         with self._lock:
@@ -410,11 +413,11 @@ class RoundTrip(Sending):
             try:
                 self._tell_of_end()
             finally:
-                let_go(self._worker)
+                let_go(self._lane)
         finally:
             self._ending = False
 
-    def _hand_over(self, worker: Worker) -> None:
+    def _hand_over(self, lane: Lane) -> None:
         """Let the supervisor see to the rest of the job."""
         exchange = self._exchange
         error = self._closed_by
@@ -427,11 +430,11 @@ class RoundTrip(Sending):
             timed_out=error.fault.detail if isinstance(error, JobTimedOut) else "",
             expires=self._expires,
         )
-        self._supervisor.adopt(worker, rest)
+        self._supervisor.adopt(lane, rest)
 
-    def _hand_tail_over(self, worker: Worker) -> None:
+    def _hand_tail_over(self, lane: Lane) -> None:
         tail = ResponseExchange.of_tail(self._exchange.job)
-        self._supervisor.adopt(worker, Remainder(tail, timed_out="", expires=self._expires))
+        self._supervisor.adopt(lane, Remainder(tail, timed_out="", expires=self._expires))
 
     def _discard(self) -> None:
         self._end(self._supervisor.leases.discard)
@@ -465,7 +468,7 @@ class RoundTrip(Sending):
 
     def _what_went_wrong(self) -> str:
         if self._outcome in ("died", "not taken"):
-            return worker_death(self._worker.status, self.job_id).fault.detail
+            return worker_death(self._worker.status, self.job_id, self._worker.casualties).fault.detail
         if self._outcome == "memory" and self._worker.limit_exceeded:
             return self._worker.limit_exceeded
         report = self._exchange.report

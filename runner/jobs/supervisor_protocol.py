@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..model.limits import Limits
     from ..supervision.abandoned_jobs import Remainder
     from ..supervision.leases import Leases
-    from ..supervision.record import Worker
+    from ..supervision.record import Lane
 
 
 class SupervisorProtocol(Protocol):
@@ -27,10 +27,10 @@ class SupervisorProtocol(Protocol):
         """Whether this is a forked child, where the workers are the parent's."""
 
     def look_for_lost(self) -> None:
-        """A job is about to lease a worker: have workers looked for that an interrupted one has left with nobody."""
+        """A job is about to lease a lane: have those looked for that an interrupted one has left with nobody."""
 
     def look_after_jobs(self) -> None:
-        """A worker is leased for a job: have the job held to the pool's limits."""
+        """A lane is leased for a job: have the job held to the pool's limits."""
 
-    def adopt(self, worker: Worker, remainder: Remainder) -> None:
-        """A job has left this worker in the middle of its response, or to its background work: see to it."""
+    def adopt(self, lane: Lane, remainder: Remainder) -> None:
+        """A job has left this lane in the middle of its response, or to its background work: see to it."""

@@ -16,6 +16,7 @@ _PR_SET_DUMPABLE: Final = 4
 _PR_GET_SECCOMP: Final = 21
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_PR_SET_NAME: Final = 15
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_GET_NO_NEW_PRIVS: Final = 39
 _PR_CAP_AMBIENT: Final = 47
@@ -125,6 +126,40 @@ def has_capabilities() -> bool:
     data = (ctypes.c_uint32 * 6)()
     _checked(_libc.capget(header, data), "capget")
     return any(data)
+
+
+def name_thread(name: str) -> None:
+    """Give this thread a name, of 15 bytes at most, that others see (proc_pid_comm(5))."""
+    _prctl(_PR_SET_NAME, ctypes.cast(ctypes.c_char_p(name.encode()), ctypes.c_void_p).value or 0, 0, 0, 0)
+
+
+def thread_names(pid: int) -> dict[str, int]:
+    """The threads of a process by their names (proc_pid_task(5)); of several of one name, one of them."""
+    found = {}
+    for thread in _listed(f"/proc/{pid}/task"):
+        try:
+            with open(f"/proc/{pid}/task/{thread}/comm", encoding="utf-8", errors="replace") as file:
+                found[file.read().rstrip("\n")] = int(thread)
+        except OSError:
+            continue  # it has ended meanwhile
+    return found
+
+
+def thread_time(pid: int, thread: int) -> float:
+    """The processor time that a thread has used, in seconds (proc_pid_stat(5)); 0 where it has ended."""
+    try:
+        with open(f"/proc/{pid}/task/{thread}/stat", encoding="latin-1") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def die_with_parent(signal_number: int) -> None:

@@ -1,9 +1,9 @@
-"""Workers whose callers have left them, and what becomes of them; all of it in the supervisor's thread.
+"""Lanes whose callers have left them, and what becomes of them; all of it in the supervisor's thread.
 
-Either the caller left in the middle of a job. Then the worker is read, and its last frame of upload completed, until
-its response ends; its handler is told meanwhile. Within the grace time it goes back to work, after it it is killed.
-Or the response is whole and the handler has background work to do. Then the worker goes back to work when that
-has ended, and is killed when the job is over the pool's time limit.
+Either the caller left in the middle of a job. Then the lane is read, and its last frame of upload completed, until
+its response ends; its handler is told meanwhile. Within the grace time it goes back to work, after it its worker is
+killed, or condemned where that has other jobs. Or the response is whole and the handler has background work to do. Then
+the lane goes back to work when that has ended, and its worker goes when the job is over the pool's time limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..wire.messages import FaultReport
 from ..wire.printable import quoted
 from .leases import Leases
 from .reactor import Reactor
-from .record import Worker
+from .record import Lane, Worker
 
 logger = logging.getLogger("blastdoor")
 
@@ -43,7 +43,7 @@ class Remainder(msgspec.Struct, frozen=True):
 
 
 class AbandonedJobs:
-    """The workers that were left, by their `AbandonedJob`."""
+    """The lanes that were left, by their `AbandonedJob`."""
 
     def __init__(
         self,
@@ -58,36 +58,37 @@ class AbandonedJobs:
         self._leases = leases
         self._grace = grace
         self._wall_seconds = wall_seconds
-        self._jobs: dict[Worker, AbandonedJob] = {}
+        self._jobs: dict[Lane, AbandonedJob] = {}
 
-    def __contains__(self, worker: Worker) -> bool:
-        return worker in self._jobs
+    def __contains__(self, lane: object) -> bool:
+        return lane in self._jobs
 
     def holds(self, job: AbandonedJob) -> bool:
-        """Whether this is the job of its worker still."""
-        return self._jobs.get(job.worker) is job
+        """Whether this is the job of its lane still."""
+        return self._jobs.get(job.lane) is job
 
-    def of(self, worker: Worker) -> AbandonedJob | None:
-        """The job that this worker was left with."""
-        return self._jobs.get(worker)
+    def of(self, lane: Lane) -> AbandonedJob | None:
+        """The job that this lane was left with."""
+        return self._jobs.get(lane)
 
-    def take(self, worker: Worker, remainder: Remainder) -> None:
-        """Take over a worker."""
-        job = self._jobs[worker] = AbandonedJob(worker, remainder, self)
+    def take(self, lane: Lane, remainder: Remainder) -> None:
+        """Take over a lane."""
+        job = self._jobs[lane] = AbandonedJob(lane, remainder, self)
+        worker = lane.worker
         exchange = remainder.exchange
         background = exchange.background
         grace = self._grace or (STACKS_LIMIT if remainder.timed_out else 0)
         if worker.dead:
-            self.worker_ended(worker)
+            self._end_with_worker(job)
             return
         if not grace and not background:
             self.settle(job)
             return
-        # First of all the end of it: whatever happens to what follows, the worker is not held for ever.
+        # First of all the end of it: whatever happens to what follows, the lane is not held for ever.
         self._await_expiry(job)
         if not background:
             self._reactor.after(grace, lambda: self._give_up(job))
-        channel = worker.channel
+        channel = lane.channel
         self._reactor.watch(channel.response_fd, job.look)
         if not channel.flushed:
             self._reactor.watch(channel.request_fd, job.look, selectors.EVENT_WRITE)
@@ -96,60 +97,63 @@ class AbandonedJobs:
             return  # its end was there already
         if remainder.timed_out:
             self._leases.dump_stacks(worker)
-        if not self._leases.cancel(worker, exchange.job):
-            logger.warning("job %s: worker %s does not take its cancel, and is killed", job.job_id, worker.pid)
+        if not self._leases.cancel(lane, exchange.job):
+            logger.warning("job %s: worker %s does not take its cancel: it%s", job.job_id, worker.pid, job.verdict)
             self.settle(job)
 
-    def flushed(self, worker: Worker) -> None:
+    def flushed(self, lane: Lane) -> None:
         """All that was sent to the worker is in its pipe."""
-        self._reactor.unwatch(worker.channel.request_fd)
+        self._reactor.unwatch(lane.channel.request_fd)
 
     def worker_ended(self, worker: Worker) -> None:
         """The worker is dead."""
-        if (job := self._jobs.get(worker)) is None:
-            return
+        for lane in worker.lanes:
+            if (job := self._jobs.get(lane)) is not None:
+                self._end_with_worker(job)
+
+    def _end_with_worker(self, job: AbandonedJob) -> None:
         if job.exchange.background:
-            job_id = worker.log.job_id
+            worker = job.lane.worker
             words = worker.limit_exceeded or f"its worker {worker.pid} {describe_exit(worker.status)[0]}"
-            logger.error("job %s: %s during its background work%s", job_id, words, _last_words(worker))
+            logger.error("job %s: %s during its background work%s", job.job_id, words, job.last_words)
         self.settle(job)
 
     def settle(self, job: AbandonedJob, *, healthy: bool = False) -> None:
-        """The worker goes back to work, or it is discarded."""
-        worker = job.worker
+        """The lane goes back to work, or it is discarded."""
+        lane = job.lane
         if not self.holds(job):
-            return  # settled before; a timer may come late, when the worker was left once more
-        del self._jobs[worker]
+            return  # settled before; a timer may come late, when the lane was left once more
+        del self._jobs[lane]
         try:
-            self._reactor.unwatch(worker.channel.response_fd)
-            self._reactor.unwatch(worker.channel.request_fd)
-            worker.log.read()  # so that the next job's lines are not taken for this one's
+            self._reactor.unwatch(lane.channel.response_fd)
+            self._reactor.unwatch(lane.channel.request_fd)
+            lane.worker.log.read()  # so that the next job's lines are not taken for this one's
             if job.timed_out:
-                logger.error("job %s: %s%s", worker.log.job_id, job.timed_out, _last_words(worker))
+                logger.error("job %s: %s%s", job.job_id, job.timed_out, job.last_words)
             report = job.exchange.report
             if report is not None and job.exchange.whole:
-                log_background_failure(worker, worker.log.job_id, report)
+                log_background_failure(lane.worker, job.job_id, report)
         except BaseException:
             healthy = False
             raise
         finally:
             if healthy:
-                self._leases.give_back(worker)
+                self._leases.give_back(lane)
             else:
-                self._leases.discard(worker)
+                self._leases.discard(lane)
 
-    def drop(self, worker: Worker) -> None:
-        """Something has failed that should not: the worker goes, whatever it was at."""
-        if (job := self._jobs.get(worker)) is not None:
+    def drop(self, lane: Lane) -> None:
+        """Something has failed that should not: the lane goes, whatever it was at."""
+        if (job := self._jobs.get(lane)) is not None:
             self.settle(job)
         else:
-            self._leases.discard(worker)
+            self._leases.discard(lane)
 
     def stream_ended(self, job: AbandonedJob) -> None:
         """The worker has closed its pipe, or died."""
         if job.exchange.background:
-            self._reactor.unwatch(job.worker.channel.response_fd)
-            self._leases.kill(job.worker)  # `worker_ended` tells of it
+            self._reactor.unwatch(job.lane.channel.response_fd)
+            self._leases.kill(job.lane.worker)  # `worker_ended` tells of it
         else:
             self.settle(job)
 
@@ -169,11 +173,12 @@ class AbandonedJobs:
         if not self.holds(job) or job.exchange.background:  # its response did come to its end
             return
         logger.warning(
-            "job %s: %s, and its handler did not end within %s s: worker %s is killed",
+            "job %s: %s, and its handler did not end within %s s: worker %s%s",
             job.job_id,
             job.timed_out or "its caller has left",
             self._grace,
-            job.worker.pid,
+            job.lane.worker.pid,
+            job.verdict,
         )
         self.settle(job)
 
@@ -181,29 +186,43 @@ class AbandonedJobs:
         """It is over a time limit: it has a moment to say where it stands."""
         if self.holds(job) and not job.timed_out:
             job.timed_out = f"in its background work {words}" if job.exchange.background else words
-            self._leases.dump_stacks(job.worker)
+            self._leases.dump_stacks(job.lane.worker)
             self._reactor.after(STACKS_LIMIT, lambda: self.settle(job))
 
 
 class AbandonedJob:
-    """A worker, and the frames that nobody waits for."""
+    """A lane, and the frames that nobody waits for."""
 
-    __slots__ = ("_jobs", "exchange", "expires", "job_id", "timed_out", "worker")
+    __slots__ = ("_jobs", "exchange", "expires", "job_id", "lane", "timed_out")
 
     began = math.inf  # its wall time is not for the inspection to look at: timers run
 
-    def __init__(self, worker: Worker, remainder: Remainder, jobs: AbandonedJobs) -> None:
-        self.worker = worker
+    def __init__(self, lane: Lane, remainder: Remainder, jobs: AbandonedJobs) -> None:
+        self.lane = lane
         self.timed_out = remainder.timed_out
         self.exchange = remainder.exchange
         self.expires = remainder.expires
-        self.job_id = worker.log.job_id
+        self.job_id = lane.job_id
         self._jobs = jobs
 
     @property
     def settled(self) -> bool:
-        """Whether its worker is held no more."""
+        """Whether its lane is held no more."""
         return not self._jobs.holds(self)
+
+    @property
+    def verdict(self) -> str:
+        """What becomes of its worker, to be told."""
+        others = self.lane.worker.running - 1
+        return (
+            " is killed" if others <= 0 else f" gets no more jobs, and is killed after the {others} others that it has"
+        )
+
+    @property
+    def last_words(self) -> str:
+        """The last lines that it has printed, to be told."""
+        tail = self.lane.worker.log.tail(self.job_id)
+        return f"; what it printed last:\n{quoted(tail)}" if tail else ""
 
     def over_time(self, detail: str) -> None:
         """End it: it is over a time limit of the pool, with these words."""
@@ -211,7 +230,7 @@ class AbandonedJob:
 
     def look(self) -> None:
         """Read and write what can be, and settle where that brings the end."""
-        channel, exchange = self.worker.channel, self.exchange
+        channel, exchange = self.lane.channel, self.exchange
         try:
             channel.flush()
         except BrokenPipeError:
@@ -225,7 +244,7 @@ class AbandonedJob:
         if exchange.violation:
             self._jobs.settle(self)
         elif channel.flushed:
-            self._jobs.flushed(self.worker)
+            self._jobs.flushed(self.lane)
             if not exchange.unfinished:
                 self._jobs.settle(self, healthy=channel.clean)
 
@@ -237,8 +256,3 @@ def log_background_failure(worker: Worker, job_id: str, report: FaultReport) -> 
     text = quoted(report.traceback)
     if worker.log.charge(len(text.encode())):
         logger.error("job %s: its background work raised\n%s", job_id, text)
-
-
-def _last_words(worker: Worker) -> str:
-    tail = worker.log.tail(worker.log.job_id)
-    return f"; what it printed last:\n{quoted(tail)}" if tail else ""

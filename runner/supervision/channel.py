@@ -1,6 +1,6 @@
-"""The host's ends of one worker's pair of pipes: non-blocking writes, reads that can be woken.
+"""The host's ends of one lane's pair of pipes: non-blocking writes, reads that can be woken.
 
-The thread that holds the worker writes and reads the pipes itself. It waits in one `poll` over the
+The thread that holds the lane writes and reads the pipes itself. It waits in one `poll` over the
 response pipe, the wake-up descriptor (another thread cancels, or the worker's death was seen), and,
 while an upload goes on, the request pipe.
 """
@@ -16,7 +16,6 @@ import termios
 import time
 from typing import Final
 
-from ..control.signals import pack_cancel
 from ..model.durations import MAIN_THREAD_WAIT, longest_wait
 from ..platform.write_buffer import WriteBuffer
 from ..wire.frames import TO_HOST, Frame, FrameDecoder
@@ -40,7 +39,6 @@ class Channel:
     """Frames to one worker, and from it. One thread at a time uses it; `wake` may come from any."""
 
     __slots__ = (
-        "_cancel_fd",
         "_decoder",
         "_epoll",
         "_epoll_wants_write",
@@ -55,10 +53,9 @@ class Channel:
         "written",
     )
 
-    def __init__(self, request_fd: int, response_fd: int, cancel_fd: int) -> None:
-        self._cancel_fd = cancel_fd
+    def __init__(self, request_fd: int, response_fd: int) -> None:
         # Each end has its own open file description: the worker can't make the host's ends block (open(2)).
-        for fd in (request_fd, response_fd, cancel_fd):
+        for fd in (request_fd, response_fd):
             os.set_blocking(fd, False)
         self.request_fd = request_fd
         self.response_fd = response_fd
@@ -240,19 +237,6 @@ class Channel:
         except BlockingIOError:
             pass
 
-    def name_cancelled(self, job: int) -> bool:
-        """Tell the worker which job is cancelled; a signal has to follow. False where it does not take it.
-
-        A worker that leaves its cancels unread, or has closed its end, is not an honest one.
-        """
-        if self._cancel_fd < 0:
-            return False
-        try:
-            os.write(self._cancel_fd, pack_cancel(job))
-        except OSError:
-            return False
-        return True
-
     def unread(self) -> int:
         """How many bytes in the request pipe the worker has not taken."""
         if self.request_fd < 0:
@@ -289,7 +273,7 @@ class Channel:
         if self._epoll is not None:
             self._epoll.close()
             self._epoll = None
-        for fd in (self.response_fd, self.wake_fd, self._cancel_fd):
+        for fd in (self.response_fd, self.wake_fd):
             if fd >= 0:
                 os.close(fd)
-        self.response_fd = self.wake_fd = self._cancel_fd = -1
+        self.response_fd = self.wake_fd = -1

@@ -1,14 +1,15 @@
-"""Who holds which worker: the idle ones, and the waiting callers in their order.
+"""Who holds which lane of which worker, and the waiting callers in their order.
 
-A caller's own thread takes a worker here and gives it back; a worker that comes free goes straight to
-the caller that has waited longest. The one lock guards a worker's change of hands, its death, and its
-descriptors: a pidfd is never used after it was closed, a channel is closed by whoever holds it last.
+A caller's own thread takes a lane here and gives it back; one that comes free goes straight to the caller that has
+waited longest. The one lock guards a lane's change of hands, its worker's death, and its descriptors: a pidfd is never
+used after it was closed, a channel is closed by whoever holds it last.
 
 Under the lock nothing is done to a worker that it could hold up: no pipe of its is read or written, no file of its in
-/proc read. It is only signalled, which waits for nobody (pidfd_send_signal(2)).
+/proc read. It is only signalled, which waits for nobody (pidfd_send_signal(2)), and told of a lane that is opened,
+which does not wait either.
 
-An exception that a signal's handler raises in the midst of a change of hands may leave a worker with nobody: `lost`
-finds those, and the supervisor has them replaced.
+An exception that a signal's handler raises in the midst of a change of hands may leave a lane with nobody: `lost`
+finds those, and the supervisor has their workers replaced.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import signal
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from ..control.signals import SIGNAL as CANCEL_SIGNAL
 from ..control.signals import STACKS_SIGNAL
 from ..model.recycle import Recycle
-from .record import Worker
+from .record import Lane, Worker
 from .wait_queue import WaitQueue
 from .waiters import Caller
 
@@ -46,14 +47,25 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     per_provider: Mapping[str, int] = {}
 
 
-class Leases(WaitQueue[Worker]):
-    """The idle workers and the callers that wait for one.
+class Numbers(NamedTuple):
+    """How many workers have no job, and how many have some; how many jobs run, and how many callers wait."""
 
-    Callers are served first in, first out, but for a provider at its limit. The worker that came back last goes out
-    first: it is warm, and those that are not needed stay idle until `Scaler` lets them go.
+    idle: int
+    busy: int
+    running: int
+    waiting: int
 
-    `retire` is called with a worker that is due for recycling when it comes back, `on_saturated` when a caller has
-    taken the last idle worker, or waits; neither may wait, or take a lease.
+
+class Leases(WaitQueue[Lane]):
+    """The lanes of the workers, and the callers that wait for one.
+
+    Callers are served first in, first out, but for a provider at its limit. The worker with the fewest jobs is next; of
+    those the one that came back last: it is warm, and those that are not needed stay idle until `Scaler` lets them go.
+
+    What follows is called with the worker, outside the lock, and may neither wait nor take a lease: `retire` when it is
+    due for recycling, and gets no more jobs; `condemn` when one of its lanes can't go on; `left_idle` when one that
+    gets no more jobs has ended its last. Under the lock `no_lane` is called when no lane can be opened, and why, and
+    `on_saturated` when a caller has taken the last lane there is, or waits.
     """
 
     def __init__(
@@ -66,15 +78,23 @@ class Leases(WaitQueue[Worker]):
         self._recycle = recycle
         self._running: Counter[str] = Counter()
         self.retire: Callable[[Worker], object] = lambda worker: None
-        self._idle: list[Worker] = []
-        self._leased: set[Worker] = set()
+        self.condemn: Callable[[Worker], object] = lambda worker: None
+        self.left_idle: Callable[[Worker], object] = lambda worker: None
+        self.no_lane: Callable[[Worker, OSError], object] = lambda worker, error: None
+        # The workers that may get a job, by how many they have: the last of the first that is not empty is next.
+        self._rooms: list[dict[Worker, None]] = [{}]
+        self._lowest = 0
+        self._busy = 0
+        self._leased: set[Lane] = set()
 
-    def _take(self, provider: str, caller: Caller[Worker] | None) -> Worker | None:
-        if self._idle and self._admits(provider):
-            return self._hand_out(self._idle.pop(), provider, caller)
+    # -- which lane is next --------------------------------------------------------------------------
+
+    def _take(self, provider: str, caller: Caller[Lane] | None) -> Lane | None:
+        if self._admits(provider) and (lane := self._next_lane()) is not None:
+            return self._hand_out(lane, provider, caller)
         return None
 
-    def _give_up(self, resource: Worker) -> None:
+    def _give_up(self, resource: Lane) -> None:
         self.give_back(resource)
 
     def _admits(self, provider: str) -> bool:
@@ -84,39 +104,92 @@ class Leases(WaitQueue[Worker]):
         limit = admission.per_provider.get(provider) if admission.per_provider else None
         return limit is None or self._running[provider] < limit
 
-    def _hand_out(self, worker: Worker, provider: str, caller: Caller[Worker] | None) -> Worker:
+    def _next_worker(self) -> Worker | None:
+        """The worker that gets the next job."""
+        rooms = self._rooms
+        while self._lowest < len(rooms):
+            if room := rooms[self._lowest]:
+                return next(reversed(room))
+            self._lowest += 1
+        return None
+
+    def _next_lane(self) -> Lane | None:
+        """The lane that gets the next job: one that is open, or else is opened."""
+        while (worker := self._next_worker()) is not None:
+            if worker.free:
+                return worker.free[-1]
+            try:
+                if worker.has_room:
+                    return worker.open_lane()
+            except OSError as error:
+                worker.blocked = True
+                self.no_lane(worker, error)
+            self._place(worker)
+        return None
+
+    def _place(self, worker: Worker) -> None:
+        """Put a worker where it belongs by its jobs and its state."""
+        if worker.room >= 0:
+            self._rooms[worker.room].pop(worker, None)
+        running = worker.running
+        if worker.in_service and (worker.free or worker.has_room):
+            while len(self._rooms) <= running:
+                self._rooms.append({})
+            # In this order: an interrupt in between leaves it where `lost` finds that it is not offered.
+            self._lowest = min(self._lowest, running)
+            worker.room = running
+            self._rooms[running][worker] = None
+        else:
+            worker.room = -1
+
+    def _hand_out(self, lane: Lane, provider: str, caller: Caller[Lane] | None) -> Lane:
         reference: weakref.ref[object] | None = None if caller is None else weakref.ref(caller)
-        self._leased.add(worker)
-        worker.leased = True
-        worker.provider = provider
-        worker.turn += 1
-        worker.caller = reference
+        worker = lane.worker
+        worker.free.remove(lane)
+        self._leased.add(lane)
+        lane.leased = True
+        lane.provider = provider
+        lane.turn += 1
+        lane.caller = reference
+        if not worker.running:
+            self._busy += 1
+        worker.running += 1
+        self._place(worker)
         if self._admission.per_provider:
             self._running[provider] += 1
-        if self.on_saturated is not None and not self._idle:
+        if self.on_saturated is not None and self._next_worker() is None:
             self.on_saturated()
-        return worker
+        return lane
 
     def _find_for_waiters(self) -> None:
-        """Find idle workers for those who have waited longest; `_hand_over` has to follow. Under the lock."""
-        while self._idle and (waiter := self._next_waiter()) is not None:
-            self._find(waiter, self._hand_out(self._idle.pop(), waiter.provider, waiter.caller))
+        """Find lanes for those who have waited longest; `_hand_over` has to follow. Under the lock."""
+        while self._next_worker() is not None and (waiter := self._next_waiter()) is not None:
+            if (lane := self._next_lane()) is None:
+                break
+            self._find(waiter, self._hand_out(lane, waiter.provider, waiter.caller))
 
-    def _disown(self, resource: Worker) -> None:
+    def _disown(self, resource: Lane) -> None:
         resource.caller = None
 
-    def _take_back(self, worker: Worker) -> bool:
+    def _take_back(self, lane: Lane) -> bool:
         """Lease it no more; False where it was not leased any more, and others have seen to it."""
-        if not worker.leased:
+        if not lane.leased:
             return False
-        worker.leased = False
-        worker.job = worker.caller = None
-        self._leased.discard(worker)
+        lane.leased = False
+        lane.job = lane.caller = None
+        worker = lane.worker
+        worker.running -= 1
+        if not worker.running:
+            self._busy -= 1
+            worker.idle_since = time.monotonic()
+        self._leased.discard(lane)
         if self._admission.per_provider:
-            self._running[worker.provider] -= 1
+            self._running[lane.provider] -= 1
         if self._closed and not self._leased:
             self._drained.notify_all()
         return True
+
+    # -- changes of hands ----------------------------------------------------------------------------
 
     def add(self, worker: Worker) -> None:
         """A worker is ready for its first job."""
@@ -126,29 +199,41 @@ class Leases(WaitQueue[Worker]):
             worker.ready_at = worker.idle_since = time.monotonic()
             if self._recycle is not None:
                 worker.last_job = self._recycle.last_job()
-            if not worker.dead and not worker.kill_sent:
-                self._idle.append(worker)
+            self._place(worker)
             self._find_for_waiters()
         self._hand_over()
 
-    def give_back(self, worker: Worker) -> None:
-        """The holder is done with a worker that stands between two jobs."""
-        due = self._recycle is not None and not worker.dead and not self._closed and self._is_due(worker)
+    def unblock(self, worker: Worker) -> None:
+        """Lanes of this worker may be opened again."""
         with self._lock:
-            if not self._take_back(worker):
+            worker.blocked = False
+            self._place(worker)
+            self._find_for_waiters()
+        self._hand_over()
+
+    def give_back(self, lane: Lane) -> None:
+        """The holder is done with a lane that stands between two jobs."""
+        worker = lane.worker
+        due = self._recycle is not None and worker.in_service and not self._closed and self._is_due(worker)
+        with self._lock:
+            if not self._take_back(lane):
                 return
             dead = worker.dead
-            if not dead and not worker.kill_sent and not due:
-                worker.idle_since = time.monotonic()
-                self._idle.append(worker)
+            worker.free.append(lane)
+            due = due and not worker.leaving
+            worker.leaving = worker.leaving or due
+            left = worker.leaving and not worker.running
+            self._place(worker)
             if self._waiters:  # there may be room now for somebody whom others did not admit
                 self._find_for_waiters()
         if self._at_hand:
             self._hand_over()
         if dead:
-            worker.channel.close()
+            lane.channel.close()
         elif due:
             self.retire(worker)
+        elif left:
+            self.left_idle(worker)
 
     def _is_due(self, worker: Worker) -> bool:
         assert self._recycle is not None
@@ -157,88 +242,115 @@ class Leases(WaitQueue[Worker]):
     def withdraw_idle(self, longer_than: float) -> Worker | None:
         """Take out of service the worker that has been idle longest, if that is longer than so many seconds."""
         with self._lock:
-            if not self._idle or self._waiters:
+            idle = self._rooms[0]
+            if not idle or self._waiters:
                 return None
-            worker = min(self._idle, key=lambda idle: idle.idle_since)
+            worker = min(idle, key=lambda idle: idle.idle_since)
             if time.monotonic() - worker.idle_since < longer_than:
                 return None
-            self._idle.remove(worker)
+            self._take_out_of_service(worker)
             return worker
 
+    def _take_out_of_service(self, worker: Worker) -> None:
+        worker.leaving = True
+        self._place(worker)
+
     def idle(self) -> list[Worker]:
-        """The workers that nobody holds now."""
+        """The workers that have no job now."""
         with self._lock:
-            return list(self._idle)
+            return list(self._rooms[0])
 
     def evict(self, worker: Worker, since: float) -> bool:
         """Kill a worker that has been idle since then, if it still is; whether it was."""
         with self._lock:
-            if worker not in self._idle or worker.idle_since != since:
+            if worker.room != 0 or worker.idle_since != since:
                 return False
-            self._idle.remove(worker)
             self._signal(worker)
             return True
 
     @property
     def has_any(self) -> bool:
         """Whether there is any worker, idle or held."""
-        return bool(self._idle or self._leased)
+        return bool(self._leased) or any(self._rooms)
 
     @property
     def _any_taken(self) -> bool:
         return bool(self._leased)
 
-    def numbers(self) -> tuple[int, int, int]:
-        """How many workers are idle, how many are held, and how many callers wait."""
+    def numbers(self) -> Numbers:
+        """How many there are."""
         with self._lock:
-            return len(self._idle), len(self._leased), len(self._waiters)
+            return Numbers(len(self._rooms[0]), self._busy, len(self._leased), len(self._waiters))
 
-    def discard(self, worker: Worker) -> None:
-        """The holder is done with a worker that must not go on: it is killed, dead or not yet."""
+    def discard(self, lane: Lane) -> None:
+        """The holder is done with a lane that must not go on: its worker is killed, dead or not yet.
+
+        One that has other jobs is condemned: these have their time first.
+        """
+        worker = lane.worker
         with self._lock:
-            if not self._take_back(worker):
+            if not self._take_back(lane):
                 return
             dead = worker.dead
-            self._signal(worker)
+            condemned = worker.running and not (dead or worker.kill_sent)
+            if condemned:
+                self._take_out_of_service(worker)
+            else:
+                self._signal(worker)
             if self._waiters:
                 self._find_for_waiters()
         if self._at_hand:
             self._hand_over()
         if dead:
-            worker.channel.close()
+            lane.channel.close()
+        elif condemned:
+            self.condemn(worker)
 
-    def held_by(self, caller: object) -> Worker | None:
-        """The worker that this caller has leased, and that no job holds yet."""
+    def held_by(self, caller: object) -> Lane | None:
+        """The lane that this caller has leased, and that no job holds yet."""
         with self._lock:
-            for worker in self._leased:
-                if worker.leased and worker.job is None and worker.caller is not None and worker.caller() is caller:
-                    return worker
+            for lane in self._leased:
+                if lane.leased and lane.job is None and lane.caller is not None and lane.caller() is caller:
+                    return lane
         return None
 
-    def lost(self, workers: Iterable[Worker]) -> dict[Worker, int]:
-        """Which of these nobody holds, or whose holder has done with them without saying so; with their turns.
+    # -- lost ones -----------------------------------------------------------------------------------
+
+    def lost(self, workers: Iterable[Worker], seen_to: Container[Lane] = ()) -> dict[Lane, int]:
+        """Which lanes of these nobody holds, or whose holder has done with them without saying so; with their turns.
 
         It may be only for this moment: that one was lost is sure where it still is at the same turn a while later.
+        Those that are `seen_to` are not lost.
         """
+        found: dict[Lane, int] = {}
         with self._lock:
-            return {
-                worker: worker.turn
-                for worker in workers
-                if worker.ready
-                and not worker.dead
-                and (worker.forgotten if worker.leased else worker not in self._idle)
-            }
+            for worker in workers:
+                if not worker.ready or worker.dead:
+                    continue
+                held = sum([lane.leased for lane in worker.lanes])
+                if worker.running != held:  # who counted was interrupted
+                    worker.running = held
+                    self._place(worker)
+                free = set(worker.free)
+                offered = worker.blocked or (worker.room >= 0 and worker in self._rooms[worker.room])
+                for lane in worker.lanes:
+                    lost = lane.forgotten if lane.leased else lane not in free or not offered
+                    if lost and lane not in seen_to:
+                        found[lane] = lane.turn
+        return found
 
-    def reclaim(self, worker: Worker, turn: int) -> bool:
-        """Kill a worker that was lost, if it still is; whether that is news."""
+    def reclaim(self, lane: Lane, turn: int) -> bool:
+        """Kill the worker of a lane that was lost, if it still is; whether that is news."""
+        worker = lane.worker
         with self._lock:
-            if worker not in self.lost([worker]) or worker.turn != turn:
+            if lane not in self.lost([worker]) or lane.turn != turn:
                 return False
             kill_sent = worker.kill_sent
-            if worker.leased:
-                self._take_back(worker)
-            self._leased.discard(worker)
+            if lane.leased:
+                self._take_back(lane)
+            self._leased.discard(lane)
             self._running = Counter(held.provider for held in self._leased)
+            self._busy = len({held.worker for held in self._leased})
             self._signal(worker)  # again perhaps: who was to kill it may have been interrupted
             self._find_for_waiters()
         self._hand_over()
@@ -248,28 +360,33 @@ class Leases(WaitQueue[Worker]):
         """Serve those who wait, where whoever was to do it was interrupted, so many seconds ago."""
         with self._lock:
             waiting = {id(waiter.caller): waiter for waiter in self._waiters if waiter.caller is not None}
-            for worker in self._leased:  # to somebody who still waits, and does not know it?
-                caller = None if worker.caller is None or worker.job is not None else worker.caller()
-                if caller is not None and (waiter := waiting.get(id(caller))) is not None and not waiter.done:
-                    self._find(waiter, worker)
+            if waiting:
+                for lane in self._leased:  # to somebody who still waits, and does not know it?
+                    caller = None if lane.caller is None or lane.job is not None else lane.caller()
+                    if caller is not None and (waiter := waiting.get(id(caller))) is not None and not waiter.done:
+                        self._find(waiter, lane)
             self._find_for_waiters()
         self.hand_over_late(older_than)
 
     @property
     def busy(self) -> bool:
-        """Whether a worker is held, or somebody waits for one."""
+        """Whether a lane is held, or somebody waits for one."""
         return bool(self._leased or self._waiters or self._at_hand or self._handing_over)
 
-    def cancel(self, worker: Worker, job: int) -> bool:
-        """Tell the worker, which the caller holds, that its job's caller has left; whether it can be told."""
-        if not worker.channel.name_cancelled(job):
-            return False
+    # -- workers: told, signalled, dead --------------------------------------------------------------
+
+    def cancel(self, lane: Lane, job: int) -> bool:
+        """Tell the worker of a lane, which the caller holds, that its job's caller has left; whether it can be told."""
+        worker = lane.worker
         with self._lock:
-            self._signal_with(worker, CANCEL_SIGNAL)
+            if not worker.line.cancel(lane.number, job):
+                return False
+            if worker.concurrency == 1:
+                self._signal_with(worker, CANCEL_SIGNAL)
         return True
 
     def kill(self, worker: Worker) -> None:
-        """SIGKILL the worker, if it lives. Whoever holds it still does."""
+        """SIGKILL the worker, if it lives. Whoever holds its lanes still does."""
         with self._lock:
             self._signal(worker)
 
@@ -283,6 +400,7 @@ class Leases(WaitQueue[Worker]):
 
     def _signal(self, worker: Worker) -> None:
         worker.kill_sent = True
+        self._place(worker)
         self._signal_with(worker, signal.SIGKILL)
 
     @staticmethod
@@ -294,24 +412,23 @@ class Leases(WaitQueue[Worker]):
                 pass  # it has ended, and its death is on the way to us
 
     def mark_exited(self, worker: Worker, status: int | None) -> None:
-        """A worker is dead: it is offered no more, and its holder, if any, is woken to find out."""
+        """A worker is dead: it is offered no more, and the holders of its lanes are woken to find out."""
         with self._lock:
-            worker.dead = True
             worker.status = status
+            worker.casualties = worker.running
+            worker.dead = True
             if worker.pidfd is not None:
                 os.close(worker.pidfd)
                 worker.pidfd = None
-            if worker in self._idle:
-                self._idle.remove(worker)
-            held = worker.leased
-            if held:
-                worker.channel.wake()
-        if not held:
-            worker.channel.close()
+            self._place(worker)
+            for lane in worker.lanes:
+                if lane.leased:
+                    lane.channel.wake()
+            worker.close()
         worker.exited.set()
 
-    def leased(self) -> list[Worker]:
-        """The workers that are held now."""
+    def leased(self) -> list[Lane]:
+        """The lanes that are held now."""
         with self._lock:
             return list(self._leased)
 
@@ -321,12 +438,12 @@ class Leases(WaitQueue[Worker]):
             self._signal_with(worker, STACKS_SIGNAL)
 
     def jobs(self) -> list[JobProtocol]:
-        """The jobs that hold a worker now."""
+        """The jobs that hold a lane now."""
         with self._lock:
-            references = [worker.job for worker in self._leased]
+            references = [lane.job for lane in self._leased]
         return [job for reference in references if reference is not None and (job := reference()) is not None]
 
-    def is_leased(self, worker: Worker) -> bool:
-        """Whether somebody holds the worker now."""
+    def lanes_of(self, worker: Worker) -> list[Lane]:
+        """The lanes of this worker that somebody holds now."""
         with self._lock:
-            return worker.leased
+            return [lane for lane in worker.lanes if lane.leased]

@@ -17,9 +17,11 @@ import termios
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from ..control.import_isolation import HOME
+from ..control.output_tags import split_tag
 from ..wire.printable import printable
 
 logger = logging.getLogger("blastdoor.worker")
@@ -42,6 +44,10 @@ _FRAME: Final = '  File "'
 _OWN_FRAME: Final = re.compile(rf'  File "{re.escape(HOME)}/')
 
 
+FindJob = Callable[[int, int], str]
+"""The id of the job that a lane's number and its job's number there are for; empty where there is none."""
+
+
 class _Stream:
     """One of the two: what has come of its line, and the last of what was skipped."""
 
@@ -58,7 +64,8 @@ class _Stream:
 class LogPipe:
     """The read ends of one process's stdout and stderr. Any thread may `read`; one at a time does.
 
-    `label` is what stands in the log before each line's job, such as "worker 4711".
+    `label` is what stands in the log before each line's job, such as "worker 4711". `job_id` is the job that prints
+    now, in a worker of one lane; in others each line has a tag, and `find_job` knows whose it is.
     """
 
     __slots__ = (
@@ -72,6 +79,7 @@ class LogPipe:
         "_skipped",
         "_streams",
         "_tail",
+        "find_job",
         "job_id",
         "label",
         "pid",
@@ -82,6 +90,7 @@ class LogPipe:
         self.label = label
         self.pid: int | None = None
         self.job_id = ""
+        self.find_job: FindJob | None = None
         self._allowance = float(BUDGET)
         self._filled_at = time.monotonic()
         self._skipped = 0
@@ -167,8 +176,12 @@ class LogPipe:
             stream.fd = -1
 
     def tail(self, job_id: str) -> str:
-        """The last lines that were printed during this job."""
-        return "\n".join(line for job, line in self._tail if job == job_id)
+        """The last lines that were printed during this job.
+
+        What no job has printed may have to do with any, where there are several: the stack of a crash, say.
+        """
+        nobody = "" if self.find_job is not None else job_id
+        return "\n".join(line for job, line in self._tail if job in (job_id, nobody))
 
     def _allow(self) -> bool:
         if self._allowance > 0 and not self._skipped:
@@ -213,8 +226,11 @@ class LogPipe:
             stream.line = b""
 
     def _emit(self, stream: _Stream, line: bytes) -> None:
-        text = printable(line[:_MAX_LINE].decode(errors="backslashreplace").rstrip("\r"))
         job_id = self.job_id
+        if self.find_job is not None:
+            tag, line = split_tag(line)
+            job_id = "" if tag is None else self.find_job(*tag)
+        text = printable(line[:_MAX_LINE].decode(errors="backslashreplace").rstrip("\r"))
         if stream.level == logging.WARNING and self._is_of_ours(text):
             return
         self._tail.append((job_id, text))

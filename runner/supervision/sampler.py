@@ -13,9 +13,10 @@ from typing import Final, Literal, Protocol
 
 import psutil
 
+from ..control.lane_threads import lane_thread_name
 from ..model.limits import Limits, over_wall_time
 from ..platform import linux
-from .record import Worker
+from .record import Lane, Worker
 
 IDLE_SECONDS: Final = 0.5
 """Processor time in seconds that a sandboxed worker may use between two jobs, where it should do nothing."""
@@ -55,24 +56,32 @@ class ProcessSampler:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._began: dict[int, tuple[str, float]] = {}
+        self._began: dict[Lane, tuple[str, float]] = {}
         self._idle: dict[int, tuple[float, float]] = {}
 
-    def look(self, jobs: Iterable[tuple[Worker, WatchedJob]]) -> list[LimitViolation]:
+    def look(self, jobs: Iterable[tuple[Lane, WatchedJob]]) -> list[LimitViolation]:
         """Which of these jobs is over a limit now."""
         found = []
-        jobs = list(jobs)
-        present = {worker.number for worker, _ in jobs}
-        self._began = {number: began for number, began in self._began.items() if number in present}
-        for worker, job in jobs:
+        by_worker: dict[Worker, list[tuple[Lane, WatchedJob]]] = {}
+        for lane, job in jobs:
+            by_worker.setdefault(lane.worker, []).append((lane, job))
+        began, self._began = self._began, {}
+        for worker, its_jobs in by_worker.items():
             if worker.pid is None or worker.dead:
                 continue
+            shared = worker.concurrency > 1 and self._limits.cpu_seconds is not None
+            threads = linux.thread_names(worker.pid) if shared else {}
             try:
-                violation = self._look_at(worker, job, psutil.Process(worker.pid))
+                process = psutil.Process(worker.pid)
+                # First what is ended at once: of two limits that were passed between two looks this one hurts others.
+                if (detail := self._over_memory(process, len(its_jobs))) is not None:
+                    found.append(LimitViolation(worker, its_jobs[0][1], "memory", detail))
+                    continue
+                for lane, job in its_jobs:
+                    if (detail := self._over_time(lane, job, process, began, threads)) is not None:
+                        found.append(LimitViolation(worker, job, "timeout", detail))
             except psutil.Error:
                 continue  # it has ended meanwhile, which is told elsewhere
-            if violation is not None:
-                found.append(violation)
         return found
 
     def look_at_idle(self, workers: Iterable[Worker]) -> list[tuple[Worker, float, str]]:
@@ -102,23 +111,36 @@ class ProcessSampler:
         self._idle = seen
         return found
 
-    def _look_at(self, worker: Worker, job: WatchedJob, process: psutil.Process) -> LimitViolation | None:
+    def _over_memory(self, process: psutil.Process, jobs: int) -> str | None:
+        limit = self._limits.memory_bytes
+        if limit is None or (taken := _memory(process, limit)) <= limit:
+            return None
+        who = "the job" if jobs == 1 else f"the worker with its {jobs} jobs"
+        return f"{who} took {taken >> 20} MiB of memory, over its limit of {limit >> 20} MiB"
+
+    def _over_time(
+        self,
+        lane: Lane,
+        job: WatchedJob,
+        process: psutil.Process,
+        began: dict[Lane, tuple[str, float]],
+        threads: dict[str, int],
+    ) -> str | None:
+        """What is to be said of a job that is over a time limit. `threads` are the worker's, by name, for its lanes."""
         limits = self._limits
-        # First what is ended at once: of two limits that were passed between two looks this one hurts others.
-        limit = limits.memory_bytes
-        if limit is not None and (taken := _memory(process, limit)) > limit:
-            detail = f"the job took {taken >> 20} MiB of memory, over its limit of {limit >> 20} MiB"
-            return LimitViolation(worker, job, "memory", detail)
         if limits.wall_seconds is not None and time.monotonic() > job.began + limits.wall_seconds:
-            return LimitViolation(worker, job, "timeout", over_wall_time(limits.wall_seconds))
+            return over_wall_time(limits.wall_seconds)
         if limits.cpu_seconds is not None:
-            used = _processor_time(process)
-            job_id, before = self._began.get(worker.number, ("", 0.0))
+            if lane.worker.concurrency == 1:
+                used = _processor_time(process)
+            else:
+                used = linux.thread_time(process.pid, threads.get(lane_thread_name(lane.number), 0))
+            job_id, before = began.get(lane, ("", 0.0))
             if job_id != job.job_id:
-                self._began[worker.number] = (job.job_id, used)
-            elif used - before > limits.cpu_seconds:
-                detail = f"the job used more than {limits.cpu_seconds} s of processor time"
-                return LimitViolation(worker, job, "timeout", detail)
+                before = used
+            self._began[lane] = job.job_id, before
+            if used - before > limits.cpu_seconds:
+                return f"the job used more than {limits.cpu_seconds} s of processor time"
         return None
 
 

@@ -17,13 +17,15 @@ _SHORTEST_LOOK: Final = 0.02
 class Size(msgspec.Struct, frozen=True, kw_only=True):
     """How many workers there are: from `least` to `most` by demand, and `spares` that are warm beyond that.
 
-    A worker that has been idle for `shrink_after` seconds goes, where there are more than the least.
+    Each runs up to `concurrency` jobs at once. A worker that has been idle for `shrink_after` seconds goes, where there
+    are more than the least.
     """
 
     least: int
     most: int
     spares: int = 0
     shrink_after: float = 10.0
+    concurrency: int = 1
 
     @property
     def look_after(self) -> float:
@@ -75,8 +77,9 @@ class Scaler:
         """Have as many workers as jobs that run and callers that wait, and the spares, within bounds."""
         self._growth_is_due = False
         size = self._size
-        _, running, waiting = self._leases.numbers()
-        wanted = min(max(running + waiting, size.least), size.most) + size.spares
+        numbers = self._leases.numbers()
+        needed = -(-(numbers.running + numbers.waiting) // size.concurrency)
+        wanted = min(max(needed, size.least), size.most) + size.spares
         if wanted > self.wanted and not self._ended:
             self.wanted = wanted
             self._grow_pool()

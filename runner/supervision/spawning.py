@@ -10,6 +10,7 @@ from ..wire.frames import FAULT, READY, Frame
 from ..wire.messages import FaultReport, Ready
 from ..wire.printable import quoted
 from .channel import Channel, make_pipe
+from .line import make_line
 from .logs import LogPipe
 from .record import Worker
 from .zygote_client import ZygoteClient
@@ -18,8 +19,8 @@ _decode_ready = msgspec.msgpack.Decoder(Ready).decode
 _decode_report = msgspec.msgpack.Decoder(FaultReport).decode
 
 
-def order_worker(zygote: ZygoteClient, number: int, label: str) -> Worker:
-    """Have the zygote fork a worker; gives its record, whose pid is still to come.
+def order_worker(zygote: ZygoteClient, number: int, label: str, concurrency: int) -> Worker:
+    """Have the zygote fork a worker of up to so many lanes; gives its record, whose pid is still to come.
 
     BlockingIOError where the zygote has more orders than its socket holds, OSError where no descriptor is left, or
     where it is gone.
@@ -29,25 +30,34 @@ def order_worker(zygote: ZygoteClient, number: int, label: str) -> Worker:
         for _ in range(4):
             fds += make_pipe()
         request_read, request_write, response_read, response_write, out_read, out_write, err_read, err_write = fds
-        cancel_read, cancel_write = os.pipe2(os.O_CLOEXEC)
-        fds += cancel_read, cancel_write
-        channel = Channel(request_write, response_read, cancel_write)
+        line, line_fd = make_line()
+        try:
+            channel = Channel(request_write, response_read)
+        except OSError:
+            line.close()
+            fds.append(line_fd)
+            raise
     except OSError:
         for fd in fds:
             os.close(fd)
         raise
-    theirs = (request_read, response_write, out_write, err_write, cancel_read)
+    theirs = (request_read, response_write, out_write, err_write, line_fd)
     try:
         zygote.spawn(number, theirs)
     except OSError:
         channel.close()
+        line.close()
         os.close(out_read)
         os.close(err_read)
         raise
     finally:
         for fd in theirs:
             os.close(fd)
-    return Worker(number, channel, LogPipe(out_read, err_read, f"{label}worker {number} (starting)"))
+    log = LogPipe(out_read, err_read, f"{label}worker {number} (starting)")
+    worker = Worker(number, channel, line, log, concurrency)
+    if concurrency > 1:
+        log.find_job = worker.find_job
+    return worker
 
 
 def read_first_frame(worker: Worker, frames: list[Frame] | None) -> Ready | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import selectors
 import signal
 import threading
 import time
@@ -39,7 +40,7 @@ from .backoff import RestartBackoff
 from .leases import Leases
 from .logs import LogPipe
 from .reactor import Reactor
-from .record import Worker
+from .record import Lane, Worker
 from .scaling import Scaler, Size
 from .spawning import order_worker, read_first_frame, read_report
 from .start_failure_log import StartFailureLog
@@ -54,6 +55,9 @@ _SETTLED: Final = 2.0
 
 _STATUS_LIMIT: Final = 1.0
 """Seconds that the zygote has to tell how a worker has ended."""
+
+_LANE_PAUSE: Final = 0.5
+"""Seconds until a lane is tried again that could not be opened."""
 
 _EXIT_LIMIT: Final = 1.0
 """Seconds that the zygote has to exit by itself when a pool closes."""
@@ -71,19 +75,25 @@ class Supervisor:
         env: Mapping[str, str] | None,
         start_timeout: float,
         stop_timeout: float,
+        drain: float,
     ) -> None:
         self.limits = config.limits
         self.leases = leases
         self.events = events
         self._config = config
         self._retiring: set[Worker] = set()
+        self._condemned: set[Worker] = set()
         self._label = f"{config.label}: " if config.label else ""
         self._start_failures = StartFailureLog(self._label)
         self._orders_are_held = False
         leases.retire = lambda worker: self._reactor.call(lambda: self._retire(worker))
+        leases.condemn = lambda worker: self._reactor.call(lambda: self._condemn(worker))
+        leases.left_idle = lambda worker: self._reactor.call(lambda: self._end_idle(worker))
+        leases.no_lane = lambda worker, error: self._reactor.call(lambda: self._await_lane(worker, error))
         self._env = env
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
+        self._drain = drain
         self._backoff = RestartBackoff()
         self._workers: dict[int, Worker] = {}
         self._numbers = itertools.count(1)
@@ -131,13 +141,13 @@ class Supervisor:
         if self._start_error:
             raise StartError(self._start_error)
 
-    def adopt(self, worker: Worker, rest: Remainder) -> None:
-        """Take over a worker whose caller has left it: in the middle of its job, or to its background work.
+    def adopt(self, lane: Lane, rest: Remainder) -> None:
+        """Take over a lane whose caller has left it: in the middle of its job, or to its background work.
 
         It goes back to work if that ends in time, else it is discarded.
         """
-        if not self._reactor.call(lambda: self._take_left(worker, rest)):
-            self.leases.discard(worker)
+        if not self._reactor.call(lambda: self._take_left(lane, rest)):
+            self.leases.discard(lane)
 
     def stop(self, grace: float) -> None:
         """End all workers, the held ones too, and then the zygote and this thread. `leases` is closed by now.
@@ -300,13 +310,48 @@ class Supervisor:
     # -- the number of workers -----------------------------------------------------------------------
 
     def _retire(self, worker: Worker) -> None:
-        """Replace a worker that nobody holds: its successor is started first, then it is asked to end."""
+        """Replace a worker that gets no more jobs: its successor is started first, then it is asked to end.
+
+        Jobs that it has come to their ends before.
+        """
         if worker.dead or self._closing:
             return
         self._retiring.add(worker)
         self._respawn()
-        worker.channel.end_requests()
+        self._end_idle(worker)
+
+    def _condemn(self, worker: Worker) -> None:
+        """Replace a worker that has a job which does not end, or a broken lane: its other jobs have their time."""
+        if worker.dead or self._closing or worker in self._condemned:
+            return
+        self._condemned.add(worker)
+        self._reactor.after(self._drain, lambda: self.leases.kill(worker))
+        self._retire(worker)
+
+    def _end_idle(self, worker: Worker) -> None:
+        """End a worker that gets no more jobs, once it has none."""
+        if worker.running or worker.dead or worker.ending or worker not in self._retiring:
+            return
+        if worker in self._condemned:
+            self.leases.kill(worker)
+            return
+        worker.end_requests()
         self._reactor.after(self._stop_timeout, lambda: self.leases.kill(worker))
+
+    def _await_lane(self, worker: Worker, error: OSError) -> None:
+        """No lane of this worker can be opened, for this reason: try again once it has taken those before."""
+        if worker.dead or worker.line.fd < 0:
+            return
+        if isinstance(error, BlockingIOError):
+            if not self._reactor.watches(worker.line.fd):
+                self._reactor.watch(worker.line.fd, lambda: self._unblock(worker), selectors.EVENT_WRITE)
+        else:
+            logger.error("no more lanes can be opened to worker %s at the moment: %s", worker.pid, error)
+            self._reactor.after(_LANE_PAUSE, lambda: self.leases.unblock(worker))
+
+    def _unblock(self, worker: Worker) -> None:
+        self._reactor.unwatch(worker.line.fd)
+        self.leases.unblock(worker)
 
     def _in_service(self) -> list[Worker]:
         return [worker for worker in self._workers.values() if worker not in self._retiring]
@@ -373,7 +418,7 @@ class Supervisor:
         assert self._zygote is not None
         number = next(self._numbers)
         try:
-            worker = order_worker(self._zygote, number, self._label)
+            worker = order_worker(self._zygote, number, self._label, self._config.concurrency)
         except BlockingIOError:  # its socket is full of orders
             self._orders_are_held = True  # it answers each that is there: see `_spawn_held`
             return False
@@ -485,22 +530,24 @@ class Supervisor:
         self._ready_unborn.discard(worker)
         if not worker.ready and not worker.failure:
             read_report(worker)  # the news of its end may have overtaken it
-        for fd in (worker.channel.response_fd, worker.channel.request_fd, *worker.log.fds, worker.pidfd or -1):
+        for fd in (*worker.pipe_ends(), worker.line.fd, worker.pidfd or -1):
             self._reactor.unwatch(fd)
         # Of a death in a job, or before the first one, somebody tells, with the last output.
-        worker.log.close(told=not worker.turn or (self.leases.is_leased(worker) and worker not in self._abandoned))
+        lanes = self.leases.lanes_of(worker)
+        worker.log.close(told=not worker.was_leased or any(lane not in self._abandoned for lane in lanes))
         self.leases.mark_exited(worker, status)
         if not self._stopping:
-            self.events.deaths += worker not in self._retiring
+            self.events.deaths += worker not in self._retiring or worker in self._condemned
         self.events.emit(WorkerEnded(worker.pid, *describe_exit(status)[1:], worker.jobs))
         self._retiring.discard(worker)
+        self._condemned.discard(worker)
         self._abandoned.worker_ended(worker)
         if self._stopping:
             self._stop_zygote_if_alone()
         elif self._closing:
             pass
         elif self._zygote is not None:
-            if worker.turn:  # it was leased; its caller may not even have woken up
+            if worker.was_leased:  # it was leased; its caller may not even have woken up
                 self._backoff.succeeded()  # it did start, whatever its job did to it
             else:
                 tail = worker.log.tail("")
@@ -511,14 +558,14 @@ class Supervisor:
                     self._start_failed(f"a worker {describe_exit(status)[0]} before its first job:\n{why}")
             self._respawn()
 
-    def _take_left(self, worker: Worker, rest: Remainder) -> None:
+    def _take_left(self, lane: Lane, rest: Remainder) -> None:
         if self._closing:
-            self.leases.discard(worker)
+            self.leases.discard(lane)
             return
         try:
-            self._abandoned.take(worker, rest)
+            self._abandoned.take(lane, rest)
         except BaseException:
-            self._abandoned.drop(worker)
+            self._abandoned.drop(lane)
             raise
 
     # -- the end of it all ---------------------------------------------------------------------------
@@ -528,8 +575,8 @@ class Supervisor:
         self._scaler.end()
         self.watchdog.end()
         for worker in self._workers.values():
-            if worker.ready and not self.leases.is_leased(worker):
-                worker.channel.end_requests()
+            if worker.ready and not worker.running:
+                worker.end_requests()
             else:
                 self.leases.kill(worker)
         self._reactor.after(grace, self._kill_all)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .abandoned_jobs import AbandonedJobs
     from .leases import Leases
     from .reactor import Reactor
-    from .record import Worker
+    from .record import Lane, Worker
     from .sampler import ProcessSampler, WatchedJob
 
 logger = logging.getLogger("blastdoor")
@@ -44,7 +44,7 @@ class Watchdog:
         self._workers = workers
         self._looking_for_lost = False
         self._lost_look_is_due = False
-        self._lost: dict[Worker, int] = {}
+        self._lost: dict[Lane, int] = {}
         self._reactor = reactor
         self._leases = leases
         self._abandoned = left
@@ -108,15 +108,15 @@ class Watchdog:
             self._look_for_lost()
 
     def _look_for_lost(self) -> None:
-        """Replace the workers that a signal's handler has left with nobody, and hand over what it held up."""
+        """Replace the workers whose lanes a signal's handler has left with nobody, and hand over what it held up."""
         self._looking_for_lost = self._lost_look_is_due = False
         if self._ended:
             return
         self._leases.serve_late(LOST_INTERVAL)
-        lost = self._leases.lost(worker for worker in self._workers() if worker not in self._abandoned)
-        for worker, turn in lost.items():
-            if self._lost.get(worker) == turn and self._leases.reclaim(worker, turn):
-                logger.error("worker %s was lost by a job that was interrupted, and is replaced", worker.pid)
+        lost = self._leases.lost(self._workers(), self._abandoned)
+        for lane, turn in lost.items():
+            if self._lost.get(lane) == turn and self._leases.reclaim(lane, turn):
+                logger.error("worker %s was lost by a job that was interrupted, and is replaced", lane.worker.pid)
         self._lost = lost
         if lost or self._leases.busy:
             self._looking_for_lost = self._lost_look_is_due = True
@@ -155,13 +155,13 @@ class Watchdog:
             self._sampler = ProcessSampler(self._limits)
         return self._sampler
 
-    def _jobs_of(self, workers: Iterable[Worker]) -> Iterator[tuple[Worker, WatchedJob]]:
+    def _jobs_of(self, lanes: Iterable[Lane]) -> Iterator[tuple[Lane, WatchedJob]]:
         """The jobs that are to be held to the limits. A caller's is held fast before anything is found out about it."""
-        for worker in workers:
-            if (left := self._abandoned.of(worker)) is not None:
-                yield worker, left
-            elif (reference := worker.job) is not None and (job := reference()) is not None:
-                yield worker, job
+        for lane in lanes:
+            if (left := self._abandoned.of(lane)) is not None:
+                yield lane, left
+            elif (reference := lane.job) is not None and (job := reference()) is not None:
+                yield lane, job
 
 
 def _is_stopped(pid: int | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
@@ -9,7 +10,7 @@ import psutil
 
 from ..events import WorkerInfo
 from .leases import Leases
-from .record import Worker
+from .record import Lane, Worker
 
 
 def describe_workers(workers: Iterable[Worker], leases: Leases) -> list[WorkerInfo]:
@@ -24,18 +25,28 @@ def describe_workers(workers: Iterable[Worker], leases: Leases) -> list[WorkerIn
                 rss, times = process.memory_info().rss, process.cpu_times()
         except psutil.Error:
             continue  # it has ended meanwhile
-        leased = leases.is_leased(worker)
-        job = worker.job() if leased and worker.job is not None else None
+        lanes = leases.lanes_of(worker)
+        lane = min(lanes, key=_begin) if lanes else None
+        job = None if lane is None or lane.job is None else lane.job()
         found.append(
             WorkerInfo(
                 worker.pid,
-                "busy" if leased else "idle" if worker.ready else "starting",
-                worker.log.job_id if leased else "",
+                "busy" if lanes else "idle" if worker.ready else "starting",
+                "" if lane is None else lane.job_id,
                 worker.jobs,
                 time.monotonic() - worker.ordered_at,
                 rss,
                 times.user + times.system,
                 request="" if job is None else f"{job.method} {job.target}",
+                running=len(lanes),
+                concurrency=worker.concurrency,
+                leaving=worker.leaving,
             )
         )
     return found
+
+
+def _begin(lane: Lane) -> float:
+    """When its job began, for the longest of several."""
+    job = None if lane.job is None else lane.job()
+    return math.inf if job is None else job.began

@@ -1,7 +1,8 @@
-"""The worker's loop for handlers that are coroutines: one event loop for its whole life.
+"""The worker's loop for handlers that are coroutines: one event loop for its whole life, and for all its lanes.
 
-What an app has left running on the loop, a poller that its start-up began, say, runs on between jobs. A cancel is
-heard by the loop: the job's number comes over the cancel pipe. The handler is asked first, where it has ears for that
+What an app has left running on the loop, a poller that its start-up began, say, runs on between jobs. Each lane has a
+task that serves it, and each job one of its own, in a context of its own (contextvars). A cancel is
+heard by the loop: lane and job come over the line. The handler is asked first, where it has ears for that
 (ASGI's `http.disconnect`), and then its task is cancelled, both within the pool's grace time.
 """
 
@@ -12,22 +13,25 @@ import contextlib
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from ..control.signals import SIGNAL, STACKS_SIGNAL, read_cancel
+from ..control.line_messages import LANE_DESCRIPTORS, MESSAGE_SIZE, OPEN, unpack
+from ..control.output_tags import tag_of
+from ..control.signals import SIGNAL, STACKS_SIGNAL
 from ..errors import AbortHandler
 from ..wire.messages import FaultReport, Header
 from . import reaper
 from .async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
 from .exception_report import describe, report_on
-from .forks import is_fork, leave, leave_with_result
+from .forks import disown_forks, is_fork, leave, leave_with_result
 from .handlers.adapter import AsyncAdapter
 from .pipes import HostGone
-from .stdio import OutputFlag
+from .stdio import OutputFlag, current_tag
 from .task_stacks import print_stacks
 
 _ASKING_SHARE: Final = 0.2
@@ -41,28 +45,26 @@ class AsyncWorker:
 
     def __init__(self, handler: AsyncAdapter, fds: tuple[int, int, int], prints: OutputFlag, grace: float) -> None:
         self._handler = handler
-        self._request_fd, self._response_fd, self._cancel_fd = fds
+        self._request_fd, self._response_fd, self._line_fd = fds
         self._prints = prints
         self._asking = grace * _ASKING_SHARE
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
-        self._pipes: AsyncPipes | None = None
+        self._lanes: dict[int, AsyncLane] = {}
+        self._serving: set[asyncio.Task[None]] = set()
         self._reaping = False
-        self._cancelled_early: int | None = None
-        self._job: tuple[AsyncRequest, AsyncResponse] | None = None
-        self._task: asyncio.Task[FaultReport | None] | None = None
 
     def start(self) -> None:
         """Get the handler ready; raises what it raises."""
         os.register_at_fork(after_in_child=self._sever)
-        signal.signal(SIGNAL, signal.SIG_IGN)  # the cancel pipe says it all
+        signal.signal(SIGNAL, signal.SIG_IGN)  # the line says it all
         faulthandler.unregister(STACKS_SIGNAL)  # or it would take the next line's handler for its own work
         signal.signal(STACKS_SIGNAL, lambda number, frame: print_stacks(self._loop, sys.stderr))
         faulthandler.register(STACKS_SIGNAL, 2, all_threads=True, chain=True)
         self._run(self._handler.start())
 
     def serve(self) -> None:
-        """Run one job after another; at the end of the request pipe stop the handler."""
+        """Run one job after another on each lane; at the end of the request pipes stop the handler."""
         self._run(self._serve())
         self._run(self._handler.stop())
         self._run(self._wind_up())
@@ -82,8 +84,8 @@ class AsyncWorker:
 
     def _sever(self) -> None:
         """This process is a handler's fork: the loop is the parent's, so that what comes back to it leaves."""
-        if self._pipes is not None:
-            self._pipes.sever()
+        for lane in self._lanes.values():
+            lane.pipes.sever()
         loop: Any = self._loop
         ready = getattr(loop, "_ready", None)
         if isinstance(ready, deque):
@@ -99,21 +101,81 @@ class AsyncWorker:
             self._loop.call_later(reaper.LOOK_SECONDS, self._look_for_orphans)
 
     async def _serve(self) -> None:
-        pipes = self._pipes = AsyncPipes(self._request_fd, self._response_fd, self._prints)
-        os.set_blocking(self._cancel_fd, False)
-        self._loop.add_reader(self._cancel_fd, self._hear)
+        self._line = socket.socket(fileno=self._line_fd)
+        self._line.setblocking(False)
+        self._loop.add_reader(self._line_fd, self._hear)
+        self._open(0, self._request_fd, self._response_fd)
+        while self._serving:
+            await asyncio.wait(self._serving, return_when=asyncio.FIRST_COMPLETED)
+            self._hear()  # of lanes that were opened just before the end
+
+    def _open(self, number: int, request_fd: int, response_fd: int) -> None:
+        lane = AsyncLane(number, AsyncPipes(request_fd, response_fd, self._prints), self._handler, self._asking)
+        self._lanes[number] = lane
+        if number:
+            disown_forks((request_fd, response_fd), lane.pipes.sever)
+        task = self._loop.create_task(self._serve_lane(lane))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    async def _serve_lane(self, lane: AsyncLane) -> None:
         try:
             while True:
-                request = await pipes.next_request()
-                await self._run_job(request, AsyncResponse(pipes, request))
-                await request.skip()
+                await lane.run_next(self._hear)
                 if reaper.possible and not self._reaping:
                     self._look_for_orphans()
         except HostGone:
             pass
 
-    async def _run_job(self, request: AsyncRequest, response: AsyncResponse) -> None:
-        self._begin(request, response)
+    def _hear(self) -> None:
+        """Take what has come over the line: lanes that are opened, and cancels."""
+        while True:
+            try:
+                message, fds, _, _ = socket.recv_fds(self._line, MESSAGE_SIZE, LANE_DESCRIPTORS)
+            except BlockingIOError:
+                return
+            if not message:
+                self._loop.remove_reader(self._line_fd)  # the end of the request pipes tells the rest
+                return
+            kind, number, job = unpack(message)
+            if kind == OPEN:
+                self._open(number, *fds)
+            elif number in self._lanes:
+                self._lanes[number].cancel(job)
+
+    async def _wind_up(self) -> None:
+        """Cancel what is still running, and close what is open, as asyncio.run does."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+        await self._loop.shutdown_default_executor()
+
+
+class AsyncLane:
+    """One lane of a worker, and the job that is under way there."""
+
+    def __init__(self, number: int, pipes: AsyncPipes, handler: AsyncAdapter, asking: float) -> None:
+        self.pipes = pipes
+        self._number = number
+        self._handler = handler
+        self._asking = asking
+        self._loop = pipes.loop
+        self._cancelled_early: int | None = None
+        self._job: tuple[AsyncRequest, AsyncResponse] | None = None
+        self._task: asyncio.Task[FaultReport | None] | None = None
+
+    async def run_next(self, hear: Callable[[], object]) -> None:
+        """Wait for a request, and run it to its end. HostGone at the end of the pipe. `hear` looks for cancels."""
+        pipes = self.pipes
+        request = await pipes.next_request()
+        current_tag.set(tag_of(self._number, request.number))
+        response = AsyncResponse(pipes, request)
+        hear()  # of the job before, or of this one already
+        self._job = request, response
+        if self._cancelled_early == request.number:
+            request.cancel()
         task = self._task = self._loop.create_task(self._call(request, response))
         if request.cancelled:
             task.cancel()
@@ -125,6 +187,7 @@ class AsyncWorker:
         aborted = report is not None and report.kind == "aborted"
         response.close(report, _IMPLIED_HEAD if aborted else None)
         request.conclude()
+        await request.skip()
 
     async def _call(self, request: AsyncRequest, response: AsyncResponse) -> FaultReport | None:
         try:
@@ -141,30 +204,15 @@ class AsyncWorker:
             return FaultReport("cancelled")
         return None
 
-    # -- cancelling ----------------------------------------------------------------------------------
-
-    def _begin(self, request: AsyncRequest, response: AsyncResponse) -> None:
-        self._hear()  # cancels of the job before, or of this one already
-        self._job = request, response
-        if self._cancelled_early == request.number:
-            request.cancel()
-
-    def _hear(self) -> None:
-        """Read the cancel pipe: the job under way is told; a later one, when it begins."""
-        try:
-            number = read_cancel(self._cancel_fd)
-        except EOFError:
-            self._loop.remove_reader(self._cancel_fd)  # the end of the request pipe tells the rest
-            return
-        if number is None:
-            return
+    def cancel(self, number: int) -> None:
+        """The caller of this job has left: it is told if it is under way; a later one, when it begins."""
         job = self._job
         if job is None or number != job[0].number:
             self._cancelled_early = number
         elif not job[1].ended:
-            self._cancel(job[0])
+            self._tell(job[0])
 
-    def _cancel(self, request: AsyncRequest) -> None:
+    def _tell(self, request: AsyncRequest) -> None:
         task = self._task
         request.cancel()
         if task is not None:
@@ -172,15 +220,6 @@ class AsyncWorker:
                 self._loop.call_later(self._asking, task.cancel)  # does nothing once the task is done
             else:
                 task.cancel()
-
-    async def _wind_up(self) -> None:
-        """Cancel what is still running, and close what is open, as asyncio.run does."""
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
-        await self._loop.shutdown_asyncgens()
-        await self._loop.shutdown_default_executor()
 
 
 def _unwrapped(error: BaseException) -> BaseException:

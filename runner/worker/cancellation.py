@@ -1,9 +1,9 @@
 """How a job hears, in its worker, that its caller has left: an exception in the handler, once.
 
-The host writes the job's number to a pipe and sends a signal. The signal's handler runs in the main
+The host writes the job's number to the line and sends a signal. The signal's handler runs in the main
 thread, between two bytecodes of whatever runs there, and raises JobCancelled if the number is the running
 job's: so a cancel that comes late touches no other job. In the worker's own dealings with its pipes the
-exception waits until they are done, so that no frame is cut.
+exception waits until they are done, so that no frame is cut. Where jobs have threads, `threads` has its own way.
 """
 
 from __future__ import annotations
@@ -12,13 +12,33 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Protocol
 
-from ..control.signals import SIGNAL, read_cancel
+from ..control.line_messages import read_cancel
+from ..control.signals import SIGNAL
 from ..errors import JobCancelled
 
 
+class Shield(Protocol):
+    """The ear of a job that is a function. A context manager around what must not be interrupted."""
+
+    cancelled: bool
+
+    def begin(self, job: int) -> None:
+        """This job's handler runs from now on."""
+
+    def end(self) -> None:
+        """The handler has ended: nothing is to be interrupted any more."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+
 class Cancellation:
-    """The ear of one worker. A context manager around what must not be interrupted."""
+    """That of a worker of one job at a time, which runs in its main thread."""
 
     __slots__ = ("_fd", "_job", "_main", "_pending", "_shields", "cancelled")
 
@@ -36,12 +56,10 @@ class Cancellation:
         signal.signal(SIGNAL, self._hear)
 
     def begin(self, job: int) -> None:
-        """This job's handler runs from now on."""
         self.cancelled = self._pending = False
         self._job = job
 
     def end(self) -> None:
-        """The handler has ended: nothing is to be interrupted any more."""
         self._job = 0
 
     def __enter__(self) -> None:

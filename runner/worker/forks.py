@@ -14,15 +14,19 @@ from typing import NoReturn
 
 from .exception_report import explain
 
+_fds: list[int] = []
+_severs: list[Callable[[], object]] = []
 _is_fork = False
 _asked: SystemExit | None = None
 """What `sys.exit` has raised in this fork: a task group may keep it to itself."""
 
 
 def disown_forks(fds: Iterable[int], sever: Callable[[], object]) -> None:
-    """From now on take these descriptors from every process that this one forks, and call `sever` in it."""
-    fds = tuple(fds)
-    os.register_at_fork(after_in_child=lambda: _disown(fds, sever))
+    """From now on take these descriptors too from every process that this one forks, and call `sever` in it."""
+    if not _severs:
+        os.register_at_fork(after_in_child=_disown)
+    _fds.extend(fds)
+    _severs.append(sever)
 
 
 def is_fork() -> bool:
@@ -57,20 +61,21 @@ def leave_with_result(*results: object, **context: object) -> NoReturn:
     leave()
 
 
-def _disown(fds: tuple[int, ...], sever: Callable[[], object]) -> None:
+def _disown() -> None:
     global _is_fork
     _is_fork = True
     sys.exit = _note_exit
     try:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        for fd in fds:
+        for fd in _fds:
             os.close(fd)
     else:
-        for fd in fds:
+        for fd in _fds:
             os.dup2(null, fd, inheritable=False)  # the numbers stay taken: nothing that it opens is taken for a pipe
         os.close(null)
-    sever()
+    for sever in _severs:
+        sever()
 
 
 def _note_exit(status: sys._ExitCode | None = None, /) -> NoReturn:

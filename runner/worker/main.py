@@ -1,8 +1,8 @@
-"""The child: one process that runs one job at a time, from fork to exit.
+"""The child: one process that runs one job at a time, or one on each of its lanes, from fork to exit.
 
-`run` is what the zygote's fork calls. It takes on the worker's descriptors (requests on 3, responses on 4,
-cancels on 5, /dev/null on 0, the log pipes on 1 and 2), closes all else, sheds what belonged to the
-zygote, loads the handler, says READY, and then serves jobs until the request pipe ends.
+`run` is what the zygote's fork calls. It takes on the worker's descriptors (requests on 3, responses on 4, the line
+on 5, /dev/null on 0, the log pipes on 1 and 2), closes all else, sheds what belonged to the
+zygote, loads the handler, says READY, and then serves jobs until the request pipes end.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from typing import Any, Final, NoReturn
 import msgspec
 
 from ..control import source_snapshot
+from ..control.line_messages import LANE_DESCRIPTORS
 from ..control.signals import STACKS_SIGNAL
 from ..control.zygote_messages import ZygoteConfig
-from ..platform import linux
+from ..platform import descriptors, linux
 from ..wire.frames import FAULT, READY, encode
 from ..wire.messages import Ready
 from . import reaper
 from .cancellation import Cancellation
-from .exception_report import report_on, report_on_start
+from .exception_report import report_on_start
 from .forks import disown_forks, is_fork, leave
 from .handlers.adapter import Adapter, AsyncAdapter
-from .handlers.load import load
-from .pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
-from .stdio import LogStream, OutputFlag
+from .handlers.load import HandlerError, load
+from .job_loop import serve
+from .pipes import Pipes
+from .stdio import LogStream, OutputFlag, TaggedOutput
 from .titles import set_title
 
 REQUEST_FD: Final = 3
 RESPONSE_FD: Final = 4
-CANCEL_FD: Final = 5
-LAST_FD: Final = CANCEL_FD
+LINE_FD: Final = 5
+LAST_FD: Final = LINE_FD
 DESCRIPTORS: Final = 5
-"""How many descriptors come with a Spawn order: request pipe, response pipe, stdout, stderr, cancel pipe."""
+"""How many descriptors come with a Spawn order: request pipe, response pipe, stdout, stderr, line."""
 
 _DESCRIPTOR_CEILING: Final = 1 << 20
 
@@ -68,16 +70,18 @@ def run(config: ZygoteConfig, handler: Adapter | AsyncAdapter | None, setup: Chi
         setup.enter_namespaces()
     code = source_snapshot.own_view(setup.code_fd)
     _take_descriptors(setup.fds, setup.inherited, code, sandboxed=setup.enter is not None)
-    cancellation = Cancellation(CANCEL_FD)
-    prints = OutputFlag()
+    cancellation = Cancellation(LINE_FD)
+    prints = OutputFlag() if config.concurrency == 1 else TaggedOutput()
     pipes = Pipes(REQUEST_FD, RESPONSE_FD, cancellation, prints)
     _shed(setup.parent, prints)
-    disown_forks((REQUEST_FD, RESPONSE_FD, CANCEL_FD), pipes.sever)
+    disown_forks((REQUEST_FD, RESPONSE_FD, LINE_FD), pipes.sever)
     reaper.begin()
     set_title("worker", config.label)
     _reseed()
     try:
         config.limits.apply()
+        if config.concurrency > 1:
+            descriptors.make_room(config.concurrency * LANE_DESCRIPTORS)
         if setup.enter is not None:
             setup.enter()
             sys.path[:] = config.path  # the app's directories too, now that its modules run in the sandbox
@@ -119,55 +123,24 @@ def _begin(
     handler: Adapter | AsyncAdapter, config: ZygoteConfig, pipes: Pipes, cancellation: Cancellation
 ) -> Callable[[], object]:
     """Get the handler ready; gives what then serves its jobs until there are no more."""
+    fds = REQUEST_FD, RESPONSE_FD, LINE_FD
     if isinstance(handler, Adapter):
-        cancellation.install()
-        return lambda: serve(pipes, handler, cancellation)
+        if config.concurrency == 1:
+            cancellation.install()
+            return lambda: serve(pipes, handler, cancellation)
+        from .threads import ThreadedWorker  # loaded where it is used
+
+        return ThreadedWorker(handler, fds, pipes.prints, config.limits.memory_bytes).serve
+    if config.concurrency > 1 and config.limits.cpu_seconds is not None:
+        raise HandlerError(
+            "cpu_seconds is a limit of each job, and the jobs of an async handler share one thread: "
+            "leave it out (wall_seconds holds for each), or start the pool with concurrency=1"
+        )
     from .async_loop import AsyncWorker  # asyncio is loaded where it is used
 
-    worker = AsyncWorker(handler, (REQUEST_FD, RESPONSE_FD, CANCEL_FD), pipes.prints, config.grace)
+    worker = AsyncWorker(handler, fds, pipes.prints, config.grace)
     worker.start()
     return worker.serve
-
-
-def serve(pipes: Pipes, handler: Adapter, cancellation: Cancellation) -> None:
-    """Run one job after another, until the host is gone."""
-    try:
-        while True:
-            if reaper.possible:
-                wait_and_reap(pipes)
-            request = pipes.next_request()
-            run_job(handler, request, OutgoingResponse(pipes, request.number), cancellation)
-            request.skip()
-    except HostGone:
-        pass
-
-
-def wait_and_reap(pipes: Pipes) -> None:
-    """Wait for the next request, and reap what the handler's programs have left behind meanwhile."""
-    reaper.reap()
-    while reaper.possible and not pipes.wait(reaper.LOOK_SECONDS):
-        reaper.reap()
-
-
-def run_job(handler: Adapter, request: IncomingRequest, response: OutgoingResponse, cancellation: Cancellation) -> None:
-    """Run one job to its end; whatever the handler raises becomes its fault."""
-    try:
-        try:
-            cancellation.begin(request.number)
-            handler(request, response)
-            if is_fork():
-                leave()
-            if not response.ended:
-                response.finish(200, [], [])
-        finally:
-            cancellation.end()
-    except HostGone:
-        raise
-    except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt end the job, not the worker
-        if is_fork():
-            leave(error)
-        report = report_on(error)
-        response.fail(report, implied=(200, []) if report.kind == "aborted" else None)
 
 
 def _take_descriptors(fds: list[int], inherited: frozenset[int], code: int, *, sandboxed: bool) -> None:
@@ -177,14 +150,14 @@ def _take_descriptors(fds: list[int], inherited: frozenset[int], code: int, *, s
     that whoever shares one may change (open(2)). Only a preload of trusted code leaves some to its workers; a sandboxed
     worker has them anew.
     """
-    request_fd, response_fd, out_fd, err_fd, cancel_fd = fds
+    request_fd, response_fd, out_fd, err_fd, line_fd = fds
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(out_fd, 1)
     os.dup2(err_fd, 2)
     os.dup2(request_fd, REQUEST_FD, inheritable=False)
     os.dup2(response_fd, RESPONSE_FD, inheritable=False)
-    os.dup2(cancel_fd, CANCEL_FD, inheritable=False)
+    os.dup2(line_fd, LINE_FD, inheritable=False)
     if sandboxed:
         inherited = frozenset(fd for fd in inherited if linux.reopen(fd))
     start = LAST_FD + 1
@@ -205,8 +178,10 @@ def _shed(parent: int, prints: OutputFlag) -> None:
         os._exit(1)  # it ended before the line above took effect
     sys.argv[:] = [""]
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open
-    sys.stdout = LogStream(1, prints.note)
-    sys.stderr = LogStream(2, prints.note)
+    if isinstance(prints, TaggedOutput):
+        sys.stdout, sys.stderr = prints.stream(1), prints.stream(2)
+    else:
+        sys.stdout, sys.stderr = LogStream(1, prints.note), LogStream(2, prints.note)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
     faulthandler.enable(2)
     faulthandler.register(STACKS_SIGNAL, 2, all_threads=True, chain=False)

@@ -37,7 +37,7 @@ from ..wire.response_frames import (
     idle_frame,
     small_body,
 )
-from .cancellation import Cancellation
+from .cancellation import Shield
 from .forks import leave
 from .stdio import OutputFlag
 
@@ -205,8 +205,8 @@ class OutgoingResponse:
 class Pipes:
     """The worker's ends: blocking reads of frames, blocking writes of bytes."""
 
-    def __init__(self, request_fd: int, response_fd: int, cancellation: Cancellation, prints: OutputFlag) -> None:
-        self.shield = cancellation
+    def __init__(self, request_fd: int, response_fd: int, shield: Shield, prints: OutputFlag) -> None:
+        self.shield = shield
         self.prints = prints
         self._request_fd = request_fd
         self._response_fd = response_fd

@@ -3,15 +3,20 @@
 The note goes to the host with the job's end, which then reads the log pipe before the next job begins: so
 each line gets its own job's id. What is written past these streams, straight to the descriptors, is read a
 moment later, and may carry the id of the job that has begun by then.
+
+Where several jobs print at once, each line goes out whole, with a tag that says whose it is. Lines are put together for
+each job: what one prints in pieces is not torn by others. What has no job, a thread of the app's own say, has no tag.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -78,3 +83,81 @@ class LogStream(io.TextIOWrapper):
     def write(self, text: str, /) -> int:
         self._note()
         return super().write(text)
+
+
+current_tag: Final[ContextVar[bytes]] = ContextVar("blastdoor_job", default=b"")
+"""The tag of the job that is under way here (`control/output_tags`); empty for none."""
+
+_LONGEST: Final = select.PIPE_BUF - 32
+
+
+class TaggedOutput(OutputFlag):
+    """The same for jobs that run at once: which of them have printed something."""
+
+    __slots__ = ("_files", "_tags")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tags: set[bytes] = set()
+        self._files: list[_TaggedFile] = []
+
+    def note(self) -> None:
+        self._tags.add(current_tag.get())
+
+    def take(self) -> bool:
+        """Whether the job that is under way here has printed something; it is all in the log pipe then."""
+        tag = current_tag.get()
+        if tag not in self._tags:
+            return False
+        self._tags.discard(tag)
+        for file in self._files:
+            file.end_line(tag)
+        return True
+
+    def stream(self, fd: int) -> io.TextIOWrapper:
+        """A text stream onto a descriptor, for all jobs."""
+        file = _TaggedFile(fd, self.note)
+        self._files.append(file)
+        binary: Any = file
+        return io.TextIOWrapper(binary, encoding="utf-8", errors="backslashreplace", write_through=True)
+
+
+class _TaggedFile(io.RawIOBase):
+    """The descriptor, to which whole lines go, each with its job's tag, in one write each (pipe(7), PIPE_BUF)."""
+
+    def __init__(self, fd: int, note: Callable[[], None]) -> None:
+        self._fd = fd
+        self._note = note
+        self._begun: dict[bytes, bytes] = {}
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        text = bytes(data)
+        self._note()
+        tag = current_tag.get()
+        *lines, rest = (self._begun.pop(tag, b"") + text).split(b"\n")
+        for line in lines:
+            self._put(tag, line)
+        if len(rest) > _LONGEST:
+            self._put(tag, rest)
+        elif rest:
+            self._begun[tag] = rest
+        return len(text)
+
+    def end_line(self, tag: bytes) -> None:
+        """The job ends: what it has printed of a line is one."""
+        if rest := self._begun.pop(tag, b""):
+            self._put(tag, rest)
+
+    def close(self) -> None:
+        """Do nothing but end the line of nobody: the descriptor stays open as long as the process."""
+        self.end_line(b"")
+
+    def _put(self, tag: bytes, line: bytes) -> None:
+        for start in range(0, max(len(line), 1), _LONGEST):
+            os.write(self._fd, b"%b%b\n" % (tag, line[start : start + _LONGEST]))

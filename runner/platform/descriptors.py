@@ -1,0 +1,27 @@
+"""How many descriptors a process may have open, and room for more (getrlimit(2), RLIMIT_NOFILE)."""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import Final
+
+_MARGIN: Final = 64
+"""Descriptors that are left for what else the process does."""
+
+
+def make_room(count: int) -> int:
+    """Have room for so many more descriptors, as far as the hard limit goes; how many there is room for.
+
+    The soft limit is raised where that is needed, and no further.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return count
+    wanted = len(os.listdir("/proc/self/fd")) + count + _MARGIN
+    if wanted > soft:
+        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if raised > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
+    return min(count, count - (wanted - soft))
