@@ -194,6 +194,7 @@ class Pool(Startable):
                 raise PoolClosed("the pool is closed: open a new one")
             if self._supervisor is None:
                 options, sandbox = self._options, self._config.sandbox
+                options.size.make_room()
                 env = options.environment.of_workers(self._config, options.size.most)
                 if sandbox is not None and sandbox.protect_host:
                     from .platform import linux  # ctypes is loaded where it is used

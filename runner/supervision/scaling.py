@@ -7,9 +7,17 @@ from typing import Final
 
 import msgspec
 
+from ..errors import StartError
+from ..platform import descriptors
 from .leases import Leases
 from .reactor import Reactor
 from .record import Worker
+
+_PER_WORKER: Final = 8
+"""Descriptors of a worker: request, response, wake-up, epoll, stdout, stderr, line, pidfd."""
+
+_PER_LANE: Final = 4
+"""Descriptors of each further lane: request, response, wake-up, epoll."""
 
 _SHORTEST_LOOK: Final = 0.02
 
@@ -31,6 +39,23 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
     def look_after(self) -> float:
         """Seconds between two looks for a worker that may go."""
         return max(self.shrink_after / 4, _SHORTEST_LOOK)
+
+    def make_room(self) -> None:
+        """Have room for the descriptors of all that there may be. StartError, with how many there is room for."""
+        workers = self.most + self.spares
+        wanted = workers * _PER_WORKER + self.most * (self.concurrency - 1) * _PER_LANE
+        room = descriptors.make_room(wanted)
+        if room >= wanted:
+            return
+        if self.concurrency == 1:
+            what, there = f"{workers} workers", f"{max(room // _PER_WORKER, 0)}"
+        else:
+            lanes = max(room // self.most - _PER_WORKER, 0) // _PER_LANE + 1
+            what, there = f"{workers} workers of {self.concurrency} jobs each", f"{lanes} jobs in each"
+        raise StartError(
+            f"the limit of open files has no room for {what}: there is room for {there}. "
+            f"Raise its hard limit (ulimit -Hn, LimitNOFILE= in systemd), or start the pool with fewer"
+        )
 
     @property
     def elastic(self) -> bool:

@@ -56,6 +56,9 @@ _SETTLED: Final = 2.0
 _STATUS_LIMIT: Final = 1.0
 """Seconds that the zygote has to tell how a worker has ended."""
 
+_MOST_ORDERS: Final = 64
+"""How many orders the zygote may have before it: they hold descriptors, and fill its socket."""
+
 _LANE_PAUSE: Final = 0.5
 """Seconds until a lane is tried again that could not be opened."""
 
@@ -97,6 +100,9 @@ class Supervisor:
         self._backoff = RestartBackoff()
         self._workers: dict[int, Worker] = {}
         self._numbers = itertools.count(1)
+        # Those that are on their way, so that no step of a start looks at all that there are.
+        self._starting: set[Worker] = set()
+        self._unborn: set[Worker] = set()
         self._ready_unborn: set[Worker] = set()
         self._zygote: ZygoteClient | None = None
         self._started = threading.Event()
@@ -173,7 +179,7 @@ class Supervisor:
     @property
     def starting(self) -> int:
         """How many workers have been ordered and are not ready."""
-        return sum(not worker.ready for worker in list(self._workers.values()))
+        return len(self._starting)
 
     def describe_workers(self) -> list[WorkerInfo]:
         """The workers of this moment."""
@@ -293,7 +299,7 @@ class Supervisor:
             self._on_worker_exit(worker, None)
 
     def _births_owed(self) -> bool:
-        return any(worker.pid is None for worker in self._workers.values())
+        return bool(self._unborn)
 
     def _zygote_is_silent(self, seconds: float) -> None:
         """It was stopped, or hangs: begin anew."""
@@ -404,13 +410,12 @@ class Supervisor:
             self._respawn()
 
     def _spawn_missing(self) -> None:
-        if self._orders_are_held:
-            return
         missing = self._scaler.wanted - len(self._workers) + len(self._retiring)
         if self._backoff.engaged:
-            starting = any(not worker.ready for worker in self._workers.values())
-            missing = 0 if starting else min(missing, 1)  # one try at a time
-        for _ in range(missing):
+            missing = 0 if self._starting else min(missing, 1)  # one try at a time
+        room = _MOST_ORDERS - len(self._unborn)
+        self._orders_are_held = missing > room
+        for _ in range(min(missing, room)):
             if not self._spawn():
                 break
 
@@ -427,6 +432,8 @@ class Supervisor:
             return False
         self._zygote_watch.expect_news()
         self._workers[number] = worker
+        self._starting.add(worker)
+        self._unborn.add(worker)
         self._watch_log(worker.log)
         self._reactor.watch(worker.channel.response_fd, lambda: self._hear_starting(worker))
         self._reactor.after(self._start_timeout, lambda: self._check_started(number))
@@ -444,6 +451,7 @@ class Supervisor:
         worker.log.pid = pid
         self.events.emit(WorkerStarted(pid))
         self.leases.adopt_pidfd(worker, pid, pidfd)
+        self._unborn.discard(worker)
         self._reactor.watch(pidfd, lambda: self._note_exit(worker))
         if self._stopping:
             self.leases.kill(worker)
@@ -470,6 +478,7 @@ class Supervisor:
             self._ready_unborn.add(worker)  # it was quicker than the news of its birth
             return
         self._reactor.after(_SETTLED, lambda: self._check_settled(worker))
+        self._starting.discard(worker)
         self.leases.add(worker)
         self.events.emit(WorkerReady(worker.pid, time.monotonic() - worker.ordered_at))
         self._spawn_missing()
@@ -479,7 +488,7 @@ class Supervisor:
     @property
     def _all_ready(self) -> bool:
         """Whether as many workers as are wanted are there, and all ready."""
-        return len(self._workers) >= self._scaler.wanted and all(worker.ready for worker in self._workers.values())
+        return len(self._workers) >= self._scaler.wanted and not self._starting
 
     def _check_settled(self, worker: Worker) -> None:
         if not worker.dead:
@@ -527,7 +536,8 @@ class Supervisor:
     def _on_worker_exit(self, worker: Worker, status: int | None) -> None:
         """A worker has ended: log its last words, tell its holder, and see to its successor."""
         del self._workers[worker.number]
-        self._ready_unborn.discard(worker)
+        for kind in (self._starting, self._unborn, self._ready_unborn):
+            kind.discard(worker)
         if not worker.ready and not worker.failure:
             read_report(worker)  # the news of its end may have overtaken it
         for fd in (*worker.pipe_ends(), worker.line.fd, worker.pidfd or -1):

@@ -83,12 +83,21 @@ def main() -> None:
     zygote.run()
 
 
+_CHANGES = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+
+
 def _is_stopped(pid: int) -> bool:
     """Whether this child was stopped since the last look. A nested worker's first process is not the worker."""
     try:
         return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG) is not None
     except ChildProcessError:
         return False
+
+
+def _start(process: Any) -> None:
+    """Start a process, and forget it in `multiprocess`, which would poll each of its children at each start."""
+    process.start()
+    multiprocess.process._children.discard(process)
 
 
 class Zygote:
@@ -209,7 +218,6 @@ class Zygote:
             self._send(Born(order.worker, pid), pidfd)
         finally:
             os.close(pidfd)
-        self._reap()  # start() polls its other children itself, and a SIGCHLD may be used up
 
     def _start(self, number: int, fds: list[int]) -> tuple[Any, int, int]:
         """Fork a worker; what tells its end, its pid, and its pidfd."""
@@ -217,7 +225,7 @@ class Zygote:
         name = f"blastdoor-worker-{number}"
         if sandbox is None:
             process = self._process(name, worker.ChildSetup(os.getpid(), fds, self._inherited, self._code_fd))
-            process.start()
+            _start(process)
             return process, process.pid, os.pidfd_open(process.pid)
         try:
             resources = sandbox.resources(number)
@@ -241,7 +249,7 @@ class Zygote:
             parent = os.getpid()
             enter = functools.partial(sandbox.enter, resources, parent)
             process = self._process(name, worker.ChildSetup(parent, fds, self._inherited, self._code_fd, enter))
-            process.start()
+            _start(process)
             return process, process.pid, os.pidfd_open(process.pid)
         except BaseException:
             self._clear(number)
@@ -259,20 +267,41 @@ class Zygote:
         return _fork_context.Process(target=worker.run, args=(self._config, self._handler, setup), name=name)
 
     def _reap(self) -> None:
-        """Report the workers that have ended, and kill and reap what they left behind."""
-        unreaped = linux.children()
-        for pid, (number, process) in list(self._workers.items()):
-            status = process.exitcode
-            if status is not None or pid not in unreaped:
+        """Report the workers that have ended or were stopped, and kill and reap what they left behind.
+
+        What is done for each of them does not grow with how many there are.
+        """
+        ended = False
+        while (pid := self._next_change()) is not None:
+            number, process = self._workers.get(pid, (0, None))
+            if process is None:
+                os.waitpid(pid, os.WNOHANG | os.WUNTRACED)  # it was a worker's child, or is one that we have killed
+                ended = True
+            elif _is_stopped(pid):
+                self._send(Stopped(number))
+            else:
                 del self._workers[pid]
                 if self._sandbox is not None:
                     self._clear(number)
-                self._send(Died(number, status))
-            elif _is_stopped(pid):
-                self._send(Stopped(number))
-        for pid in linux.children():
-            if pid not in self._workers and pid not in self._kept:
-                self._kill(pid)
+                self._send(Died(number, process.exitcode))
+                ended = True
+        if ended:
+            for pid in linux.children():
+                if pid not in self._workers and pid not in self._kept:
+                    self._kill(pid)
+
+    def _next_change(self) -> int | None:
+        """The pid of a child that has ended or was stopped, and that nobody has waited for; None for none."""
+        if not self._kept:
+            try:
+                found = os.waitid(os.P_ALL, 0, _CHANGES)
+            except ChildProcessError:
+                return None
+            return None if found is None else found.si_pid
+        for pid in self._workers:  # a preload's own children are not ours to wait for, and may stand before ours
+            if os.waitid(os.P_PID, pid, _CHANGES) is not None:
+                return pid
+        return None
 
     @staticmethod
     def _kill(pid: int) -> None:
