@@ -197,10 +197,11 @@ def zygote_config(
         path=list(check_paths("path", path)),
         modules=() if isinstance(preload, bool) else tuple(preload),
         root_path=root_path,
-        limits=limits if sandbox is None else sandbox.fill_in(limits),
+        limits=limits if sandbox is None else sandbox.for_lanes(concurrency).fill_in(limits),
         grace=grace,
         concurrency=concurrency,
-        sandbox=sandbox,
+        cpu_seconds_asked=limits.cpu_seconds is not None,
+        sandbox=None if sandbox is None else sandbox.for_lanes(concurrency),
         spool_uploads=None if spool_uploads is None else parse_size(spool_uploads),
     )
 

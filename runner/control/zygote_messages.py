@@ -26,7 +26,8 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     the app looked for in; and once a zygote is told, the whole `sys.path` of its workers, of which one with a sandbox
     takes only what is trusted. `taken` are names of this project's that the app has modules of its own for.
     `spool_uploads` is the most bytes of a body without a length that a WSGI app's worker takes before it calls it.
-    `concurrency` is how many lanes a worker may have.
+    `concurrency` is how many lanes a worker may have. `cpu_seconds_asked` says that the pool's owner has set that
+    limit; else it may be a sandbox's, and holds where there are threads.
     """
 
     handler: str
@@ -45,6 +46,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     taken: list[str] = []
     spool_uploads: int | None = None
     concurrency: int = 1
+    cpu_seconds_asked: bool = False
 
     @property
     def by_name(self) -> bool:

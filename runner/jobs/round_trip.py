@@ -290,7 +290,7 @@ class RoundTrip(Sending):
             and worker.dead
             and self._channel.unread() >= self._channel.written
         )
-        tail = worker.log.tail(self.job_id)
+        tail = "" if worker.last_words_told else worker.log.tail(self.job_id)
         self._outcome = "not taken" if never_taken else "memory" if worker.limit_exceeded else "died"
         self._discard()
         death = worker_death(worker.status, self.job_id, worker.casualties)
@@ -299,6 +299,7 @@ class RoundTrip(Sending):
         self._close_upload()
         if worker.limit_exceeded:
             raise over_limit("memory", worker.limit_exceeded, self.job_id)
+        worker.last_words_told = worker.concurrency > 1  # once is enough, where others have died with it
         logger.error(
             "job %s: worker %s: %s%s",
             self.job_id,

@@ -130,7 +130,8 @@ def has_capabilities() -> bool:
 
 def name_thread(name: str) -> None:
     """Give this thread a name, of 15 bytes at most, that others see (proc_pid_comm(5))."""
-    _prctl(_PR_SET_NAME, ctypes.cast(ctypes.c_char_p(name.encode()), ctypes.c_void_p).value or 0, 0, 0, 0)
+    text = ctypes.create_string_buffer(name.encode())
+    _call(_PR_SET_NAME, ctypes.addressof(text))
 
 
 def thread_names(pid: int) -> dict[str, int]:

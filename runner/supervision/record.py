@@ -91,6 +91,7 @@ class Worker:
         "kill_sent",
         "lanes",
         "last_job",
+        "last_words_told",
         "leaving",
         "limit_exceeded",
         "line",
@@ -119,6 +120,7 @@ class Worker:
         self.pid: int | None = None
         self.pidfd: int | None = None
         self.ready = self.dead = self.kill_sent = self.leaving = self.blocked = self.ending = False
+        self.last_words_told = False
         self.ready_at = self.idle_since = 0.0
         self.ordered_at = time.monotonic()
         self.last_job: int | None = None

@@ -131,7 +131,7 @@ def _begin(
         from .threads import ThreadedWorker  # loaded where it is used
 
         return ThreadedWorker(handler, fds, pipes.prints, config.limits.memory_bytes).serve
-    if config.concurrency > 1 and config.limits.cpu_seconds is not None:
+    if config.concurrency > 1 and config.cpu_seconds_asked:
         raise HandlerError(
             "cpu_seconds is a limit of each job, and the jobs of an async handler share one thread: "
             "leave it out (wall_seconds holds for each), or start the pool with concurrency=1"

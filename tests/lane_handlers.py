@@ -1,0 +1,218 @@
+"""Handlers whose jobs run side by side in one worker: `app` as a function, `async_app` as a coroutine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import ctypes
+import mmap
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from runner import JobCancelled
+
+VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="")
+LOCAL = threading.local()
+
+
+def parameter(request: Any, name: str, default: str = "") -> str:
+    found: list[str] = parse_qs(request.query).get(name, [default])
+    return found[0]
+
+
+def lines(request: Any) -> list[bytes]:
+    """What `stream` answers: numbered, and all different from another job's."""
+    name, count = parameter(request, "name"), int(parameter(request, "count", "1"))
+    return [f"{name} {number}\n".encode() for number in range(count)]
+
+
+def crash() -> None:
+    ctypes.string_at(0)
+
+
+def app(request: Any, response: Any) -> bytes | None:
+    return globals()[f"do_{request.path[1:]}"](request, response)  # type: ignore[no-any-return]
+
+
+def do_hello(request: Any, response: Any) -> bytes:
+    return b"hello"
+
+
+def do_pid(request: Any, response: Any) -> bytes:
+    return b"%d" % os.getpid()
+
+
+def do_stream(request: Any, response: Any) -> None:
+    pause = float(parameter(request, "pause", "0"))
+    for line in lines(request):
+        response.write(line)
+        time.sleep(pause)
+
+
+def do_echo(request: Any, response: Any) -> None:
+    while data := request.body.read1():
+        response.write(data)
+
+
+def do_big(request: Any, response: Any) -> None:
+    for _ in range(int(parameter(request, "pieces"))):
+        response.write(b"x" * 65536)
+
+
+def do_die(request: Any, response: Any) -> None:
+    crash()
+
+
+def do_wait(request: Any, response: Any) -> None:
+    """Runs until its caller leaves, and says so in the file `told`."""
+    try:
+        response.write(b"begun")
+        while True:
+            time.sleep(0.001)
+    except JobCancelled:
+        if told := parameter(request, "told"):
+            Path(told).touch()
+        raise
+
+
+def do_stubborn(request: Any, response: Any) -> None:
+    """Does not end, whatever is raised in it."""
+    while True:
+        try:
+            response.write(b"begun")
+            while True:
+                time.sleep(0.001)
+        except BaseException:
+            continue
+
+
+def do_seen(request: Any, response: Any) -> bytes:
+    """What it finds of the jobs before and beside it; then leaves its own."""
+    found = VARIABLE.get(), getattr(LOCAL, "name", ""), threading.current_thread().name
+    name = parameter(request, "name")
+    VARIABLE.set(name)
+    LOCAL.name = name
+    time.sleep(float(parameter(request, "pause", "0")))
+    kept = VARIABLE.get() == name == LOCAL.name
+    return repr((*found, kept)).encode()
+
+
+def do_print(request: Any, response: Any) -> bytes:
+    """Prints its name in pieces, with others in between; the last line has no end."""
+    name = parameter(request, "name")
+    for number in range(5):
+        for piece in (f"{name} ", "says ", f"{number}\n"):
+            print(piece, end="")
+            time.sleep(0.001)
+    print(f"{name} ends", end="", file=sys.stderr)
+    return name.encode()
+
+
+def share(request: Any) -> mmap.mmap:
+    """Takes `size` bytes of shared memory, which limits of the data segment do not count."""
+    block = mmap.mmap(-1, int(parameter(request, "size")))
+    for place in range(0, len(block), 4096):
+        block[place] = 1
+    if here := parameter(request, "here"):
+        Path(here).touch()
+    return block
+
+
+def do_share(request: Any, response: Any) -> bytes:
+    block = share(request)
+    time.sleep(3600)
+    return bytes(block[:1])
+
+
+def do_burn(request: Any, response: Any) -> None:
+    response.write(b"begun")
+    while True:
+        pass
+
+
+def do_background_print(request: Any, response: Any) -> bytes:
+    thread = threading.Thread(target=print, args=("from no job",))
+    thread.start()
+    thread.join()
+    return b"printed"
+
+
+async def async_app(request: Any, response: Any) -> bytes | None:
+    return await globals()[f"async_{request.path[1:]}"](request, response)  # type: ignore[no-any-return]
+
+
+async def async_hello(request: Any, response: Any) -> bytes:
+    return b"hello"
+
+
+async def async_pid(request: Any, response: Any) -> bytes:
+    return b"%d" % os.getpid()
+
+
+async def async_stream(request: Any, response: Any) -> None:
+    pause = float(parameter(request, "pause", "0"))
+    for line in lines(request):
+        await response.write(line)
+        await asyncio.sleep(pause)
+
+
+async def async_echo(request: Any, response: Any) -> None:
+    async for piece in request.body:
+        await response.write(piece)
+
+
+async def async_big(request: Any, response: Any) -> None:
+    for _ in range(int(parameter(request, "pieces"))):
+        await response.write(b"x" * 65536)
+
+
+async def async_die(request: Any, response: Any) -> None:
+    crash()
+
+
+async def async_wait(request: Any, response: Any) -> None:
+    try:
+        await response.write(b"begun")
+        await asyncio.sleep(3600)
+    except asyncio.CancelledError:
+        if told := parameter(request, "told"):
+            Path(told).touch()
+        raise
+
+
+async def async_stubborn(request: Any, response: Any) -> None:
+    await response.write(b"begun")
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            continue
+
+
+async def async_seen(request: Any, response: Any) -> bytes:
+    found = VARIABLE.get(), "", "loop"
+    name = parameter(request, "name")
+    VARIABLE.set(name)
+    await asyncio.sleep(float(parameter(request, "pause", "0")))
+    return repr((*found, VARIABLE.get() == name)).encode()
+
+
+async def async_print(request: Any, response: Any) -> bytes:
+    name = parameter(request, "name")
+    for number in range(5):
+        for piece in (f"{name} ", "says ", f"{number}\n"):
+            print(piece, end="")
+            await asyncio.sleep(0.001)
+    print(f"{name} ends", end="", file=sys.stderr)
+    return name.encode()
+
+
+async def async_share(request: Any, response: Any) -> bytes:
+    block = share(request)
+    await asyncio.sleep(3600)
+    return bytes(block[:1])
