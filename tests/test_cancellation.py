@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -32,6 +33,7 @@ from runner.worker.handlers.native import HandlerRequest, HandlerResponse, Nativ
 from runner.worker.job_loop import run_job
 from runner.worker.pipes import OutgoingResponse, Pipes
 from runner.worker.stdio import OutputFlag
+from runner.worker.threads import ThreadCancellation
 
 HANDLE_SIGNALS = ("CALL", "RESUME", "JUMP_BACKWARD")
 """Bytecodes after which signals are handled (CPython's eval breaker)."""
@@ -40,13 +42,16 @@ HANDLE_SIGNALS = ("CALL", "RESUME", "JUMP_BACKWARD")
 class Bench:
     """A worker's ends of its pipes, its job loop, and a host's ends, all in this thread."""
 
-    def __init__(self, handler: Callable[[HandlerRequest, HandlerResponse], bytes | None]) -> None:
+    def __init__(
+        self, handler: Callable[[HandlerRequest, HandlerResponse], bytes | None], *, threads: bool = False
+    ) -> None:
         self.request_read, self.request_write = os.pipe()
         self.response_read, self.response_write = os.pipe()
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.line_fd = theirs.detach()
-        self.cancellation = Cancellation(self.line_fd)
+        self.cancellation = ThreadCancellation() if threads else Cancellation(self.line_fd)
         self.cancellation.install()
+        self.main = ThreadPoolExecutor(1) if threads else None
         self.pipes = Pipes(self.request_read, self.response_write, self.cancellation, OutputFlag())
         self.bridge = NativeAdapter(handler)
 
@@ -63,6 +68,15 @@ class Bench:
         run_job(self.bridge, request, OutgoingResponse(self.pipes, request.number), self.cancellation)
         request.skip()
 
+    def cancel(self, number: int) -> None:
+        """The caller of a job leaves: a signal says so, or another thread."""
+        if isinstance(self.cancellation, ThreadCancellation):
+            assert self.main is not None
+            self.main.submit(self.cancellation.cancel, number).result()
+        else:
+            self.line.send(pack_cancel(0, number))
+            signal.raise_signal(SIGNAL)
+
     def answer(self, number: int) -> ResponseExchange:
         """What has come back of this job."""
         exchange = ResponseExchange(number, "POST")
@@ -74,6 +88,8 @@ class Bench:
         for fd in (*ends, self.line_fd):
             os.close(fd)
         self.line.close()
+        if self.main is not None:
+            self.main.shutdown()
 
 
 @pytest.fixture
@@ -116,8 +132,7 @@ def run_cancelled_at(bench: Bench, number: int, instant: int) -> bool:
                 left -= 1
                 if left == -1:
                     sys.settrace(None)
-                    bench.line.send(pack_cancel(0, number))
-                    signal.raise_signal(SIGNAL)
+                    bench.cancel(number)
         return trace
 
     outer = sys.gettrace()
@@ -129,15 +144,16 @@ def run_cancelled_at(bench: Bench, number: int, instant: int) -> bool:
     return left < 0
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("threads", [False, True], ids=["a signal", "a thread"])
 @pytest.mark.parametrize("apart", [False, True], ids=["at once", "apart"])
 @pytest.mark.parametrize("handler", [whole, in_writes, unread])
 @pytest.mark.usefixtures("keep_signal")
 def test_a_cancel_at_every_instant(
-    handler: Callable[[HandlerRequest, HandlerResponse], bytes | None], apart: bool
+    handler: Callable[[HandlerRequest, HandlerResponse], bytes | None], apart: bool, threads: bool
 ) -> None:
-    """C5, I5: wherever in a job its cancel comes, its response is well formed, and the next job is served whole."""
-    bench = Bench(handler)
+    """C5, I5, K2: wherever in a job its cancel comes, its response is well formed, and the next job is served whole."""
+    bench = Bench(handler, threads=threads)
     try:
         instant = 0
         number = 1
