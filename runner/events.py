@@ -102,12 +102,21 @@ Event = WorkerStarted | WorkerReady | WorkerEnded | JobStarted | JobAnswered | J
 Subscriber = Callable[[Event], object]
 
 
+class LaneInfo(msgspec.Struct, frozen=True, array_like=True):
+    """A job that a worker is at, by the number of its lane: its id, method and target, and for how many seconds."""
+
+    lane: int
+    job_id: str
+    request: str
+    seconds: float
+
+
 class WorkerInfo(msgspec.Struct, frozen=True):
     """One worker at this moment: `rss` in bytes, `cpu_seconds` used so far, `age` in seconds since it was ordered.
 
     `node` is the address of its node in a cluster. It runs `running` jobs of the `concurrency` that it may at once;
-    `job_id` and `request`, method and target, are those of the one that has run longest. `leaving` says that it gets no
-    more jobs.
+    `job_id` and `request`, method and target, are those of the one that has run longest, the first of `lanes`, which
+    has no more than the 32 longest. `leaving` says that it gets no more jobs.
     """
 
     pid: int
@@ -122,6 +131,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     running: int = 0
     concurrency: int = 1
     leaving: bool = False
+    lanes: tuple[LaneInfo, ...] = ()
 
 
 class PoolStats(msgspec.Struct, frozen=True):

@@ -79,6 +79,8 @@ class PoolMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """The gauges of this moment."""
         workers = GaugeMetricFamily("blastdoor_workers", "Worker processes by state.", labels=("pool", "state"))
+        jobs = GaugeMetricFamily("blastdoor_jobs_running", "Jobs that run at this moment.", labels=("pool",))
+        lanes = GaugeMetricFamily("blastdoor_lanes", "Jobs that the workers that are ready can run.", labels=("pool",))
         waiting = GaugeMetricFamily("blastdoor_queue_length", "Callers that wait for a worker.", labels=("pool",))
         memory = GaugeMetricFamily(
             "blastdoor_workers_resident_memory_bytes", "Resident memory of the workers, summed.", labels=("pool",)
@@ -90,9 +92,11 @@ class PoolMetrics(Collector):
             stats = [pool.stats() for pool in together]
             for state in ("starting", "idle", "busy"):
                 workers.add_metric((name, state), sum(getattr(one, state) for one in stats))
+            jobs.add_metric((name,), sum(one.running for one in stats))
+            lanes.add_metric((name,), sum(one.lanes for one in stats))
             waiting.add_metric((name,), sum(one.waiting for one in stats))
             memory.add_metric((name,), sum(worker.rss for pool in together for worker in pool.workers()))
-        return workers, waiting, memory
+        return workers, jobs, lanes, waiting, memory
 
     def _take(self, pool: str, job: JobTime) -> None:
         provider, outcome, seconds, waited = job

@@ -98,16 +98,28 @@ def url(app: App) -> Iterator[str]:
             psutil.wait_procs(children, 30)
 
 
+@pytest.fixture(scope="module", params=[1, 8], ids=["one job", "eight jobs"])
+def concurrency(request: pytest.FixtureRequest) -> int:
+    """How many jobs a worker runs at once."""
+    found: int = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def pool(app: App, url: str) -> Iterator[Pool]:
-    with Pool(app.spec, workers=1, env={**os.environ, **HASHES}) as pool:
+def pool(app: App, url: str, concurrency: int) -> Iterator[Pool]:
+    with Pool(app.spec, workers=1, concurrency=concurrency, env={**os.environ, **HASHES}) as pool:
+        assert pool._supervisor is not None
+        for worker in pool._supervisor._workers.values():
+            for _ in range(concurrency - 1):
+                worker.open_lane()  # now, and not in a test, after which no descriptor may be left
         yield pool
 
 
 @pytest.fixture(scope="module")
-def gateway(app: App, url: str) -> Iterator[str]:
+def gateway(app: App, url: str, concurrency: int) -> Iterator[str]:
     """The base URL of the app behind the gateway."""
-    with Process(app.spec, "--workers=1", "--port=0", "--admin=none", "--no-access-log", env=HASHES) as served:
+    options = "--workers=1", f"--concurrency={concurrency}", "--port=0", "--admin=none", "--no-access-log"
+    with Process(app.spec, *options, env=HASHES) as served:
         yield served.url
 
 

@@ -40,6 +40,9 @@ RECURSIVE: Final = 16384
 PRIVATE: Final = 1 << 18
 DETACH: Final = 2
 
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _prctl = _libc.prctl
 _prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
@@ -153,7 +156,17 @@ def thread_time(pid: int, thread: int) -> float:
             fields = file.read().rpartition(")")[2].split()
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def process_usage(pid: int) -> tuple[int, float]:
+    """The resident memory of a process, in bytes, and the processor time that it has used, in seconds.
+
+    OSError where it has ended (proc_pid_stat(5)).
+    """
+    with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+        fields = file.read(4096).rpartition(b")")[2].split()
+    return int(fields[21]) * _PAGE, (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def _listed(directory: str) -> list[str]:

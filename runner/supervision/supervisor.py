@@ -183,7 +183,7 @@ class Supervisor:
 
     def describe_workers(self) -> list[WorkerInfo]:
         """The workers of this moment."""
-        from .worker_status import describe_workers  # psutil is loaded where it is used
+        from .worker_status import describe_workers  # ctypes is loaded where it is used
 
         return describe_workers(list(self._workers.values()), self.leases)
 

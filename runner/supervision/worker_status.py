@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
+from typing import Final
 
-import psutil
-
-from ..events import WorkerInfo
+from ..events import LaneInfo, WorkerInfo
+from ..platform import linux
 from .leases import Leases
 from .record import Lane, Worker
+
+_MOST_LANES: Final = 32
 
 
 def describe_workers(workers: Iterable[Worker], leases: Leases) -> list[WorkerInfo]:
@@ -20,33 +21,33 @@ def describe_workers(workers: Iterable[Worker], leases: Leases) -> list[WorkerIn
         if worker.pid is None:
             continue
         try:
-            process = psutil.Process(worker.pid)
-            with process.oneshot():
-                rss, times = process.memory_info().rss, process.cpu_times()
-        except psutil.Error:
+            rss, cpu_seconds = linux.process_usage(worker.pid)
+        except (OSError, IndexError):
             continue  # it has ended meanwhile
-        lanes = leases.lanes_of(worker)
-        lane = min(lanes, key=_begin) if lanes else None
-        job = None if lane is None or lane.job is None else lane.job()
+        now = time.monotonic()
+        held = leases.lanes_of(worker)
+        lanes = sorted((_describe_lane(lane, now) for lane in held), key=lambda lane: -lane.seconds)
         found.append(
             WorkerInfo(
                 worker.pid,
                 "busy" if lanes else "idle" if worker.ready else "starting",
-                "" if lane is None else lane.job_id,
+                lanes[0].job_id if lanes else "",
                 worker.jobs,
-                time.monotonic() - worker.ordered_at,
+                now - worker.ordered_at,
                 rss,
-                times.user + times.system,
-                request="" if job is None else f"{job.method} {job.target}",
+                cpu_seconds,
+                request=lanes[0].request if lanes else "",
                 running=len(lanes),
                 concurrency=worker.concurrency,
                 leaving=worker.leaving,
+                lanes=tuple(lanes[:_MOST_LANES]),
             )
         )
     return found
 
 
-def _begin(lane: Lane) -> float:
-    """When its job began, for the longest of several."""
+def _describe_lane(lane: Lane, now: float) -> LaneInfo:
     job = None if lane.job is None else lane.job()
-    return math.inf if job is None else job.began
+    if job is None:
+        return LaneInfo(lane.number, lane.job_id, "", 0.0)
+    return LaneInfo(lane.number, lane.job_id, f"{job.method} {job.target}", now - job.began)

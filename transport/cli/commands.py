@@ -104,6 +104,7 @@ def serve(
         str | None, _option("TOML file; else blastdoor.toml, or [tool.blastdoor] in pyproject.toml.", "FILE")
     ] = None,
     workers: Annotated[str | None, _option("How many, or least:most. [default: one per core]", "N[:N]")] = None,
+    concurrency: Annotated[int | None, _option("Jobs at once in each worker. [default: 1]", "N", least=1)] = None,
     cluster: Annotated[
         str | None, _option("Address of the Ray cluster that the workers are on, or auto.", "ADDRESS")
     ] = None,

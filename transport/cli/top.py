@@ -66,21 +66,30 @@ def render(status: dict[str, Any]) -> Group:
 
 
 def _pool(path: str, pool: dict[str, Any]) -> Table:
-    counts = ", ".join(f"{pool[name]} {name}" for name in ("busy", "idle", "starting", "waiting", "deaths"))
+    counts = ", ".join(
+        f"{pool[name]} {name}" for name in ("running", "lanes", "busy", "idle", "starting", "waiting", "deaths")
+    )
     table = Table(title=Text(f"{path} {pool['app']}: {counts}"), title_justify="left", expand=True)
     for name in ("pid", "state", "job", "request", "jobs", "age", "memory", "processor"):
         table.add_column(name, justify="left" if name in ("state", "job", "request") else "right")
     for worker in pool["workers"]:
+        single = worker["concurrency"] == 1
+        state = worker["state"] if single else f"{worker['state']} {worker['running']}/{worker['concurrency']}"
         table.add_row(
             str(worker["pid"]),
-            Text(worker["state"], "green" if worker["state"] == "idle" else "yellow"),
-            Text(one_line(worker["job_id"])),
-            Text(one_line(worker["request"][:80])),
+            Text(
+                f"leaving, {state}" if worker["leaving"] else state, "green" if worker["state"] == "idle" else "yellow"
+            ),
+            Text(one_line(worker["job_id"]) if single else ""),
+            Text(one_line(worker["request"][:80]) if single else ""),
             str(worker["jobs"]),
             _time(worker["age"]),
             f"{worker['rss'] / (1 << 20):.1f} MiB",
             _time(worker["cpu_seconds"]),
         )
+        for lane, job_id, request, seconds in () if single else worker["lanes"]:
+            of_lane = Text(f"lane {lane}", "dim"), Text(one_line(job_id)), Text(one_line(request[:80]))
+            table.add_row("", *of_lane, "", _time(seconds), "", "")
     return table
 
 

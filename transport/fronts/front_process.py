@@ -212,6 +212,6 @@ class _FrontProcess:
         """Whether requests wait for a worker, at any mount."""
         for pool in self._service.gateway.pools.values():
             stats = pool.stats()
-            if stats.waiting and not stats.idle:
+            if stats.waiting and stats.running >= stats.lanes:
                 return True
         return False

@@ -15,7 +15,7 @@ _HIGHEST: Final = frozenset(("blastdoor_last_reload_failed",))
 """Gauges of which the highest tells; of all others the sum does."""
 
 _FAULTS: Final = 50
-_SUMS: Final = ("starting", "idle", "busy", "waiting", "deaths")
+_SUMS: Final = ("starting", "idle", "busy", "waiting", "deaths", "running", "lanes")
 
 _Key = tuple[str, tuple[tuple[str, str], ...]]
 

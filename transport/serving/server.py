@@ -75,7 +75,7 @@ class Service:
         self._defaults = settings.defaults
         self._mounts = settings.all_mounts
         self.gateway = Router(
-            {path: mount.mount(path, self._defaults) for path, mount in self._mounts.items()},
+            {path: mount.mount(path, self._defaults, settings.drain) for path, mount in self._mounts.items()},
             max_body=settings.max_body_bytes,
             body_timeout=settings.body_timeout,
         )
@@ -189,7 +189,7 @@ class Service:
 
     async def _reload(self, path: str, mount: MountSettings) -> bool:
         began = time.monotonic()
-        pool = mount.pool_with(path, self._defaults)
+        pool = mount.pool_with(path, self._defaults, self._settings.drain)
         before = self._ends[path]
         self._watch(path, pool)
         try:

@@ -74,6 +74,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     kind: Kind | UnsetType = UNSET
     factory: bool | UnsetType = UNSET
     workers: int | str | UnsetType = UNSET
+    concurrency: int | UnsetType = UNSET
     spares: int | UnsetType = UNSET
     queue: int | UnsetType = UNSET
     queue_timeout: float | UnsetType = UNSET
@@ -98,8 +99,11 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
             if value is not UNSET and not 0 < value <= LONGEST:
                 raise ConfigurationError(f"{name} is a time in seconds above zero, not {value!r}")
 
-    def pool(self, app: str, root_path: str, label: str) -> AnyPool:
-        """A pool with these settings, which is not started: on the cluster at `cluster`, where that is given."""
+    def pool(self, app: str, root_path: str, label: str, drain: float | UnsetType = UNSET) -> AnyPool:
+        """A pool with these settings, which is not started: on the cluster at `cluster`, where that is given.
+
+        `drain` are the seconds that jobs have where their worker has to go.
+        """
         limits = _given(
             memory=self.memory, wall_seconds=self.timeout, cpu_seconds=self.cpu_seconds, open_files=self.open_files
         )
@@ -117,12 +121,14 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
                 set_env=self.set_env,
                 kind=self.kind,
                 factory=self.factory,
+                concurrency=self.concurrency,
                 spares=self.spares,
                 preload=self.preload,
                 spool_uploads=self.spool_uploads,
                 env=self.env,
                 recycle=self.recycle,
                 grace=self.grace,
+                drain=drain,
                 start_timeout=self.start_timeout,
                 debug=self.debug,
             ),
@@ -140,11 +146,11 @@ class MountSettings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit
     attribution: dict[str, str] = {}
     trusted_headers: TrustedHeadersSettings | None = None
 
-    def mount(self, path: str, defaults: Mapping[str, Any]) -> Mount:
-        """The mount, with a pool that is not started."""
+    def mount(self, path: str, defaults: Mapping[str, Any], drain: float | UnsetType = UNSET) -> Mount:
+        """The mount, with a pool that is not started. `drain` is as in `pool`."""
         route = Route(self.provider, self.source, self.root) if self.provider else None
         return Mount(
-            self.pool_with(path, defaults),
+            self.pool_with(path, defaults, drain),
             route=route,
             source=self.source,
             key_id=self.key_id,
@@ -152,13 +158,13 @@ class MountSettings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit
             trusted_headers=None if self.trusted_headers is None else self.trusted_headers.made(),
         )
 
-    def pool_with(self, path: str, defaults: Mapping[str, Any]) -> AnyPool:
+    def pool_with(self, path: str, defaults: Mapping[str, Any], drain: float | UnsetType = UNSET) -> AnyPool:
         """A new pool for this mount, with what it does not say from `defaults`."""
         label = path
         if self.provider:
             path = Route(self.provider, self.source, self.root).mount
         try:
-            return self.with_defaults(defaults).pool(self.app, "" if path == "/" else path, label)
+            return self.with_defaults(defaults).pool(self.app, "" if path == "/" else path, label, drain)
         except ConfigurationError as error:
             raise ConfigurationError(f"mount {label!r}: {error}") from error
 

@@ -20,6 +20,7 @@ WORDS: Final = {
     "kind": "How the app is called; auto finds out.",
     "factory": "Whether the app is what calling `app` gives.",
     "workers": "Worker processes: a number, or least:most, such as 2:16. Default: one per core.",
+    "concurrency": "Jobs that a worker runs at once: for apps that are async, or wait. Default: 1.",
     "spares": "Warm workers beyond the demand.",
     "queue": "Requests that wait for a worker at most. Default: 100.",
     "queue_timeout": "Seconds that a request waits for a worker at most. Default: 10.",
