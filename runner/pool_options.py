@@ -79,7 +79,7 @@ class Queueing(msgspec.Struct, frozen=True, kw_only=True):
 
     def admission(self, size: Size) -> Admission:
         """What the leases of a pool of this size are told."""
-        jobs = size.most * size.concurrency if size.spares else None
+        jobs = size.most_jobs if size.spares else None
         return Admission(jobs=jobs, queue=self.queue, per_provider=self.per_provider)
 
 

@@ -216,3 +216,8 @@ async def async_share(request: Any, response: Any) -> bytes:
     block = share(request)
     await asyncio.sleep(3600)
     return bytes(block[:1])
+
+
+def wsgi(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    start_response("200 OK", [])
+    return [repr(environ["wsgi.multithread"]).encode()]

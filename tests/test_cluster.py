@@ -988,3 +988,19 @@ def test_close_while_it_starts(cluster: Cluster, tmp_path: Path, monkeypatch: py
     pool.close()
     starter.join()
     assert isinstance(outcomes[0], PoolClosed)
+
+
+def test_lanes(cluster: Cluster) -> None:
+    """K5, D1: each worker of each node runs several jobs at once; numbers and placement count them."""
+    with ClusterPool("tests.lane_handlers:async_app", address=cluster.address, workers=1, concurrency=4) as pool:
+        nodes = len(pool._placement.nodes())
+        jobs = [pool.open(Request("GET", "/wait")) for _ in range(4 * nodes)]
+        with pytest.raises(LeaseTimeout):
+            pool.open(Request("GET", "/hello"), lease_timeout=0.05)
+        stats = pool.stats()
+        assert (stats.running, stats.lanes) == (4 * nodes, 4 * nodes)
+        wait_until(lambda: [worker.running for worker in pool.workers()] == [4] * nodes)
+        for job in jobs:
+            job.close()
+        wait_until(lambda: pool.stats().idle == nodes)
+        assert pool.stats().running == 0

@@ -182,6 +182,32 @@ def test_growth_counts_lanes(start: Callable[..., Pool]) -> None:
     wait_until(lambda: len(pool.workers()) == 1)
 
 
+def test_a_pool_shrinks_under_spread_jobs(start: Callable[..., Pool]) -> None:
+    """K5, W8: where each worker has a job, and one could have all, the others get no more, and go once theirs end."""
+    pool = start(HANDLERS[1], workers=(1, 3), concurrency=4, shrink_after=0.1)
+    with ThreadPoolExecutor(12) as threads:
+        jobs = list(threads.map(lambda _: pool.open(Request("GET", "/wait")), range(12)))
+    by_worker: dict[int | None, list[Job]] = {}
+    for job in jobs:
+        by_worker.setdefault(job.worker_pid, []).append(job)
+    assert len(by_worker) == 3
+    for few in by_worker.values():
+        for job in few[1:]:
+            job.close()
+    wait_until(lambda: sum(worker.leaving for worker in pool.workers()) == 2)
+    for few in by_worker.values():
+        assert not few[0].settled
+        few[0].close()
+    wait_until(lambda: len(pool.workers()) == 1)
+    assert pool.stats().deaths == 0
+
+
+def test_a_wsgi_app_is_told(start: Callable[..., Pool]) -> None:
+    """K2, H2: that other threads may be in it at the same time (PEP 3333, wsgi.multithread)."""
+    assert get(start("tests.lane_handlers:wsgi", workers=1, concurrency=2), "/") == b"True"
+    assert get(start("tests.lane_handlers:wsgi", workers=1), "/") == b"False"
+
+
 def test_lanes_that_can_not_be_opened(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
     """K1, K5: for want of descriptors, or of room in its line, callers wait for the lanes that there are."""
     pool = start(HANDLERS[1], workers=1, concurrency=8)

@@ -146,7 +146,7 @@ class Agent:
                     pool.subscribe(self._news.note_event)
                     pool.start()
                     self._pool = pool
-            answer = JoinReply(self._pool._options.size.most, self._news.since(0)[2])
+            answer = JoinReply(self._pool._options.size.most_jobs, self._news.since(0)[2])
         except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
             words = str(error) if isinstance(error, BlastdoorError) else f"{type(error).__name__}: {error}"
             answer = JoinReply(error=words or type(error).__name__)
@@ -166,9 +166,9 @@ class Agent:
         records, events, latest = self._news.since(seen)
         pool = self._pool
         if pool is None:
-            return encode(Heartbeat(known, 0, 0, 0, 0, 0, [], records, events, latest))
+            return encode(Heartbeat(known, 0, 0, 0, 0, 0, 0, [], records, events, latest))
         stats, workers = pool.stats(), pool.workers()
-        numbers = stats.starting, stats.idle, stats.busy, stats.waiting, stats.deaths
+        numbers = stats.starting, stats.idle, stats.busy, stats.waiting, stats.deaths, stats.running
         return encode(Heartbeat(known, *numbers, workers, records, events, latest))
 
     @_answers("life")

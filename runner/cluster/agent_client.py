@@ -32,7 +32,7 @@ GIVE_UP: Final = 4.0
 KILL_AGAIN: Final = 1.0
 """Seconds after which a kill that was not acknowledged is sent again."""
 
-_NO_HEARTBEAT: Final = Heartbeat(True, 0, 0, 0, 0, 0, [], [], [], 0)
+_NO_HEARTBEAT: Final = Heartbeat(True, 0, 0, 0, 0, 0, 0, [], [], [], 0)
 
 
 class AgentJob(Protocol):
@@ -194,7 +194,7 @@ class AgentClient:
             if heartbeat.seen > self._seen:
                 self._seen = heartbeat.seen
                 self._news.append(heartbeat)
-        self._host.placement.update(self.node, silent=False, others=max(0, heartbeat.busy - self.node.running))
+        self._host.placement.update(self.node, silent=False, others=max(0, heartbeat.running - self.node.running))
         if self._news:
             self._notify()
 

@@ -94,6 +94,7 @@ class Heartbeat(msgspec.Struct, array_like=True, frozen=True):
     busy: int
     waiting: int
     deaths: int
+    running: int
     workers: list[WorkerInfo]
     records: list[LogEntry]
     events: list[bytes]

@@ -56,20 +56,21 @@ _END_PATIENCE: Final = 2.0
 _CTL_THREADS: Final = 8
 _LIFE_THREADS: Final = 4
 _EXTRA_THREADS: Final = 8
-MOST_WORKERS: Final = 1000
+MOST_JOBS: Final = 1000
 """How many jobs one agent runs at most: each has a thread of its own there while it is answered."""
 
 
 class AgentSpec:
     """What a manager's agents are made from.
 
-    `workers` is how many there are at most on each node, None for one per core that Ray counts there. `shared` says
-    that other pools may use the same ones.
+    `workers` is how many there are at most on each node, None for one per core that Ray counts there; each runs up to
+    `concurrency` jobs at once. `shared` says that other pools may use the same ones.
     """
 
-    def __init__(self, name: str, payload: bytes, workers: int | None, *, shared: bool) -> None:
+    def __init__(self, name: str, payload: bytes, workers: int | None, concurrency: int, *, shared: bool) -> None:
         self.name = name
         self.shared = shared
+        self._concurrency = concurrency
         self._payload = payload
         self._workers = workers
 
@@ -84,7 +85,7 @@ class AgentSpec:
                 raise Unready("it did not answer, and is killed")
             return there
         workers = cores if self._workers is None else self._workers
-        threads = min(workers, MOST_WORKERS) + _EXTRA_THREADS
+        threads = min(workers * self._concurrency, MOST_JOBS) + _EXTRA_THREADS
         groups = {"ctl": _CTL_THREADS, "life": _LIFE_THREADS, "run": threads, "more": threads, "feed": threads}
         remote: Any = ray.remote(num_cpus=0, concurrency_groups=groups)  # type: ignore[call-overload]
         return (
@@ -194,11 +195,11 @@ class NodeManager:
             if not self._agents.shared:
                 ray.kill(told[answer])
 
-    def numbers(self) -> tuple[int, int, int]:
-        """How many workers are starting, how many idle, and how many have died, as the agents last told."""
+    def numbers(self) -> tuple[int, int, int, int]:
+        """How many workers are starting, idle and busy, and how many have died, as the agents last told."""
         pulses = [link.heartbeat for link in list(self._host.links.values())]
-        deaths = self._deaths + sum(heartbeat.deaths for heartbeat in pulses)
-        return sum(heartbeat.starting for heartbeat in pulses), sum(heartbeat.idle for heartbeat in pulses), deaths
+        starting, idle, busy = (sum(getattr(pulse, name) for pulse in pulses) for name in ("starting", "idle", "busy"))
+        return starting, idle, busy, self._deaths + sum(pulse.deaths for pulse in pulses)
 
     def workers(self) -> list[WorkerInfo]:
         """The workers of all nodes, as the agents last told."""
@@ -264,7 +265,7 @@ class NodeManager:
                 error = joined.error
                 raise Unready(f"no worker can be started there: {joined.error}")
             heartbeat = self._await(actor.ping.remote(self._host.name, joined.seen, logger.getEffectiveLevel()))
-            self._add(actor, Node(name, address, min(joined.capacity, MOST_WORKERS)), heartbeat)
+            self._add(actor, Node(name, address, min(joined.capacity, MOST_JOBS)), heartbeat)
         except Exception as why:  # noqa: BLE001 - Ray has no one root for what it raises here
             failure = f"no agent on node {address}: {why}"
             if not self._ended:
@@ -308,7 +309,7 @@ class NodeManager:
                 raise Unready("the pool is closed")
             self._host.links[node.name] = link
             self._host.placement.add(node)
-        logger.info("node %s takes part, with %d workers", node.address, node.capacity)
+        logger.info("node %s takes part, with %d jobs at once", node.address, node.capacity)
 
     def _lost(self, link: AgentClient) -> None:
         """A link's agent is gone, or cut off: have another one made, where its node still lives."""

@@ -80,10 +80,12 @@ class ClusterPool(Startable):
         per_node = msgspec.structs.replace(options, queueing=Queueing(overload=options.queueing.overload))
         token = uuid.uuid4().hex
         workers = None if by_cores else per_node.size.most
+        self._concurrency = per_node.size.concurrency
         self._agents = AgentSpec(
             f"pool-{token}" if name is None else f"{name}-{_digest(template, per_node, workers)}",
             pickle.dumps((_pool_of(template, per_node), _path())),
             workers,
+            self._concurrency,
             shared=name is not None,
         )
         self._placement = Placement(options.queueing.queue, options.queueing.per_provider)
@@ -205,9 +207,12 @@ class ClusterPool(Startable):
     def stats(self) -> PoolStats:
         """The numbers of this moment, over all nodes. Workers that start, idle or have died are told of each second."""
         manager = self._node_manager
-        starting, idle, deaths = (0, 0, 0) if manager is None else manager.numbers()
-        busy, waiting = self._placement.numbers()
-        return PoolStats(starting, idle, busy, waiting, deaths, self._events.outcomes())
+        starting, idle, busy, deaths = (0, 0, 0, 0) if manager is None else manager.numbers()
+        running, waiting = self._placement.numbers()
+        lanes = sum(node.capacity for node in self._placement.nodes())
+        if self._concurrency == 1:
+            busy = running  # which is not a second old
+        return PoolStats(starting, idle, busy, waiting, deaths, self._events.outcomes(), running, lanes)
 
     # -- use -----------------------------------------------------------------------------------------
 

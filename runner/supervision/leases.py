@@ -239,6 +239,14 @@ class Leases(WaitQueue[Lane]):
         assert self._recycle is not None
         return self._recycle.is_due(worker.pid, worker.jobs, worker.last_job, worker.ready_at)
 
+    def withdraw_surplus(self, jobs: int) -> Worker | None:
+        """Take out of service the worker with the fewest jobs, where no more than so many run, and nobody waits."""
+        with self._lock:
+            if self._waiters or len(self._leased) > jobs or (worker := self._next_worker()) is None:
+                return None
+            self._take_out_of_service(worker)
+            return worker
+
     def withdraw_idle(self, longer_than: float) -> Worker | None:
         """Take out of service the worker that has been idle longest, if that is longer than so many seconds."""
         with self._lock:

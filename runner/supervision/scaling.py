@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -26,7 +27,8 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
     """How many workers there are: from `least` to `most` by demand, and `spares` that are warm beyond that.
 
     Each runs up to `concurrency` jobs at once. A worker that has been idle for `shrink_after` seconds goes, where there
-    are more than the least.
+    are more than the least; of workers with several jobs each, which are spread, the one with the fewest goes once the
+    others have had room for all of them for so long.
     """
 
     least: int
@@ -58,6 +60,11 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def most_jobs(self) -> int:
+        """How many jobs may run at once."""
+        return self.most * self.concurrency
+
+    @property
     def elastic(self) -> bool:
         """Whether the number of workers follows the demand."""
         return self.most > self.least
@@ -85,6 +92,7 @@ class Scaler:
         self._grow_pool = grow
         self._retire = retire
         self._growth_is_due = False
+        self._needed_at = 0.0
         self._ended = False
         if size.elastic:
             leases.on_saturated = self._on_saturated
@@ -107,6 +115,7 @@ class Scaler:
         wanted = min(max(needed, size.least), size.most) + size.spares
         if wanted > self.wanted and not self._ended:
             self.wanted = wanted
+            self._needed_at = time.monotonic()
             self._grow_pool()
             self._reactor.after(size.look_after, self._shrink)
 
@@ -114,9 +123,24 @@ class Scaler:
         """Let go of a worker that has been idle for long; look again until as few are left as there should be."""
         if self._ended:
             return
-        least, shrink_after = self._least, self._size.shrink_after
-        while self.wanted > least and (worker := self._leases.withdraw_idle(shrink_after)) is not None:
+        least = self._least
+        while self.wanted > least and (worker := self._surplus()) is not None:
             self.wanted -= 1
             self._retire(worker)
         if self.wanted > least:
             self._reactor.after(self._size.look_after, self._shrink)
+
+    def _surplus(self) -> Worker | None:
+        """A worker that is not needed any more, taken out of service."""
+        size = self._size
+        idle = self._leases.withdraw_idle(size.shrink_after)
+        if idle is not None or size.concurrency == 1:
+            return idle
+        enough = (self.wanted - size.spares - 1) * size.concurrency
+        now = time.monotonic()
+        if self._leases.numbers().running > enough:
+            self._needed_at = now
+        elif now - self._needed_at >= size.shrink_after:
+            self._needed_at = now  # one at a time
+            return self._leases.withdraw_surplus(enough)
+        return None

@@ -56,7 +56,7 @@ def load(config: ZygoteConfig) -> Adapter | AsyncAdapter:
     if kind == "wsgi":
         from .wsgi import WSGIAdapter
 
-        return WSGIAdapter(target, config.root_path, config.spool_uploads)
+        return WSGIAdapter(target, config.root_path, config.spool_uploads, threads=config.concurrency > 1)
     if kind == "asgi":
         from .asgi import ASGIAdapter
 

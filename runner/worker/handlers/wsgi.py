@@ -24,18 +24,22 @@ _PIECE: Final = 64 * 1024
 
 
 class WSGIAdapter(Adapter):
-    """Calls a WSGI app. `root_path` is the SCRIPT_NAME of requests that lie under it."""
+    """Calls a WSGI app, from several threads at once where it is told so.
+
+    `root_path` is the SCRIPT_NAME of requests that lie under it.
+    """
 
     kind = "wsgi"
 
-    def __init__(self, app: Application, root_path: str, spool: int | None = None) -> None:
+    def __init__(self, app: Application, root_path: str, spool: int | None = None, *, threads: bool = False) -> None:
         self._app = app
         self._root_path = root_path.rstrip("/")
         self._spool = spool
+        self._threads = threads
 
     def __call__(self, request: IncomingRequest, response: OutgoingResponse) -> None:
         started = _StartedResponse(response)
-        environ = build_environ(request, self._root_path)
+        environ = build_environ(request, self._root_path, threads=self._threads)
         if self._spool is not None and request.head.has_body and "CONTENT_LENGTH" not in environ:
             spooled = _spooled(environ["wsgi.input"], self._spool)
             if spooled is None:
@@ -146,7 +150,7 @@ class _StartedResponse:
             raise AssertionError("the app gave its body without having called start_response (PEP 3333)")
 
 
-def build_environ(request: IncomingRequest, root_path: str) -> dict[str, Any]:
+def build_environ(request: IncomingRequest, root_path: str, *, threads: bool = False) -> dict[str, Any]:
     """The environ of PEP 3333; `blastdoor.context` holds what the host vouches for."""
     head = request.head
     raw_path, _, query = head.target.partition("?")
@@ -172,7 +176,7 @@ def build_environ(request: IncomingRequest, root_path: str) -> dict[str, Any]:
         "wsgi.input": body,
         "wsgi.input_terminated": True,
         "wsgi.errors": sys.stderr,
-        "wsgi.multithread": False,
+        "wsgi.multithread": threads,
         "wsgi.multiprocess": True,
         "wsgi.run_once": False,
         "blastdoor.context": head.context,
