@@ -4,7 +4,8 @@
   segfaults. A healthy request counts as lost where it was sent and got no 200, but for those that were still under way
   at the end. The processor time is that of all processes of a server; "front" are those that do not run the app.
 - A thousand idle keep-alive connections: memory for each.
-- 200 slow streams (SSE, 20 tokens a second each): processor time for each token, and which came late.
+- 200 and 1,000 slow streams (SSE, 20 tokens a second each): processor time for each token, and which came late; and
+  what a segfault in the midst of them does.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
@@ -253,19 +255,43 @@ async def measured_idle(server: Server, number: int) -> Result:
     return {"each": (after - before) / number}
 
 
-async def stream(port: int, tokens: int, late: list[float]) -> int:
-    """One stream; how many tokens came. Each one's lateness, against when it was written, goes into `late`."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"GET /stream?tokens=%d HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % tokens)
-    came = 0
-    try:
-        while line := await reader.readline():
-            if line.startswith(b"data: "):
-                late.append(time.time() - float(line[6:]))
-                came += 1
-    finally:
-        writer.close()
-    return came
+class Stream(asyncio.Protocol):
+    """A client of one stream: how many tokens came, how late the last of each piece was, and how it ended."""
+
+    def __init__(self, tokens: int, late: list[float], over: asyncio.Future[None]) -> None:
+        self.came = 0
+        self.whole = False
+        self._late = late
+        self._over = over
+        self._request = b"GET /stream?tokens=%d HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % tokens
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        if some := data.count(b"data: "):
+            self.came += some
+            time_of_last = data[data.rindex(b"data: ") + 6 :].partition(b"\n")[0]
+            with contextlib.suppress(ValueError):  # it was cut in two
+                self._late.append(time.time() - float(time_of_last))
+        self.whole = data.endswith(b"0\r\n\r\n")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+
+
+async def streams(port: int, number: int, tokens: int, late: list[float]) -> list[Stream]:
+    """So many streams at once, each to its end."""
+    loop = asyncio.get_running_loop()
+    ends = [loop.create_future() for _ in range(number)]
+    clients = []
+    for end in ends:
+        _, client = await loop.create_connection(partial(Stream, tokens, late, end), "127.0.0.1", port)
+        clients.append(client)
+    await asyncio.gather(*ends)
+    return clients
 
 
 async def measured_streams(server: Server, number: int, tokens: int) -> Result:
@@ -273,11 +299,30 @@ async def measured_streams(server: Server, number: int, tokens: int) -> Result:
     with running(server) as (port, processes):
         late: list[float] = []
         before = sum(seconds_by_role(processes).values())
-        came = await asyncio.gather(*(stream(port, tokens, late) for _ in range(number)))
-        used = sum(seconds_by_role(processes).values()) - before
+        clients = asyncio.ensure_future(streams(port, number, tokens, late))
+        await asyncio.sleep(tokens / 40)  # in the midst of it
         held = memory(processes)
+        came = sum(client.came for client in await clients)
+        used = sum(seconds_by_role(processes).values()) - before
     cuts = statistics.quantiles(late, n=100, method="inclusive")
-    return {"token": used / len(late) * 1e6, "came": sum(came), "p50": cuts[49], "p99": cuts[98], "memory": held}
+    return {"token": used / max(came, 1) * 1e6, "came": came, "p50": cuts[49], "p99": cuts[98], "memory": held}
+
+
+async def measured_crash(server: Server, number: int, tokens: int) -> Result:
+    """A segfault in the midst of so many streams: how many end whole, and when the next request is answered."""
+    with running(server) as (port, _):
+        going = asyncio.ensure_future(streams(port, number, tokens, []))
+        await asyncio.sleep(tokens / 40)
+        began = time.monotonic()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /die HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        fatal = await reader.read(100)
+        writer.close()
+        answered = time.monotonic() - began
+        clients = await going
+    whole = sum(client.whole and client.came == tokens for client in clients)
+    cut = sum(not client.whole for client in clients)
+    return {"whole": whole, "cut": cut, "fatal": b" 500 " in fatal, "fatal_after": answered}
 
 
 def main() -> None:
@@ -317,23 +362,44 @@ def main() -> None:
                     table.add_row(name, f"does not hold them: {type(error).__name__}")
         console.print(table)
     if options.only in (None, "streams"):
-        table = _table(
-            "200 streams of 20 tokens a second, for 5 s", "by", "µs a token", "tokens", "lag", "p99", "memory"
+        preload = "--preload=scripts.measure.served_fastapi"
+        lanes = ours(FASTAPI, str(options.workers), "--concurrency=500", "--connections=2000")
+        compare_streams(
+            console, 200, 100, {"blastdoor serve, 200 workers": ours(FASTAPI, "200", preload), "200 in one": lanes}
         )
-        for name, server in {
-            "blastdoor serve, 200 workers": ours(FASTAPI, "200", "--preload=scripts.measure.served_fastapi"),
-            "uvicorn, 1 process": fastapi_servers(1)["uvicorn, 1 process"],
-        }.items():
-            told = asyncio.run(measured_streams(server, 200, 100))
-            table.add_row(
-                name,
-                f"{told['token']:.0f}",
-                f"{told['came']:,.0f} of 20,000",
-                f"{told['p50'] * 1000:.1f} ms",
-                f"{told['p99'] * 1000:.1f} ms",
-                f"{told['memory'] / (1 << 20):,.0f} MiB",
-            )
-        console.print(table)
+        uvicorn = fastapi_servers(options.workers)["uvicorn"]
+        compare_streams(console, 1000, 200, {"blastdoor serve, 500 at once in each": lanes, "uvicorn": uvicorn})
+
+
+def compare_streams(console: Console, number: int, tokens: int, servers: dict[str, Server]) -> None:
+    """Measure so many streams by each of these, twice: undisturbed, and with a segfault in the midst."""
+    columns = (
+        "by",
+        "µs a token",
+        "tokens",
+        "lag",
+        "p99",
+        "memory",
+        "with a segfault: whole",
+        "cut",
+        "the fatal answered",
+    )
+    table = _table(f"{number:,} streams of 20 tokens a second, for {tokens // 20} s", *columns)
+    for name, server in servers.items():
+        told = asyncio.run(measured_streams(server, number, tokens))
+        crash = asyncio.run(measured_crash(server, number, tokens))
+        table.add_row(
+            name,
+            f"{told['token']:.0f}",
+            f"{told['came']:,.0f} of {number * tokens:,}",
+            f"{told['p50'] * 1000:.1f} ms",
+            f"{told['p99'] * 1000:.1f} ms",
+            f"{told['memory'] / (1 << 20):,.0f} MiB",
+            f"{crash['whole']:,.0f}",
+            f"{crash['cut']:,.0f}",
+            f"after {crash['fatal_after'] * 1000:.0f} ms" if crash["fatal"] else "no",
+        )
+    console.print(table)
 
 
 def _machine() -> str:
