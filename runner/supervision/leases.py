@@ -8,6 +8,8 @@ Under the lock nothing is done to a worker that it could hold up: no pipe of its
 /proc read. It is only signalled, which waits for nobody (pidfd_send_signal(2)), and told of a lane that is opened,
 which does not wait either.
 
+All changes of hands are under one lock, and so in one class, which is longer than others.
+
 An exception that a signal's handler raises in the midst of a change of hands may leave a lane with nobody: `lost`
 finds those, and the supervisor has their workers replaced.
 """
@@ -28,6 +30,7 @@ from ..control.signals import SIGNAL as CANCEL_SIGNAL
 from ..control.signals import STACKS_SIGNAL
 from ..model.recycle import Recycle
 from .record import Lane, Worker
+from .rooms import Rooms
 from .wait_queue import WaitQueue
 from .waiters import Caller
 
@@ -59,8 +62,7 @@ class Numbers(NamedTuple):
 class Leases(WaitQueue[Lane]):
     """The lanes of the workers, and the callers that wait for one.
 
-    Callers are served first in, first out, but for a provider at its limit. The worker with the fewest jobs is next; of
-    those the one that came back last: it is warm, and those that are not needed stay idle until `Scaler` lets them go.
+    Callers are served first in, first out, but for a provider at its limit. The worker with the fewest jobs is next.
 
     What follows is called with the worker, outside the lock, and may neither wait nor take a lease: `retire` when it is
     due for recycling, and gets no more jobs; `condemn` when one of its lanes can't go on; `left_idle` when one that
@@ -81,9 +83,7 @@ class Leases(WaitQueue[Lane]):
         self.condemn: Callable[[Worker], object] = lambda worker: None
         self.left_idle: Callable[[Worker], object] = lambda worker: None
         self.no_lane: Callable[[Worker, OSError], object] = lambda worker, error: None
-        # The workers that may get a job, by how many they have: the last of the first that is not empty is next.
-        self._rooms: list[dict[Worker, None]] = [{}]
-        self._lowest = 0
+        self._rooms = Rooms()
         self._busy = 0
         self._leased: set[Lane] = set()
 
@@ -104,18 +104,9 @@ class Leases(WaitQueue[Lane]):
         limit = admission.per_provider.get(provider) if admission.per_provider else None
         return limit is None or self._running[provider] < limit
 
-    def _next_worker(self) -> Worker | None:
-        """The worker that gets the next job."""
-        rooms = self._rooms
-        while self._lowest < len(rooms):
-            if room := rooms[self._lowest]:
-                return next(reversed(room))
-            self._lowest += 1
-        return None
-
     def _next_lane(self) -> Lane | None:
         """The lane that gets the next job: one that is open, or else is opened."""
-        while (worker := self._next_worker()) is not None:
+        while (worker := self._rooms.next()) is not None:
             if worker.free:
                 return worker.free[-1]
             try:
@@ -124,23 +115,8 @@ class Leases(WaitQueue[Lane]):
             except OSError as error:
                 worker.blocked = True
                 self.no_lane(worker, error)
-            self._place(worker)
+            self._rooms.place(worker)
         return None
-
-    def _place(self, worker: Worker) -> None:
-        """Put a worker where it belongs by its jobs and its state."""
-        if worker.room >= 0:
-            self._rooms[worker.room].pop(worker, None)
-        running = worker.running
-        if worker.in_service and (worker.free or worker.has_room):
-            while len(self._rooms) <= running:
-                self._rooms.append({})
-            # In this order: an interrupt in between leaves it where `lost` finds that it is not offered.
-            self._lowest = min(self._lowest, running)
-            worker.room = running
-            self._rooms[running][worker] = None
-        else:
-            worker.room = -1
 
     def _hand_out(self, lane: Lane, provider: str, caller: Caller[Lane] | None) -> Lane:
         reference: weakref.ref[object] | None = None if caller is None else weakref.ref(caller)
@@ -154,16 +130,16 @@ class Leases(WaitQueue[Lane]):
         if not worker.running:
             self._busy += 1
         worker.running += 1
-        self._place(worker)
+        self._rooms.place(worker)
         if self._admission.per_provider:
             self._running[provider] += 1
-        if self.on_saturated is not None and self._next_worker() is None:
+        if self.on_saturated is not None and self._rooms.next() is None:
             self.on_saturated()
         return lane
 
     def _find_for_waiters(self) -> None:
         """Find lanes for those who have waited longest; `_hand_over` has to follow. Under the lock."""
-        while self._next_worker() is not None and (waiter := self._next_waiter()) is not None:
+        while self._rooms.next() is not None and (waiter := self._next_waiter()) is not None:
             if (lane := self._next_lane()) is None:
                 break
             self._find(waiter, self._hand_out(lane, waiter.provider, waiter.caller))
@@ -199,7 +175,7 @@ class Leases(WaitQueue[Lane]):
             worker.ready_at = worker.idle_since = time.monotonic()
             if self._recycle is not None:
                 worker.last_job = self._recycle.last_job()
-            self._place(worker)
+            self._rooms.place(worker)
             self._find_for_waiters()
         self._hand_over()
 
@@ -207,7 +183,7 @@ class Leases(WaitQueue[Lane]):
         """Lanes of this worker may be opened again."""
         with self._lock:
             worker.blocked = False
-            self._place(worker)
+            self._rooms.place(worker)
             self._find_for_waiters()
         self._hand_over()
 
@@ -223,7 +199,7 @@ class Leases(WaitQueue[Lane]):
             due = due and not worker.leaving
             worker.leaving = worker.leaving or due
             left = worker.leaving and not worker.running
-            self._place(worker)
+            self._rooms.place(worker)
             if self._waiters:  # there may be room now for somebody whom others did not admit
                 self._find_for_waiters()
         if self._at_hand:
@@ -242,7 +218,7 @@ class Leases(WaitQueue[Lane]):
     def withdraw_surplus(self, jobs: int) -> Worker | None:
         """Take out of service the worker with the fewest jobs, where no more than so many run, and nobody waits."""
         with self._lock:
-            if self._waiters or len(self._leased) > jobs or (worker := self._next_worker()) is None:
+            if self._waiters or len(self._leased) > jobs or (worker := self._rooms.next()) is None:
                 return None
             self._take_out_of_service(worker)
             return worker
@@ -250,7 +226,7 @@ class Leases(WaitQueue[Lane]):
     def withdraw_idle(self, longer_than: float) -> Worker | None:
         """Take out of service the worker that has been idle longest, if that is longer than so many seconds."""
         with self._lock:
-            idle = self._rooms[0]
+            idle = self._rooms.idle
             if not idle or self._waiters:
                 return None
             worker = min(idle, key=lambda idle: idle.idle_since)
@@ -261,12 +237,12 @@ class Leases(WaitQueue[Lane]):
 
     def _take_out_of_service(self, worker: Worker) -> None:
         worker.leaving = True
-        self._place(worker)
+        self._rooms.place(worker)
 
     def idle(self) -> list[Worker]:
         """The workers that have no job now."""
         with self._lock:
-            return list(self._rooms[0])
+            return list(self._rooms.idle)
 
     def evict(self, worker: Worker, since: float) -> bool:
         """Kill a worker that has been idle since then, if it still is; whether it was."""
@@ -279,7 +255,7 @@ class Leases(WaitQueue[Lane]):
     @property
     def has_any(self) -> bool:
         """Whether there is any worker, idle or held."""
-        return bool(self._leased) or any(self._rooms)
+        return bool(self._leased or self._rooms)
 
     @property
     def _any_taken(self) -> bool:
@@ -288,7 +264,7 @@ class Leases(WaitQueue[Lane]):
     def numbers(self) -> Numbers:
         """How many there are."""
         with self._lock:
-            return Numbers(len(self._rooms[0]), self._busy, len(self._leased), len(self._waiters))
+            return Numbers(len(self._rooms.idle), self._busy, len(self._leased), len(self._waiters))
 
     def discard(self, lane: Lane) -> None:
         """The holder is done with a lane that must not go on: its worker is killed, dead or not yet.
@@ -338,9 +314,9 @@ class Leases(WaitQueue[Lane]):
                 held = sum([lane.leased for lane in worker.lanes])
                 if worker.running != held:  # who counted was interrupted
                     worker.running = held
-                    self._place(worker)
+                    self._rooms.place(worker)
                 free = set(worker.free)
-                offered = worker.blocked or (worker.room >= 0 and worker in self._rooms[worker.room])
+                offered = worker.blocked or self._rooms.holds(worker)
                 for lane in worker.lanes:
                     lost = lane.forgotten if lane.leased else lane not in free or not offered
                     if lost and lane not in seen_to:
@@ -408,7 +384,7 @@ class Leases(WaitQueue[Lane]):
 
     def _signal(self, worker: Worker) -> None:
         worker.kill_sent = True
-        self._place(worker)
+        self._rooms.place(worker)
         self._signal_with(worker, signal.SIGKILL)
 
     @staticmethod
@@ -428,7 +404,7 @@ class Leases(WaitQueue[Lane]):
             if worker.pidfd is not None:
                 os.close(worker.pidfd)
                 worker.pidfd = None
-            self._place(worker)
+            self._rooms.place(worker)
             for lane in worker.lanes:
                 if lane.leased:
                     lane.channel.wake()

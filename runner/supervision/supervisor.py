@@ -41,6 +41,7 @@ from .leases import Leases
 from .logs import LogPipe
 from .reactor import Reactor
 from .record import Lane, Worker
+from .retirement import Retirement
 from .scaling import Scaler, Size
 from .spawning import order_worker, read_first_frame, read_report
 from .start_failure_log import StartFailureLog
@@ -84,19 +85,12 @@ class Supervisor:
         self.leases = leases
         self.events = events
         self._config = config
-        self._retiring: set[Worker] = set()
-        self._condemned: set[Worker] = set()
         self._label = f"{config.label}: " if config.label else ""
         self._start_failures = StartFailureLog(self._label)
         self._orders_are_held = False
-        leases.retire = lambda worker: self._reactor.call(lambda: self._retire(worker))
-        leases.condemn = lambda worker: self._reactor.call(lambda: self._condemn(worker))
-        leases.left_idle = lambda worker: self._reactor.call(lambda: self._end_idle(worker))
         leases.no_lane = lambda worker, error: self._reactor.call(lambda: self._await_lane(worker, error))
         self._env = env
         self._start_timeout = start_timeout
-        self._stop_timeout = stop_timeout
-        self._drain = drain
         self._backoff = RestartBackoff()
         self._workers: dict[int, Worker] = {}
         self._numbers = itertools.count(1)
@@ -114,7 +108,8 @@ class Supervisor:
         self.in_forked_child = False
         self.kind = ""
         self._reactor = Reactor()
-        self._scaler = Scaler(size, leases, self._reactor, self._respawn, self._retire)
+        self._retirement = Retirement(self._reactor, leases, self._respawn, stop_timeout, drain)
+        self._scaler = Scaler(size, leases, self._reactor, self._respawn, self._retirement.retire)
         self._zygote_watch = ZygoteWatch(self._reactor, self._births_owed, self._zygote_is_silent)
         background = None if config.sandbox is None else config.sandbox.background_seconds
         self._abandoned = AbandonedJobs(self._reactor, leases, config.grace, config.limits.wall_seconds, background)
@@ -315,35 +310,6 @@ class Supervisor:
 
     # -- the number of workers -----------------------------------------------------------------------
 
-    def _retire(self, worker: Worker) -> None:
-        """Replace a worker that gets no more jobs: its successor is started first, then it is asked to end.
-
-        Jobs that it has come to their ends before.
-        """
-        if worker.dead or self._closing:
-            return
-        self._retiring.add(worker)
-        self._respawn()
-        self._end_idle(worker)
-
-    def _condemn(self, worker: Worker) -> None:
-        """Replace a worker that has a job which does not end, or a broken lane: its other jobs have their time."""
-        if worker.dead or self._closing or worker in self._condemned:
-            return
-        self._condemned.add(worker)
-        self._reactor.after(self._drain, lambda: self.leases.kill(worker))
-        self._retire(worker)
-
-    def _end_idle(self, worker: Worker) -> None:
-        """End a worker that gets no more jobs, once it has none."""
-        if worker.running or worker.dead or worker.ending or worker not in self._retiring:
-            return
-        if worker in self._condemned:
-            self.leases.kill(worker)
-            return
-        worker.end_requests()
-        self._reactor.after(self._stop_timeout, lambda: self.leases.kill(worker))
-
     def _await_lane(self, worker: Worker, error: OSError) -> None:
         """No lane of this worker can be opened, for this reason: try again once it has taken those before."""
         if worker.dead or worker.line.fd < 0:
@@ -360,7 +326,7 @@ class Supervisor:
         self.leases.unblock(worker)
 
     def _in_service(self) -> list[Worker]:
-        return [worker for worker in self._workers.values() if worker not in self._retiring]
+        return [worker for worker in self._workers.values() if worker not in self._retirement]
 
     # -- what is left behind ----------------------------------------------------------------------
 
@@ -410,7 +376,7 @@ class Supervisor:
             self._respawn()
 
     def _spawn_missing(self) -> None:
-        missing = self._scaler.wanted - len(self._workers) + len(self._retiring)
+        missing = self._scaler.wanted - len(self._workers) + len(self._retirement)
         if self._backoff.engaged:
             missing = 0 if self._starting else min(missing, 1)  # one try at a time
         room = _MOST_ORDERS - len(self._unborn)
@@ -513,6 +479,7 @@ class Supervisor:
             self._start_error = why
             self._closing = True
             self._scaler.end()
+            self._retirement.end()
             self.leases.refuse(lambda: StartError(why))
             self._started.set()
             return
@@ -547,10 +514,9 @@ class Supervisor:
         worker.log.close(told=not worker.was_leased or any(lane not in self._abandoned for lane in lanes))
         self.leases.mark_exited(worker, status)
         if not self._stopping:
-            self.events.deaths += worker not in self._retiring or worker in self._condemned
+            self.events.deaths += worker not in self._retirement or self._retirement.is_condemned(worker)
         self.events.emit(WorkerEnded(worker.pid, *describe_exit(status)[1:], worker.jobs))
-        self._retiring.discard(worker)
-        self._condemned.discard(worker)
+        self._retirement.forget(worker)
         self._abandoned.worker_ended(worker)
         if self._stopping:
             self._stop_zygote_if_alone()
@@ -583,6 +549,7 @@ class Supervisor:
     def _begin_stop(self, grace: float) -> None:
         self._closing = self._stopping = True
         self._scaler.end()
+        self._retirement.end()
         self.watchdog.end()
         for worker in self._workers.values():
             if worker.ready and not worker.running:

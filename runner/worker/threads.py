@@ -88,6 +88,10 @@ class ThreadCancellation:
         self._thread = threading.get_ident()
         _lanes[self._thread] = self
 
+    def after_fork_in_child(self) -> None:
+        """In a process that the handler has forked: the main thread is not here to give the lock back."""
+        self._lock = threading.RLock()
+
     def begin(self, job: int) -> None:
         """This job's handler runs from now on. Raises JobCancelled where its caller has left already."""
         with self._lock:
@@ -174,7 +178,7 @@ class _Lane:
         self.cancellation = ThreadCancellation()
         self._pipes = Pipes(request_fd, response_fd, self.cancellation, prints)
         self._handler = handler
-        disown_forks((request_fd, response_fd), self._pipes.sever)
+        disown_forks((request_fd, response_fd), self._sever)
         self.thread = threading.Thread(target=self._run, name=f"blastdoor-lane-{number}", daemon=True)
 
     def _run(self) -> None:
@@ -193,6 +197,10 @@ class _Lane:
             if not is_fork():
                 traceback.print_exc()
             os._exit(_SOFTWARE)
+
+    def _sever(self) -> None:
+        self.cancellation.after_fork_in_child()
+        self._pipes.sever()
 
     def _reap(self) -> None:
         """Reap what the handler's programs have left behind, while there is no request; one thread at a time does."""
