@@ -78,5 +78,6 @@ class Retirement:
         if worker in self._condemned:
             self._leases.kill(worker)
             return
+        self._reactor.unwatch(worker.line.fd)  # there may have been no room in it for a lane
         worker.end_requests()
         self._reactor.after(self._stop_timeout, lambda: self._leases.kill(worker))

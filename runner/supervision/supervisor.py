@@ -553,6 +553,7 @@ class Supervisor:
         self.watchdog.end()
         for worker in self._workers.values():
             if worker.ready and not worker.running:
+                self._reactor.unwatch(worker.line.fd)
                 worker.end_requests()
             else:
                 self.leases.kill(worker)

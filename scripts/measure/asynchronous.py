@@ -15,6 +15,7 @@ from transport.httpx2 import AsyncTransport, Transport
 URL = "http://app.local"
 PAUSE = 0.05
 TOKENS = 100
+FEW = 10
 
 
 class Nothing(httpx2.BaseTransport):
@@ -100,21 +101,16 @@ def round_trips(rounds: int) -> Iterator[Row]:
 
 def slow_streams(streams: int) -> Iterator[Row]:
     """Many slow streams at once through one AsyncClient: how late each token is seen after it was written."""
-    lags: list[float] = []
-    held_back = 0
-
-    async def read(client: httpx2.AsyncClient) -> None:
-        nonlocal held_back
-        async with client.stream("GET", f"{URL}/stream?{TOKENS}") as response:
-            async for line in response.aiter_lines():
-                if line:
-                    lag = time.monotonic() - float(line.split()[1])
-                    lags.append(lag * 1e3)
-                    held_back += lag > PAUSE
 
     async def main() -> None:
         limits = httpx2.Limits(max_connections=None)
         transport = AsyncTransport(pool)
+
+        async def read(client: httpx2.AsyncClient) -> None:
+            async with client.stream("GET", f"{URL}/stream?{TOKENS}") as response:
+                async for line in response.aiter_lines():
+                    lags.extend(_lags(line.encode()))
+
         async with (
             httpx2.AsyncClient(transport=transport, timeout=None, limits=limits) as client,
             anyio.create_task_group() as group,
@@ -122,8 +118,47 @@ def slow_streams(streams: int) -> Iterator[Row]:
             for _ in range(streams):
                 group.start_soon(read, client)
 
+    lags: list[float] = []
     with Pool("scripts.measure.handlers:asgi", workers=streams, preload=True) as pool:
         anyio.run(main)
-    assert len(lags) == streams * TOKENS
-    name = f"{streams} streams at once, a token each {PAUSE * 1e3:.0f} ms, its lag"
-    yield name, f"{show(lags, 'ms')}; {held_back} of {len(lags)} later than the next was due"
+    yield f"{streams} streams at once, a token each {PAUSE * 1e3:.0f} ms, its lag", _lateness(lags, streams * TOKENS)
+
+
+def thousand_streams(streams: int = 1000) -> Iterator[Row]:
+    """So many streams at once in one event loop, a process for each and then two for all: the lag of their tokens."""
+
+    async def main() -> None:
+        async def read() -> None:
+            async with await pool.aopen(Request("GET", f"/slow?{FEW}")) as job:
+                async for piece in job:
+                    lags.extend(_lags(piece))
+
+        async with anyio.create_task_group() as group:
+            for _ in range(streams):
+                group.start_soon(read)
+
+    for workers, concurrency in ((streams, 1), (2, streams // 2)):
+        lags: list[float] = []
+        began = time.monotonic()
+        pool = Pool("scripts.measure.handlers:asgi", workers=workers, concurrency=concurrency, preload=True).start()
+        started = time.monotonic() - began
+        anyio.run(main)
+        began = time.monotonic()
+        pool.close()
+        closed = time.monotonic() - began
+        name = f"{streams} streams at once, {workers} workers, a token each 500 ms, its lag"
+        yield name, _lateness(lags, streams * FEW)
+        yield "  the pool's start, and its end", f"{started:.2f} s, {closed:.2f} s"
+
+
+def _lags(piece: bytes) -> list[float]:
+    """How many milliseconds ago each token of this piece was written."""
+    now = time.monotonic()
+    return [(now - float(when)) * 1e3 for when in piece.split()[1::2]]
+
+
+def _lateness(lags: list[float], tokens: int) -> str:
+    if len(lags) != tokens:
+        raise RuntimeError(f"{len(lags)} tokens came of {tokens}")
+    late = sum(lag > PAUSE * 1e3 for lag in lags)
+    return f"{show(lags, 'ms')}; {late} of {tokens} later than {PAUSE * 1e3:.0f} ms"

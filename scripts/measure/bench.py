@@ -255,7 +255,11 @@ def supervision(arguments: Any) -> tuple[list[figures.Row], tuple[float, float]]
     with Pool("scripts.measure.handlers:handler", workers=2, spares=1, preload=True) as pool:
         rows = [*figures.tokens(pool), *figures.bandwidth(pool, arguments.mebibytes), *figures.deaths(pool, 100)]
     rows += [*placement.placements(arguments.rounds * 2)]
-    rows += [*asynchronous.round_trips(arguments.rounds), *asynchronous.slow_streams(200)]
+    rows += [
+        *asynchronous.round_trips(arguments.rounds),
+        *asynchronous.slow_streams(200),
+        *asynchronous.thousand_streams(),
+    ]
     rows += [*sandbox.requests_through(arguments.rounds), *sandbox.starts(50)]
     rows += [*figures.cancels(30), *figures.starts(5), *figures.imports(5)]
     ratios = [float(value.rpartition("; ")[2].split()[0]) for name, value in rows if " MiB " in name and "; " in value]

@@ -291,7 +291,11 @@ def main() -> None:
         ]
     from scripts.measure import asynchronous
 
-    rows += [*asynchronous.round_trips(arguments.rounds), *asynchronous.slow_streams(200)]
+    rows += [
+        *asynchronous.round_trips(arguments.rounds),
+        *asynchronous.slow_streams(200),
+        *asynchronous.thousand_streams(),
+    ]
     rows += [*cancels(50), *starts(10), *imports(10)]
     for name, value in rows:
         print(f"{name:57} {value}")

@@ -82,17 +82,18 @@ def wsgi(environ: dict[str, Any], start_response: Any) -> list[bytes]:
 
 
 async def asgi(scope: Any, receive: Any, send: Any) -> None:
-    """An ASGI app: echoes a small body, or streams as many tokens as the query says, 50 ms apart."""
+    """An ASGI app: echoes a small body, or streams as many tokens as the query says, 50 ms apart, or half a second."""
     assert scope["type"] == "http"
     await send({"type": "http.response.start", "status": 200, "headers": []})
     if scope["path"] == "/echo":
         await send({"type": "http.response.body", "body": (await receive())["body"]})
         return
+    pause = 0.05 if scope["path"] == "/stream" else 0.5
     await asyncio.sleep(random.random())  # no two streams in step
     for _ in range(int(scope["query_string"])):
         data = f"data: {time.monotonic()}\n\n".encode()
         await send({"type": "http.response.body", "body": data, "more_body": True})
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(pause)
     await send({"type": "http.response.body", "body": b""})
 
 
