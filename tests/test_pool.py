@@ -10,6 +10,7 @@ import queue
 import resource
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ from runner import (
     WorkerDied,
 )
 from runner.events import WorkerEnded
+from runner.platform import descriptors
 from runner.supervision.record import Worker
 from runner.supervision.supervisor import Supervisor
 from tests.processes import is_gone, kill, wait_gone
@@ -531,9 +533,10 @@ def test_settings_that_the_machine_refuses(monkeypatch: pytest.MonkeyPatch) -> N
         Pool("tests.handlers:app", workers=1).start()
 
 
-def test_descriptors_run_out(start: Callable[..., Pool]) -> None:
+def test_descriptors_run_out(start: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
     """W3, F8: at start it is told; later workers are tried again, without a storm, until there are some."""
     pool = start(workers=4)
+    monkeypatch.setattr(descriptors, "make_room", lambda count: count)  # others take what there was room for
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = [os.dup(0) for _ in range(8)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
@@ -625,6 +628,43 @@ def test_a_failed_start_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.M
                 attempt()
         (tmp_path / "broken").unlink()
         assert get(pool, "/") == b"sometimes"
+
+
+LIMITED = """
+import resource, sys
+from runner import Pool, Request, StartError
+soft, hard, workers, concurrency = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+try:
+    with Pool("tests.handlers:app", workers=workers, concurrency=concurrency) as pool:
+        with pool.open(Request("GET", "/hello")) as job:
+            print(b"".join(job), resource.getrlimit(resource.RLIMIT_NOFILE)[0] > soft)
+except StartError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        ((32, 400, 4, 1), "b'hello' True"),
+        ((32, 400, 100, 1), "the limit of open files has no room for 100 workers: there is room for 4"),
+        ((200, 400, 2, 100), "the limit of open files has no room for 2 workers of 100 jobs each: there is room for 4"),
+    ],
+)
+def test_room_for_descriptors(tmp_path: Path, numbers: tuple[int, ...], told: str) -> None:
+    """K5, W3: the soft limit is raised where that helps; else the start says how many there is room for."""
+    program = tmp_path / "program.py"
+    program.write_text(LIMITED)
+    done = subprocess.run(
+        [sys.executable, program, *map(str, numbers)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.stdout.startswith(told), (done.stdout, done.stderr)
 
 
 def test_the_news_of_a_death_overtakes_its_report(

@@ -7,7 +7,7 @@ import resource
 from typing import Final
 
 _MARGIN: Final = 64
-"""Descriptors that are left for what else the process does."""
+"""Descriptors for what else the process does, where the hard limit has room for them too."""
 
 
 def make_room(count: int) -> int:
@@ -18,10 +18,13 @@ def make_room(count: int) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return count
-    wanted = len(os.listdir("/proc/self/fd")) + count + _MARGIN
-    if wanted > soft:
-        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if raised > soft:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-            soft = raised
-    return min(count, count - (wanted - soft))
+    try:
+        taken = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        taken = soft  # there is not even one to look with
+    wanted = taken + count + _MARGIN
+    raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if raised > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        soft = raised
+    return min(count, soft - taken)

@@ -50,7 +50,7 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
         if room >= wanted:
             return
         if self.concurrency == 1:
-            what, there = f"{workers} workers", f"{max(room // _PER_WORKER, 0)}"
+            what, there = f"{workers} worker{'s' if workers > 1 else ''}", f"{max(room // _PER_WORKER, 0)}"
         else:
             lanes = max(room // self.most - _PER_WORKER, 0) // _PER_LANE + 1
             what, there = f"{workers} workers of {self.concurrency} jobs each", f"{lanes} jobs in each"
