@@ -28,6 +28,7 @@ from .model.limits import Limits
 from .model.recycle import Recycle
 from .model.request import Request, Upload
 from .model.sandbox import Profile, Sandbox
+from .platform import descriptors
 from .pool_base import Startable
 from .pool_options import (
     Environment,
@@ -194,7 +195,7 @@ class Pool(Startable):
                 raise PoolClosed("the pool is closed: open a new one")
             if self._supervisor is None:
                 options, sandbox = self._options, self._config.sandbox
-                options.size.make_room()
+                options.size.make_room(self._token)
                 env = options.environment.of_workers(self._config, options.size.most)
                 if sandbox is not None and sandbox.protect_host:
                     from .platform import linux  # ctypes is loaded where it is used
@@ -247,6 +248,7 @@ class Pool(Startable):
             for job in self._leases.jobs():
                 job.close(PoolClosed("the pool was closed before the job's end"))
             supervisor.stop(self._options.times.stop_timeout)
+            descriptors.release(self._token)
 
     @property
     def _has_begun(self) -> bool:
@@ -284,10 +286,10 @@ class Pool(Startable):
         """The numbers of this moment: workers by state, callers that wait, and how the jobs so far have ended."""
         supervisor = self._supervisor
         starting = 0 if supervisor is None else supervisor.starting
-        idle, busy, running, waiting = self._leases.numbers()
-        lanes = (idle + busy) * self._config.concurrency
-        outcomes = self._events.outcomes()
-        return PoolStats(starting, idle, busy, waiting, self._events.deaths, outcomes, running, lanes)
+        now = self._leases.numbers()
+        lanes = now.serving * self._config.concurrency
+        deaths, outcomes = self._events.deaths, self._events.outcomes()
+        return PoolStats(starting, now.idle, now.busy, now.waiting, deaths, outcomes, now.running, lanes)
 
     # -- use -----------------------------------------------------------------------------------------
 

@@ -79,8 +79,10 @@ class Queueing(msgspec.Struct, frozen=True, kw_only=True):
 
     def admission(self, size: Size) -> Admission:
         """What the leases of a pool of this size are told."""
-        jobs = size.most_jobs if size.spares else None
-        return Admission(jobs=jobs, queue=self.queue, per_provider=self.per_provider)
+        lanes = size.concurrency > 1
+        jobs = size.most_jobs if size.spares or lanes else None
+        leaving = size.most if lanes else None
+        return Admission(jobs=jobs, leaving=leaving, queue=self.queue, per_provider=self.per_provider)
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True):

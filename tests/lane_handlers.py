@@ -7,6 +7,7 @@ import contextvars
 import ctypes
 import mmap
 import os
+import socket
 import sys
 import threading
 import time
@@ -142,6 +143,89 @@ def do_background_print(request: Any, response: Any) -> bytes:
     return b"printed"
 
 
+def do_helper_reads(request: Any, response: Any) -> None:
+    """A thread of its own reads the body, and waits for its end, while the head goes out; the file `here` says so."""
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(request.body.read()))
+    reader.start()
+    time.sleep(0.05)  # it waits in the pipe by now
+    response.write_header(200)
+    Path(parameter(request, "here")).touch()
+    response.write(b"x" * 20_000)
+    reader.join()
+    response.write(found[0])
+
+
+def do_helper_writes(request: Any, response: Any) -> None:
+    """A thread of its own streams; this one waits for it, and says in the file `told` that it was cancelled."""
+    failed: list[BaseException] = []
+
+    def stream() -> None:
+        try:
+            while True:
+                response.write(b"x" * 20_000)
+        except BaseException as error:
+            failed.append(error)
+
+    writer = threading.Thread(target=stream)
+    writer.start()
+    try:
+        while writer.is_alive():
+            time.sleep(0.001)
+    except JobCancelled:
+        Path(parameter(request, "told")).touch()
+        raise
+
+
+LEAKED: list[int] = []
+
+
+def do_leak(request: Any, response: Any) -> bytes:
+    """Opens all descriptors that it may."""
+    try:
+        while True:
+            LEAKED.append(os.dup(0))
+    except OSError:
+        return b"leaked"
+
+
+def do_inherited(request: Any, response: Any) -> bytes:
+    """The descriptors that a program which it starts has."""
+    with os.popen("ls /proc/self/fd") as listing:
+        return listing.read().encode()
+
+
+def do_shut_line(request: Any, response: Any) -> bytes:
+    line = socket.socket(fileno=os.dup(5))
+    line.shutdown(socket.SHUT_RDWR)
+    line.close()
+    return b"shut"
+
+
+def do_rename(request: Any, response: Any) -> None:
+    """Gives its thread another name, and burns."""
+    name = ctypes.create_string_buffer(b"other")
+    time.sleep(0.1)
+    ctypes.CDLL(None).prctl(15, name, 0, 0, 0)
+    do_burn(request, response)
+
+
+def do_print_much(request: Any, response: Any) -> bytes:
+    """Threads in this job's context print whole lines, and parts of some."""
+    context = contextvars.copy_context()
+
+    def say(number: int) -> None:
+        for turn in range(200):
+            print(f"<{number}.{turn}>")
+
+    threads = [threading.Thread(target=context.copy().run, args=(say, number)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return b"printed"
+
+
 async def async_app(request: Any, response: Any) -> bytes | None:
     return await globals()[f"async_{request.path[1:]}"](request, response)  # type: ignore[no-any-return]
 
@@ -221,3 +305,17 @@ async def async_share(request: Any, response: Any) -> bytes:
 def wsgi(environ: dict[str, Any], start_response: Any) -> list[bytes]:
     start_response("200 OK", [])
     return [repr(environ["wsgi.multithread"]).encode()]
+
+
+async def async_hold(request: Any, response: Any) -> bytes:
+    """Holds up the loop, and all other jobs on it."""
+    time.sleep(float(parameter(request, "seconds")))
+    return b"held"
+
+
+async def async_close_lane(request: Any, response: Any) -> None:
+    """Closes what its lane is read from, so that our own code fails."""
+    await response.write(b"begun")
+    os.close(3)
+    os.close(4)
+    await asyncio.sleep(0)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import logging
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +25,7 @@ from runner import (
     Job,
     JobFailed,
     JobTimedOut,
+    LeaseTimeout,
     Limits,
     MemoryExceeded,
     Pool,
@@ -31,7 +36,8 @@ from runner import (
     StartError,
     WorkerDied,
 )
-from tests.processes import wait_gone
+from runner.supervision.line import Line
+from tests.processes import kill, wait_gone
 from tests.waiting import wait_until
 
 HANDLERS = ["tests.lane_handlers:app", "tests.lane_handlers:async_app"]
@@ -208,30 +214,83 @@ def test_a_wsgi_app_is_told(start: Callable[..., Pool]) -> None:
     assert get(start("tests.lane_handlers:wsgi", workers=1), "/") == b"False"
 
 
-def test_lanes_that_can_not_be_opened(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+def test_lanes_that_can_not_be_opened(
+    start: Callable[..., Pool], log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """K1, K5: for want of descriptors, or of room in its line, callers wait for the lanes that there are."""
     pool = start(HANDLERS[1], workers=1, concurrency=8)
-    supervisor = pool._supervisor
-    assert supervisor is not None
-    (worker,) = supervisor._workers.values()
-    line = worker.line
     failures: list[OSError] = [OSError(24, "Too many open files"), BlockingIOError(11, "it is full")]
+    open_lane = Line.open_lane
 
-    class Full:
-        fd = line.fd
-        cancel = line.cancel
-        close = line.close
+    def full(line: Line, lane: int, fds: Any) -> None:
+        if failures:
+            raise failures.pop()
+        open_lane(line, lane, fds)
 
-        def open_lane(self, lane: int, fds: Any) -> None:
-            if failures:
-                raise failures.pop()
-            line.open_lane(lane, fds)
-
-    worker.line = Full()  # type: ignore[assignment]
+    monkeypatch.setattr(Line, "open_lane", full)
     results = at_once([lambda number=number: stream(pool, number, 10, 0.01) for number in range(16)])  # type: ignore[misc]
     assert results == [None] * 16
     assert not failures
     assert "no more lanes can be opened" in log.text
+
+
+def test_a_worker_without_descriptors(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+    """K1, K4: a lane that the worker can't take costs nobody anything: its caller goes elsewhere, or waits."""
+    pool = start(HANDLERS[0], workers=1, concurrency=16, limits=Limits(open_files=40))
+    (beside,) = opened(pool, "/wait", 1)
+    assert get(pool, "/leak") == b"leaked"
+    results = at_once([lambda number=number: stream(pool, number, 10, 0.01) for number in range(12)])  # type: ignore[misc]
+    assert results == [None] * 12
+    assert "takes no more than 2 jobs at once" in log.text
+    assert not beside.settled
+    beside.close()
+    assert pool.stats().deaths == 0
+
+
+def test_stacks_are_not_the_handler_s(start: Callable[..., Pool]) -> None:
+    """K1, K5: the stacks of a worker's threads do not count towards the memory that its jobs may take."""
+    pool = start(HANDLERS[0], workers=1, concurrency=64, limits=Limits(memory="64MiB"))
+    jobs = opened(pool, "/wait", 64)
+    for job in jobs:
+        job.close()
+    wait_until(lambda: pool.stats().running == 0)
+
+
+@both
+def test_programs_inherit_no_lane(start: Callable[..., Pool], handler: str) -> None:
+    """K1, N1: what a handler starts has none of the pipes of any job."""
+    pool = start(HANDLERS[0], workers=1, concurrency=4)
+    jobs = opened(pool, "/wait", 3)
+    assert get(pool, "/inherited").split() == [b"0", b"1", b"2", b"3"]  # and the listing's own
+    for job in jobs:
+        job.close()
+
+
+def test_two_pools_have_room(tmp_path: Path) -> None:
+    """K5: descriptors that one pool may open later are not given to another."""
+    program = tmp_path / "program.py"
+    program.write_text(TWO_POOLS)
+    done = subprocess.run(
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        check=False,
+    )
+    assert done.stdout == "80 jobs\n", done.stderr
+
+
+TWO_POOLS = """
+import contextlib, resource
+from runner import Pool, Request
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 1000))
+with contextlib.ExitStack() as stack:
+    pools = [stack.enter_context(Pool("tests.lane_handlers:app", workers=1, concurrency=40)) for _ in range(2)]
+    calls = [pool for pool in pools for _ in range(40)]
+    jobs = [stack.enter_context(pool.open(Request("GET", "/wait"), lease_timeout=5)) for pool in calls]
+    print(len(jobs), "jobs")
+"""
 
 
 # -- deaths --------------------------------------------------------------------------------------------
@@ -318,6 +377,37 @@ def test_memory_is_the_worker_s(start: Callable[..., Pool], handler: str) -> Non
             b"".join(job)
 
 
+def test_a_lane_whose_pipe_is_gone(start: Callable[..., Pool]) -> None:
+    """K4, F3: where our own code in the worker can't go on, the worker ends, and its callers are told."""
+    pool = start(HANDLERS[1], workers=1, concurrency=4)
+    with pool.open(Request("GET", "/close_lane"), read_timeout=20) as job, pytest.raises(WorkerDied):
+        b"".join(job)
+    assert get(pool, "/hello") == b"hello"
+
+
+def test_a_worker_that_shuts_its_line(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+    """K3, W1: it can be told nothing any more: it gets no more jobs, and is replaced."""
+    pool = start(HANDLERS[0], workers=1, concurrency=4)
+    (beside,) = opened(pool, "/wait", 1)
+    assert get(pool, "/shut_line") == b"shut"
+    results = at_once([lambda number=number: stream(pool, number, 20, 0.01) for number in range(4)])  # type: ignore[misc]
+    assert results == [None] * 4
+    wait_until(lambda: "has closed its line" in log.text)
+    beside.close()
+
+
+def test_a_worker_that_is_stopped(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+    """K3, W10: no more jobs go to it, though it has free lanes."""
+    pool = start(HANDLERS[0], workers=1, concurrency=4, drain=0.2)
+    (beside,) = opened(pool, "/wait", 1)
+    assert beside.worker_pid
+    os.kill(beside.worker_pid, signal.SIGSTOP)
+    wait_until(lambda: "gets no more jobs" in log.text)
+    assert get(pool, "/hello") == b"hello"
+    with pytest.raises(WorkerDied):
+        b"".join(beside)
+
+
 # -- cancels -------------------------------------------------------------------------------------------
 
 
@@ -373,6 +463,59 @@ def test_the_others_have_their_time_and_no_more(start: Callable[..., Pool]) -> N
     assert get(pool, "/hello") == b"hello"
 
 
+def test_a_burst_of_cancels(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+    """K3: more callers leave at once than the line has room for, while a job holds up the loop: no worker goes."""
+    pool = start(HANDLERS[1], workers=1, concurrency=500, grace=5)
+    beside, *leaving = opened(pool, "/wait", 450)
+    with ThreadPoolExecutor(1) as thread:
+        held = thread.submit(get, pool, "/hold?seconds=0.3")
+        wait_until(lambda: pool.stats().running == 451)
+        for job in leaving:
+            job.close()
+        assert held.result() == b"held"
+    wait_until(lambda: pool.stats().running == 1)
+    assert not beside.settled
+    beside.close()
+    assert pool.stats().deaths == 0
+    assert "gets no more jobs" not in log.text
+
+
+def test_the_grace_time_begins_when_it_is_heard(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+    """K3: a sibling that holds up the loop for longer than the grace time costs an honest job's worker nothing."""
+    pool = start(HANDLERS[1], workers=1, concurrency=8, grace=0.1)
+    beside, leaving = opened(pool, "/wait", 2)
+    with ThreadPoolExecutor(1) as thread:
+        held = thread.submit(get, pool, "/hold?seconds=0.5")
+        wait_until(lambda: pool.stats().running == 3)
+        leaving.close()
+        assert held.result() == b"held"
+    wait_until(lambda: pool.stats().running == 1)
+    assert not beside.settled
+    beside.close()
+    assert "gets no more jobs" not in log.text
+
+
+def test_threads_of_a_job_s_own(start: Callable[..., Pool], tmp_path: Path) -> None:
+    """K2, H6, C2: one that reads, or writes, holds up nothing; a cancel goes to the handler, and to none of them."""
+    pool = start(HANDLERS[0], workers=1, concurrency=4, grace=5)
+    headed = tmp_path / "headed"
+
+    def body() -> Iterator[bytes]:
+        yield b"the "
+        wait_until(headed.exists)
+        yield b"end"
+
+    with pool.open(Request("POST", f"/helper_reads?here={headed}", body=body()), read_timeout=20) as job:
+        assert b"".join(job) == b"x" * 20_000 + b"the end"
+    told = tmp_path / "told"
+    job = pool.open(Request("GET", f"/helper_writes?told={told}"))
+    job.read()
+    job.close()
+    wait_until(told.exists)
+    wait_until(lambda: pool.stats().running == 0)
+    assert pool.stats().deaths == 0
+
+
 def test_wall_time_is_each_job_s(start: Callable[..., Pool]) -> None:
     """K5, F6: a job over its time is told so; its siblings, which began later, end whole."""
     pool = start(HANDLERS[0], workers=1, concurrency=8, limits=Limits(wall_seconds=0.5), grace=1)
@@ -384,6 +527,13 @@ def test_wall_time_is_each_job_s(start: Callable[..., Pool]) -> None:
             b"".join(late)
         assert [future.result(30) for future in siblings] == [None] * 3
     assert pool.stats().deaths == 0
+
+
+def test_a_thread_that_takes_another_name(start: Callable[..., Pool]) -> None:
+    """K5, F6: it is measured all the same."""
+    pool = start(HANDLERS[0], workers=1, concurrency=4, limits=Limits(cpu_seconds=0.4), grace=1)
+    with pytest.raises(JobTimedOut, match="processor time"):
+        get(pool, "/rename")
 
 
 def test_processor_time_is_each_thread_s(start: Callable[..., Pool]) -> None:
@@ -456,6 +606,35 @@ def test_recycling_under_load(start: Callable[..., Pool], handler: str) -> None:
     assert pool.stats().deaths == 0
 
 
+def test_leaving_workers_are_few(start: Callable[..., Pool]) -> None:
+    """K5, W9: long jobs on workers that are due make no more processes than twice the pool, and no more jobs."""
+    recycle = Recycle(after_jobs=2, jitter=0)
+    pool = start(HANDLERS[1], workers=1, concurrency=8, recycle=recycle)
+    jobs: list[Job] = []
+    with pytest.raises(LeaseTimeout):
+        for _ in range(12):
+            get(pool, "/hello", lease_timeout=3)
+            jobs.append(pool.open(Request("GET", "/wait"), lease_timeout=3))
+    assert len(jobs) == 8
+    assert len(pool.workers()) <= 2
+    for job in jobs:
+        job.close()
+    wait_until(lambda: len(pool.workers()) == 1)
+    assert pool.stats().deaths == 0
+
+
+def test_the_death_of_a_leaving_worker(start: Callable[..., Pool]) -> None:
+    """K5, W9: it counts, where it had jobs."""
+    pool = start(HANDLERS[1], workers=1, concurrency=4, recycle=Recycle(after_jobs=2, jitter=0))
+    (long,) = opened(pool, "/wait", 1)
+    get(pool, "/hello")
+    wait_until(lambda: any(worker.leaving for worker in pool.workers()))
+    kill(long.worker_pid)
+    with pytest.raises(WorkerDied):
+        b"".join(long)
+    wait_until(lambda: pool.stats().deaths == 1)
+
+
 def test_a_long_job_keeps_its_leaving_worker(start: Callable[..., Pool]) -> None:
     """K5, W9: its successor is there at once; the old worker goes when its last job has ended."""
     pool = start(HANDLERS[1], workers=1, concurrency=4, recycle=Recycle(after_jobs=3, jitter=0), stop_timeout=0.1)
@@ -512,6 +691,33 @@ def test_logs_have_the_right_job(start: Callable[..., Pool], handler: str, log: 
             assert record.job_id == names[name], record.getMessage()  # type: ignore[attr-defined]
             found[name] += 1
     assert found == dict.fromkeys(names, 6)
+
+
+def test_logs_of_those_that_waited(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+    """K2, W11: a job that begins before its caller wakes up has its own id in the log, and so has the one before."""
+    log.set_level(logging.INFO)
+    pool = start(HANDLERS[0], workers=1, concurrency=2)
+    names: dict[str, str] = {}
+
+    def one(number: int) -> None:
+        with pool.open(Request("GET", f"/print?name=n{number}")) as job:
+            names[f"n{number}"] = job.job_id
+            b"".join(job)
+
+    at_once([lambda number=number: one(number) for number in range(40)])  # type: ignore[misc]
+    wait_until(lambda: sum(" ends" in record.getMessage() for record in log.records) == 40)
+    for record in log.records:
+        if record.name == "blastdoor.worker":
+            name = record.getMessage().rpartition(": ")[2].split()[0]
+            assert record.job_id == names[name], record.getMessage()  # type: ignore[attr-defined]
+
+
+def test_threads_of_one_job_print(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
+    """K2, W11: none of their lines is lost."""
+    log.set_level(logging.INFO)
+    pool = start(HANDLERS[0], workers=1, concurrency=2)
+    get(pool, "/print_much")
+    wait_until(lambda: sum(record.getMessage().count("<") for record in log.records) == 800)
 
 
 def test_what_no_job_printed(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:

@@ -536,7 +536,7 @@ def test_settings_that_the_machine_refuses(monkeypatch: pytest.MonkeyPatch) -> N
 def test_descriptors_run_out(start: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
     """W3, F8: at start it is told; later workers are tried again, without a storm, until there are some."""
     pool = start(workers=4)
-    monkeypatch.setattr(descriptors, "make_room", lambda count: count)  # others take what there was room for
+    monkeypatch.setattr(descriptors, "make_room", lambda count, owner: count)  # others take what there was room for
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = [os.dup(0) for _ in range(8)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))

@@ -7,6 +7,7 @@ come with its message: its request pipe, and its response pipe.
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from typing import Final
 
@@ -19,6 +20,18 @@ MESSAGE_SIZE: Final = _MESSAGE.size
 LANE_DESCRIPTORS: Final = 2
 
 
+def take(line: socket.socket) -> tuple[bytes, int, int, list[int]] | None:
+    """For a worker of several lanes: the next message, and the descriptors that came with it; None at the end.
+
+    The descriptors of a lane may be missing where the process has no room for them (recv(2), MSG_CTRUNC).
+    """
+    message, fds, _, _ = socket.recv_fds(line, MESSAGE_SIZE, LANE_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    if not message:
+        return None
+    kind, lane, job = _MESSAGE.unpack(message)
+    return kind, lane, job, fds
+
+
 def pack_cancel(lane: int, job: int) -> bytes:
     """The caller of this job, of this lane, has left."""
     return _MESSAGE.pack(CANCEL, lane, job)
@@ -27,12 +40,6 @@ def pack_cancel(lane: int, job: int) -> bytes:
 def pack_open(lane: int) -> bytes:
     """A lane of this number begins; its descriptors come with it."""
     return _MESSAGE.pack(OPEN, lane, 0)
-
-
-def unpack(message: bytes) -> tuple[bytes, int, int]:
-    """Which message it is, the lane's number, and the job's."""
-    kind, lane, job = _MESSAGE.unpack(message)
-    return kind, lane, job
 
 
 def read_cancel(fd: int) -> int | None:
@@ -48,4 +55,4 @@ def read_cancel(fd: int) -> int | None:
             return found
         if not message:
             raise EOFError
-        found = unpack(message)[2]
+        found = int(_MESSAGE.unpack(message)[2])

@@ -121,6 +121,7 @@ class AsyncJob(RoundTrip, BaseAsyncJob):
 
     async def _wait_for_death(self) -> None:
         worker, channel = self._worker, self._channel
+        self._leave_refused_lane()
         self._supervisor.leases.kill(worker)  # one that lives on without its pipe is of no use
         event_fd = channel.event_fd()
         channel.stop_listening()

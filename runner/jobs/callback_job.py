@@ -171,6 +171,7 @@ class CallbackJob(RoundTrip):
 
     def _await_death(self) -> None:
         """The worker's stream has ended: go on once it is known how the worker has."""
+        self._leave_refused_lane()
         self._deaf = True
         self._supervisor.leases.kill(self._worker)  # one that lives on without its pipe is of no use
         self._poller.leave_answer(self._channel)

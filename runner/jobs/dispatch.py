@@ -85,13 +85,14 @@ class Dispatch(PreparedRequest):
 
     def dispatch(self, lane: Lane) -> None:
         """Write the request to a lane that came free for this call, before its caller has woken up."""
-        lane.name_job(self.context.job_id)
+        number = job_number(lane.jobs + 1)
+        lane.name_job(self.context.job_id, number)
         channel = lane.channel
         channel.begin()
         self.sent_at = time.monotonic()  # first: it must not be sent twice, whatever is raised here
         channel.torn = True  # until it is sent
         try:
-            self.send(channel, job_number(lane.jobs + 1))
+            self.send(channel, number)
         except BrokenPipeError:
             self.sent_at = None  # the caller finds out by itself
 

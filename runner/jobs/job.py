@@ -108,6 +108,7 @@ class Job(RoundTrip, BaseJob):
         if frames is None and self._closed_by is not None:
             return  # the worker may have died of that: `_use` has the rest
         if frames is None:
+            self._leave_refused_lane()
             self._supervisor.leases.kill(self._worker)  # one that lives on without its pipe is of no use
             self._worker.exited.wait(EXIT_LIMIT)
             self._raise_worker_death()

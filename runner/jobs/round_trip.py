@@ -63,7 +63,7 @@ class RequestNotTaken(Exception):
     `error` is what to raise where no other worker is tried; None where nothing was written at all.
     """
 
-    def __init__(self, error: WorkerDied | None) -> None:
+    def __init__(self, error: WorkerDied | None = None) -> None:
         super().__init__()
         self.error = error
 
@@ -115,8 +115,8 @@ class RoundTrip(Sending):
         self._read_timeout, self._write_timeout = request.timeouts
         ChannelGuard.__init__(self)
         lane.jobs += 1
-        lane.name_job(job_id)
         self._number = job_number(lane.jobs)
+        lane.name_job(job_id, self._number)
         self._expires = None if wall_seconds is None else self.began + wall_seconds
         self._wall_seconds = wall_seconds or 0.0
         self._exchange = ResponseExchange(self._number, request.method)
@@ -199,9 +199,10 @@ class RoundTrip(Sending):
                 self._supervisor.leases.kill(self._worker)
             request.sent_at = None
         except BrokenPipeError:
+            self._leave_refused_lane()
             self._outcome = "not taken"
             self._discard()
-            raise RequestNotTaken(None) from None
+            raise RequestNotTaken from None
         self._uploading = upload.lazy or not channel.flushed
 
     @property
@@ -276,6 +277,21 @@ class RoundTrip(Sending):
             self._discard()
         else:
             self._end(self._hand_tail_over)
+
+    def _leave_refused_lane(self) -> None:
+        """Go elsewhere, where the worker has closed a new lane untaken: it had no descriptors, or no thread, for it."""
+        worker, upload = self._worker, self._upload
+        if (
+            worker.concurrency > 1
+            and self._lane.jobs == 1
+            and not worker.dead
+            and self._exchange.head is None
+            and not (upload.pulled or upload.closed)
+            and self._channel.unread() >= self._channel.written
+        ):
+            self._outcome = "not taken"
+            self._end(self._supervisor.leases.refuse_lane)
+            raise RequestNotTaken
 
     def _raise_worker_death(self) -> None:
         """The worker's stream ended inside the job, and it is dead, or will not die: raise why."""

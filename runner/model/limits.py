@@ -37,6 +37,10 @@ _ADDRESS_SPACE: Final = 4
 """How much more address space than memory a worker may reserve: threads reserve far more than they use."""
 
 
+THREAD_STACK: Final = 2 << 20
+"""Bytes of stack of a lane's thread where the worker's memory is limited: stacks count as memory (RLIMIT_DATA)."""
+
+
 def parse_size(size: int | str) -> int:
     """A size in bytes from a number or a text such as "512MiB", "2 GB" or "64k" (KiB and kB are 1024 and 1000)."""
     if isinstance(size, int) and not isinstance(size, bool):
@@ -109,15 +113,19 @@ class Limits:
         """Whether the supervisor has to look after jobs to enforce them."""
         return self.memory is not None or self.cpu_seconds is not None or self.wall_seconds is not None
 
-    def apply(self) -> None:
-        """Take the limits that the kernel enforces on this process, which is a worker before its handler loads."""
+    def apply(self, lanes: int = 1) -> None:
+        """Take the limits that the kernel enforces on this process, which is a worker before its handler loads.
+
+        Descriptors and stacks of its further lanes are no concern of the handler's: they come on top.
+        """
+        more = lanes - 1
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         memory = self.memory_bytes
         if memory is not None:
-            _limit(resource.RLIMIT_DATA, memory)
-            _limit(resource.RLIMIT_AS, memory * _ADDRESS_SPACE)
+            _limit(resource.RLIMIT_DATA, memory + more * THREAD_STACK)
+            _limit(resource.RLIMIT_AS, memory * _ADDRESS_SPACE + 2 * more * THREAD_STACK)
         if self.open_files is not None:
-            _limit(resource.RLIMIT_NOFILE, self.open_files)
+            _limit(resource.RLIMIT_NOFILE, self.open_files + 2 * more)
         if self.processes is not None:
             _limit(resource.RLIMIT_NPROC, self.processes)
         if self.file_size is not None:

@@ -121,9 +121,8 @@ class Sandbox:
         return None if self.scratch is None else parse_size(self.scratch)
 
     def for_lanes(self, lanes: int) -> Sandbox:
-        """The same, with descriptors and a thread for each further lane of a worker beside the handler's own."""
-        more = lanes - 1
-        return dataclasses.replace(self, open_files=self.open_files + 2 * more, threads=self.threads + more)
+        """The same, with a thread for each further lane of a worker beside the handler's own."""
+        return dataclasses.replace(self, threads=self.threads + lanes - 1)
 
     def fill_in(self, limits: Limits) -> Limits:
         """The limits of a pool, with the sandbox's own where these say nothing."""

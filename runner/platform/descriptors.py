@@ -9,12 +9,17 @@ from typing import Final
 _MARGIN: Final = 64
 """Descriptors for what else the process does, where the hard limit has room for them too."""
 
+_reserved: dict[object, int] = {}
 
-def make_room(count: int) -> int:
+
+def make_room(count: int, owner: object = None) -> int:
     """Have room for so many more descriptors, as far as the hard limit goes; how many there is room for.
 
-    The soft limit is raised where that is needed, and no further.
+    The soft limit is raised where that is needed, and no further. What an `owner` may open is counted until `release`,
+    opened or not: others that make room leave room for it.
     """
+    if owner is not None:
+        _reserved[owner] = count
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return count
@@ -22,9 +27,14 @@ def make_room(count: int) -> int:
         taken = len(os.listdir("/proc/self/fd"))
     except OSError:
         taken = soft  # there is not even one to look with
-    wanted = taken + count + _MARGIN
+    wanted = taken + max(count, sum(list(_reserved.values()))) + _MARGIN
     raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if raised > soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
         soft = raised
     return min(count, soft - taken)
+
+
+def release(owner: object) -> None:
+    """The owner opens no more."""
+    _reserved.pop(owner, None)

@@ -137,16 +137,18 @@ def name_thread(name: str) -> None:
     _call(_PR_SET_NAME, ctypes.addressof(text))
 
 
-def thread_names(pid: int) -> dict[str, int]:
-    """The threads of a process by their names (proc_pid_task(5)); of several of one name, one of them."""
-    found = {}
-    for thread in _listed(f"/proc/{pid}/task"):
-        try:
-            with open(f"/proc/{pid}/task/{thread}/comm", encoding="utf-8", errors="replace") as file:
-                found[file.read().rstrip("\n")] = int(thread)
-        except OSError:
-            continue  # it has ended meanwhile
-    return found
+def thread_name(pid: int, thread: int) -> str:
+    """The name of a thread of a process (proc_pid_comm(5)); empty where it has ended."""
+    try:
+        with open(f"/proc/{pid}/task/{thread}/comm", "rb", buffering=0) as file:
+            return file.read(64).decode(errors="replace").rstrip("\n")
+    except OSError:
+        return ""
+
+
+def threads(pid: int) -> list[int]:
+    """The threads of a process (proc_pid_task(5))."""
+    return [int(thread) for thread in _listed(f"/proc/{pid}/task")]
 
 
 def thread_time(pid: int, thread: int) -> float:

@@ -12,6 +12,7 @@ import logging
 import math
 import selectors
 import time
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -26,6 +27,9 @@ from .reactor import Reactor
 from .record import Lane, Worker
 
 logger = logging.getLogger("blastdoor")
+
+HEARING_LIMIT: Final = 1.0
+"""Seconds that a worker of several jobs has to take a cancel, before the grace time: others may hold it up."""
 
 STACKS_LIMIT: Final = 0.05
 """Seconds that a worker has to print its stacks where there is no grace time."""
@@ -43,7 +47,7 @@ class Remainder(msgspec.Struct, frozen=True):
 
 
 class AbandonedJobs:
-    """The lanes that were left, by their `AbandonedJob`."""
+    """The lanes that were left, by their `AbandonedJob`. `await_line` is called where a worker's line has no room."""
 
     def __init__(
         self,
@@ -52,8 +56,10 @@ class AbandonedJobs:
         grace: float,
         wall_seconds: float | None,
         background_seconds: float | None,
+        await_line: Callable[[Worker], object],
     ) -> None:
         self._background_seconds = background_seconds
+        self._await_line = await_line
         self._reactor = reactor
         self._leases = leases
         self._grace = grace
@@ -87,7 +93,8 @@ class AbandonedJobs:
         # First of all the end of it: whatever happens to what follows, the lane is not held for ever.
         self._await_expiry(job)
         if not background:
-            self._reactor.after(grace, lambda: self._give_up(job))
+            hear_until = time.monotonic() + (HEARING_LIMIT if worker.concurrency > 1 else 0)
+            self._reactor.after(grace, lambda: self._give_up(job, grace, hear_until, late=False))
         channel = lane.channel
         self._reactor.watch(channel.response_fd, job.look)
         if not channel.flushed:
@@ -100,6 +107,8 @@ class AbandonedJobs:
         if not self._leases.cancel(lane, exchange.job):
             logger.warning("job %s: worker %s does not take its cancel: it%s", job.job_id, worker.pid, job.verdict)
             self.settle(job)
+        elif not worker.line.flushed:
+            self._await_line(worker)
 
     def flushed(self, lane: Lane) -> None:
         """All that was sent to the worker is in its pipe."""
@@ -169,8 +178,12 @@ class AbandonedJobs:
                 limit, lambda: self.over_time(job, f"the job went on for {limit:g} s after its response")
             )
 
-    def _give_up(self, job: AbandonedJob) -> None:
+    def _give_up(self, job: AbandonedJob, grace: float, hear_until: float, *, late: bool) -> None:
         if not self.holds(job) or job.exchange.background:  # its response did come to its end
+            return
+        unheard = time.monotonic() < hear_until and not job.lane.worker.line.heard
+        if unheard or late:  # its grace time begins once the worker has taken the cancel
+            self._reactor.after(grace, lambda: self._give_up(job, grace, hear_until, late=unheard))
             return
         logger.warning(
             "job %s: %s, and its handler did not end within %s s: worker %s%s",

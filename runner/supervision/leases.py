@@ -42,21 +42,26 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     """Who gets a worker, and who may wait for one.
 
     At most `jobs` jobs run at once, of a provider at most what `per_provider` says for it; at most `queue` callers
-    wait. None leaves it open.
+    wait. At most `leaving` workers are due for recycling and have jobs still. None leaves it open.
     """
 
     jobs: int | None = None
+    leaving: int | None = None
     queue: int | None = None
     per_provider: Mapping[str, int] = {}
 
 
 class Numbers(NamedTuple):
-    """How many workers have no job, and how many have some; how many jobs run, and how many callers wait."""
+    """How many workers have no job, and how many have some; how many jobs run, and how many callers wait.
+
+    `serving` is how many workers may get a job, now or once a lane of theirs is free.
+    """
 
     idle: int
     busy: int
     running: int
     waiting: int
+    serving: int
 
 
 class Leases(WaitQueue[Lane]):
@@ -86,6 +91,7 @@ class Leases(WaitQueue[Lane]):
         self._rooms = Rooms()
         self._busy = 0
         self._leased: set[Lane] = set()
+        self._leaving: set[Worker] = set()
 
     # -- which lane is next --------------------------------------------------------------------------
 
@@ -121,11 +127,12 @@ class Leases(WaitQueue[Lane]):
     def _hand_out(self, lane: Lane, provider: str, caller: Caller[Lane] | None) -> Lane:
         reference: weakref.ref[object] | None = None if caller is None else weakref.ref(caller)
         worker = lane.worker
-        worker.free.remove(lane)
+        worker.free.pop()  # it is the last
         self._leased.add(lane)
         lane.leased = True
         lane.provider = provider
         lane.turn += 1
+        worker.turns += 1
         lane.caller = reference
         if not worker.running:
             self._busy += 1
@@ -175,6 +182,7 @@ class Leases(WaitQueue[Lane]):
             worker.ready_at = worker.idle_since = time.monotonic()
             if self._recycle is not None:
                 worker.last_job = self._recycle.last_job()
+            self._rooms.serving.add(worker)
             self._rooms.place(worker)
             self._find_for_waiters()
         self._hand_over()
@@ -196,8 +204,10 @@ class Leases(WaitQueue[Lane]):
                 return
             dead = worker.dead
             worker.free.append(lane)
-            due = due and not worker.leaving
-            worker.leaving = worker.leaving or due
+            due = due and not worker.leaving and (not worker.running or self._may_leave)
+            if due:
+                worker.leaving = True
+                self._leaving.add(worker)
             left = worker.leaving and not worker.running
             self._rooms.place(worker)
             if self._waiters:  # there may be room now for somebody whom others did not admit
@@ -211,9 +221,15 @@ class Leases(WaitQueue[Lane]):
         elif left:
             self.left_idle(worker)
 
+    @property
+    def _may_leave(self) -> bool:
+        """Whether one more worker may leave with jobs: they stay beside their successors, so that there is a bound."""
+        most = self._admission.leaving
+        return most is None or len(self._leaving) < most
+
     def _is_due(self, worker: Worker) -> bool:
         assert self._recycle is not None
-        return self._recycle.is_due(worker.pid, worker.jobs, worker.last_job, worker.ready_at)
+        return self._recycle.is_due(worker.pid, worker.turns, worker.last_job, worker.ready_at)
 
     def withdraw_surplus(self, jobs: int) -> Worker | None:
         """Take out of service the worker with the fewest jobs, where no more than so many run, and nobody waits."""
@@ -235,8 +251,26 @@ class Leases(WaitQueue[Lane]):
             self._take_out_of_service(worker)
             return worker
 
+    def expel(self, worker: Worker) -> None:
+        """Condemn a worker, whatever its lanes are at."""
+        with self._lock:
+            self._take_out_of_service(worker)
+        self.condemn(worker)
+
+    def refuse_lane(self, lane: Lane) -> None:
+        """The worker has closed this lane, untaken, and its caller goes elsewhere: it is given no more of them."""
+        worker = lane.worker
+        with self._lock:
+            if not self._take_back(lane):
+                return
+            lane.channel.close()
+            worker.most_lanes = sum(lane.channel.response_fd >= 0 for lane in worker.lanes)
+            self._rooms.place(worker)
+        self.no_lane(worker, ConnectionRefusedError())
+
     def _take_out_of_service(self, worker: Worker) -> None:
         worker.leaving = True
+        self._leaving.add(worker)
         self._rooms.place(worker)
 
     def idle(self) -> list[Worker]:
@@ -264,7 +298,9 @@ class Leases(WaitQueue[Lane]):
     def numbers(self) -> Numbers:
         """How many there are."""
         with self._lock:
-            return Numbers(len(self._rooms.idle), self._busy, len(self._leased), len(self._waiters))
+            return Numbers(
+                len(self._rooms.idle), self._busy, len(self._leased), len(self._waiters), len(self._rooms.serving)
+            )
 
     def discard(self, lane: Lane) -> None:
         """The holder is done with a lane that must not go on: its worker is killed, dead or not yet.
@@ -318,13 +354,13 @@ class Leases(WaitQueue[Lane]):
                 free = set(worker.free)
                 offered = worker.blocked or self._rooms.holds(worker)
                 for lane in worker.lanes:
-                    lost = lane.forgotten if lane.leased else lane not in free or not offered
-                    if lost and lane not in seen_to:
+                    lost = lane.forgotten if lane.leased else not worker.leaving and (lane not in free or not offered)
+                    if lost and lane not in seen_to and lane.channel.response_fd >= 0:
                         found[lane] = lane.turn
         return found
 
     def reclaim(self, lane: Lane, turn: int) -> bool:
-        """Kill the worker of a lane that was lost, if it still is; whether that is news."""
+        """Kill the worker of a lane that was lost, if it still is, or condemn it; whether that is news."""
         worker = lane.worker
         with self._lock:
             if lane not in self.lost([worker]) or lane.turn != turn:
@@ -335,9 +371,15 @@ class Leases(WaitQueue[Lane]):
             self._leased.discard(lane)
             self._running = Counter(held.provider for held in self._leased)
             self._busy = len({held.worker for held in self._leased})
-            self._signal(worker)  # again perhaps: who was to kill it may have been interrupted
+            condemned = worker.running > 0 and not kill_sent
+            if condemned:
+                self._take_out_of_service(worker)
+            else:
+                self._signal(worker)  # again perhaps: who was to kill it may have been interrupted
             self._find_for_waiters()
         self._hand_over()
+        if condemned:
+            self.condemn(worker)
         return not kill_sent
 
     def serve_late(self, older_than: float) -> None:
@@ -405,6 +447,7 @@ class Leases(WaitQueue[Lane]):
                 os.close(worker.pidfd)
                 worker.pidfd = None
             self._rooms.place(worker)
+            self._leaving.discard(worker)
             for lane in worker.lanes:
                 if lane.leased:
                     lane.channel.wake()

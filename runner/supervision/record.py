@@ -26,9 +26,10 @@ class Lane:
     __slots__ = (
         "caller",
         "channel",
-        "earlier_id",
+        "earlier",
         "job",
         "job_id",
+        "job_number",
         "jobs",
         "leased",
         "number",
@@ -47,15 +48,18 @@ class Lane:
         self.caller: weakref.ref[object] | None = None
         self.job: weakref.ref[JobProtocol] | None = None
         self.jobs = 0
-        self.job_id = self.earlier_id = ""
+        self.job_id = ""
+        self.job_number = 0
+        self.earlier = 0, ""
 
-    def name_job(self, job_id: str) -> None:
-        """This is the job that begins on it, for the log."""
-        if job_id != self.job_id:
-            self.earlier_id, self.job_id = self.job_id, job_id
+    def name_job(self, job_id: str, number: int) -> None:
+        """This is the job that begins on it, for the log: its id, and the number that its frames carry."""
         worker = self.worker
         if worker.concurrency == 1:
             worker.log.job_id = job_id
+        elif number != self.job_number:
+            self.earlier = self.job_number, self.job_id
+        self.job_id, self.job_number = job_id, number
 
     @property
     def forgotten(self) -> bool:
@@ -74,7 +78,8 @@ class Worker:
 
     `free` are its open lanes that nobody holds, `running` is how many are held; `room` is where its leases keep it, -1
     where it gets no job. `leaving` says that it gets no more: it is to be replaced. `blocked` says that no more lanes
-    can be opened at the moment. `casualties` is how many jobs it had when it died.
+    can be opened at the moment, `most_lanes` is how many it takes. `turns` counts how often a lane of it was leased.
+    `casualties` is how many jobs it had when it died. `threads` says that each job has a thread of its own.
     """
 
     __slots__ = (
@@ -96,6 +101,7 @@ class Worker:
         "limit_exceeded",
         "line",
         "log",
+        "most_lanes",
         "number",
         "ordered_at",
         "pid",
@@ -105,6 +111,8 @@ class Worker:
         "room",
         "running",
         "status",
+        "threads",
+        "turns",
     )
 
     def __init__(self, number: int, channel: Channel, line: Line, log: LogPipe, concurrency: int = 1) -> None:
@@ -116,11 +124,12 @@ class Worker:
         self.free = list(self.lanes)
         self.running = 0
         self.room = -1
-        self.casualties = 0
+        self.casualties = self.turns = 0
+        self.most_lanes = concurrency
         self.pid: int | None = None
         self.pidfd: int | None = None
         self.ready = self.dead = self.kill_sent = self.leaving = self.blocked = self.ending = False
-        self.last_words_told = False
+        self.last_words_told = self.threads = False
         self.ready_at = self.idle_since = 0.0
         self.ordered_at = time.monotonic()
         self.last_job: int | None = None
@@ -153,7 +162,7 @@ class Worker:
     @property
     def has_room(self) -> bool:
         """Whether one more lane may be opened."""
-        return len(self.lanes) < self.concurrency and not self.blocked
+        return len(self.lanes) < self.most_lanes and not self.blocked
 
     def open_lane(self) -> Lane:
         """Open one more lane; it is free. OSError where that can't be done at the moment."""
@@ -185,8 +194,9 @@ class Worker:
         if lane >= len(self.lanes):
             return ""
         found = self.lanes[lane]
-        behind = (found.jobs - number) & 0xFFFFFFFF
-        return found.job_id if behind == 0 else found.earlier_id if behind == 1 else ""
+        if number == found.job_number:
+            return found.job_id
+        return found.earlier[1] if number == found.earlier[0] else ""
 
     def end_requests(self) -> None:
         """Close the request pipes, and the line: an idle worker takes it as the sign to finish and exit."""

@@ -43,10 +43,6 @@ class Retirement:
         """The pool closes: all workers end otherwise."""
         self._ended = True
 
-    def is_condemned(self, worker: Worker) -> bool:
-        """Whether it has a job that does not end, or a lane that is broken."""
-        return worker in self._condemned
-
     def retire(self, worker: Worker) -> None:
         """Replace a worker that gets no more jobs: its successor is started first, then it is asked to end.
 

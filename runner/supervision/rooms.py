@@ -9,13 +9,15 @@ class Rooms:
     """The workers that may get a job now, in rooms by how many they have. Guarded by the lock of the `Leases`.
 
     Of one room the worker that came last is next: it is warm, and those that are not needed stay idle. `idle` is the
-    first room. A signal's handler may raise between any two instructions: what is left then, `holds` finds.
+    first room, `serving` are all workers that are not about to go. A signal's handler may raise between any two
+    instructions: what is left then, `holds` finds.
     """
 
-    __slots__ = ("_lowest", "_rooms", "idle")
+    __slots__ = ("_lowest", "_rooms", "idle", "serving")
 
     def __init__(self) -> None:
         self.idle: dict[Worker, None] = {}
+        self.serving: set[Worker] = set()
         self._rooms = [self.idle]
         self._lowest = 0
 
@@ -40,7 +42,11 @@ class Rooms:
         rooms = self._rooms
         if worker.room >= 0:
             rooms[worker.room].pop(worker, None)
-        if not (worker.in_service and (worker.free or worker.has_room)):
+        if not worker.in_service:
+            self.serving.discard(worker)
+            worker.room = -1
+            return
+        if not (worker.free or worker.has_room):
             worker.room = -1
             return
         running = worker.running

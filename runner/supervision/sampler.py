@@ -56,7 +56,7 @@ class ProcessSampler:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._began: dict[Lane, tuple[str, float]] = {}
+        self._began: dict[Lane, _Spending] = {}
         self._idle: dict[int, tuple[float, float]] = {}
 
     def look(self, jobs: Iterable[tuple[Lane, WatchedJob]]) -> list[LimitViolation]:
@@ -69,8 +69,6 @@ class ProcessSampler:
         for worker, its_jobs in by_worker.items():
             if worker.pid is None or worker.dead:
                 continue
-            shared = worker.concurrency > 1 and self._limits.cpu_seconds is not None
-            threads = linux.thread_names(worker.pid) if shared else {}
             try:
                 process = psutil.Process(worker.pid)
                 # First what is ended at once: of two limits that were passed between two looks this one hurts others.
@@ -78,7 +76,7 @@ class ProcessSampler:
                     found.append(LimitViolation(worker, its_jobs[0][1], "memory", detail))
                     continue
                 for lane, job in its_jobs:
-                    if (detail := self._over_time(lane, job, process, began, threads)) is not None:
+                    if (detail := self._over_time(lane, job, process, began)) is not None:
                         found.append(LimitViolation(worker, job, "timeout", detail))
             except psutil.Error:
                 continue  # it has ended meanwhile, which is told elsewhere
@@ -119,29 +117,56 @@ class ProcessSampler:
         return f"{who} took {taken >> 20} MiB of memory, over its limit of {limit >> 20} MiB"
 
     def _over_time(
-        self,
-        lane: Lane,
-        job: WatchedJob,
-        process: psutil.Process,
-        began: dict[Lane, tuple[str, float]],
-        threads: dict[str, int],
+        self, lane: Lane, job: WatchedJob, process: psutil.Process, began: dict[Lane, _Spending]
     ) -> str | None:
-        """What is to be said of a job that is over a time limit. `threads` are the worker's, by name, for its lanes."""
+        """What is to be said of a job that is over a time limit."""
         limits = self._limits
         if limits.wall_seconds is not None and time.monotonic() > job.began + limits.wall_seconds:
             return over_wall_time(limits.wall_seconds)
-        if limits.cpu_seconds is not None:
-            if lane.worker.concurrency == 1:
-                used = _processor_time(process)
-            else:
-                used = linux.thread_time(process.pid, threads.get(lane_thread_name(lane.number), 0))
-            job_id, before = began.get(lane, ("", 0.0))
-            if job_id != job.job_id:
-                before = used
-            self._began[lane] = job.job_id, before
-            if used - before > limits.cpu_seconds:
-                return f"the job used more than {limits.cpu_seconds} s of processor time"
+        worker = lane.worker
+        if limits.cpu_seconds is None or (worker.concurrency > 1 and not worker.threads):
+            return None  # jobs of one event loop can't be told apart
+        spending = began.get(lane)
+        if spending is None or spending.job_id != job.job_id:
+            thread = None if worker.concurrency == 1 else _thread_of(process.pid, lane, spending)
+            spending = _Spending(job.job_id, thread)
+            spending.before = spending.used(process, lane)
+        self._began[lane] = spending
+        if spending.used(process, lane) - spending.before > limits.cpu_seconds:
+            return f"the job used more than {limits.cpu_seconds} s of processor time"
         return None
+
+
+class _Spending:
+    """What a job has used of processor time: its lane's thread, or its whole worker where it has no other job.
+
+    A job whose thread goes by another name all at once is measured by its worker from then on.
+    """
+
+    __slots__ = ("before", "job_id", "thread")
+
+    def __init__(self, job_id: str, thread: int | None) -> None:
+        self.job_id = job_id
+        self.thread = thread
+        self.before = 0.0
+
+    def used(self, process: psutil.Process, lane: Lane) -> float:
+        """So far, in seconds."""
+        if self.thread is not None:
+            if linux.thread_name(process.pid, self.thread) == lane_thread_name(lane.number):
+                return linux.thread_time(process.pid, self.thread)
+            self.thread = None
+            self.before = _processor_time(process)
+        return _processor_time(process)
+
+
+def _thread_of(pid: int, lane: Lane, last: _Spending | None) -> int | None:
+    """The thread that serves a lane, by its name; None where there is none, or more than one."""
+    wanted = lane_thread_name(lane.number)
+    if last is not None and last.thread is not None and linux.thread_name(pid, last.thread) == wanted:
+        return last.thread
+    found = [thread for thread in linux.threads(pid) if linux.thread_name(pid, thread) == wanted]
+    return found[0] if len(found) == 1 else None
 
 
 def _processor_time(process: psutil.Process) -> float:

@@ -42,13 +42,17 @@ class Size(msgspec.Struct, frozen=True, kw_only=True):
         """Seconds between two looks for a worker that may go."""
         return max(self.shrink_after / 4, _SHORTEST_LOOK)
 
-    def make_room(self) -> None:
-        """Have room for the descriptors of all that there may be. StartError, with how many there is room for."""
+    def make_room(self, owner: object) -> None:
+        """Have room for the descriptors of all that there may be. StartError, with how many there is room for.
+
+        It is the owner's, until `descriptors.release`.
+        """
         workers = self.most + self.spares
         wanted = workers * _PER_WORKER + self.most * (self.concurrency - 1) * _PER_LANE
-        room = descriptors.make_room(wanted)
+        room = descriptors.make_room(wanted, owner)
         if room >= wanted:
             return
+        descriptors.release(owner)
         if self.concurrency == 1:
             what, there = f"{workers} worker{'s' if workers > 1 else ''}", f"{max(room // _PER_WORKER, 0)}"
         else:

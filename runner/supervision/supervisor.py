@@ -10,6 +10,7 @@ has modules of its own: scaling, spawning, zygote_watch, watchdog, abandoned.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -63,6 +64,8 @@ _MOST_ORDERS: Final = 64
 _LANE_PAUSE: Final = 0.5
 """Seconds until a lane is tried again that could not be opened."""
 
+_LINE_BROKEN: Final = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
+
 _EXIT_LIMIT: Final = 1.0
 """Seconds that the zygote has to exit by itself when a pool closes."""
 
@@ -112,8 +115,10 @@ class Supervisor:
         self._scaler = Scaler(size, leases, self._reactor, self._respawn, self._retirement.retire)
         self._zygote_watch = ZygoteWatch(self._reactor, self._births_owed, self._zygote_is_silent)
         background = None if config.sandbox is None else config.sandbox.background_seconds
-        self._abandoned = AbandonedJobs(self._reactor, leases, config.grace, config.limits.wall_seconds, background)
-        self.watchdog = Watchdog(self._reactor, leases, self._abandoned, config.limits, self._in_service)
+        self._abandoned = AbandonedJobs(
+            self._reactor, leases, config.grace, config.limits.wall_seconds, background, self._await_line
+        )
+        self.watchdog = Watchdog(self._reactor, leases, self._abandoned, config.limits, self._workers.values)
         self.look_for_lost, self.look_after_jobs = self.watchdog.look_for_lost, self.watchdog.look_after_jobs
         self._thread = threading.Thread(target=self._run, name="blastdoor-supervisor", daemon=True)
         self._code_fd = make_snapshot() if config.by_name else -1  # last: nothing after it fails
@@ -311,22 +316,31 @@ class Supervisor:
     # -- the number of workers -----------------------------------------------------------------------
 
     def _await_lane(self, worker: Worker, error: OSError) -> None:
-        """No lane of this worker can be opened, for this reason: try again once it has taken those before."""
+        """No lane of this worker can be opened, for this reason: try again once that may have changed."""
         if worker.dead or worker.line.fd < 0:
             return
         if isinstance(error, BlockingIOError):
-            if not self._reactor.watches(worker.line.fd):
-                self._reactor.watch(worker.line.fd, lambda: self._unblock(worker), selectors.EVENT_WRITE)
+            self._await_line(worker)
+        elif isinstance(error, ConnectionRefusedError):
+            words = "worker %s takes no more than %d jobs at once: it has no descriptors, or no thread, for more"
+            logger.error(words, worker.pid, worker.most_lanes)
+        elif error.errno in _LINE_BROKEN:
+            logger.error("worker %s has closed its line: it gets no more jobs", worker.pid)
+            self.leases.expel(worker)
         else:
             logger.error("no more lanes can be opened to worker %s at the moment: %s", worker.pid, error)
             self._reactor.after(_LANE_PAUSE, lambda: self.leases.unblock(worker))
 
-    def _unblock(self, worker: Worker) -> None:
-        self._reactor.unwatch(worker.line.fd)
-        self.leases.unblock(worker)
+    def _await_line(self, worker: Worker) -> None:
+        """There was no room in its line for a cancel, or for a lane: say so when there is."""
+        if not self._reactor.watches(worker.line.fd):
+            self._reactor.watch(worker.line.fd, lambda: self._line_has_room(worker), selectors.EVENT_WRITE)
 
-    def _in_service(self) -> list[Worker]:
-        return [worker for worker in self._workers.values() if worker not in self._retirement]
+    def _line_has_room(self, worker: Worker) -> None:
+        if not worker.line.flush() or worker.line.flushed:
+            self._reactor.unwatch(worker.line.fd)
+            if worker.blocked:
+                self.leases.unblock(worker)
 
     # -- what is left behind ----------------------------------------------------------------------
 
@@ -434,7 +448,7 @@ class Supervisor:
         self._reactor.unwatch(channel.response_fd)
         ready = read_first_frame(worker, frames)
         if ready is not None:
-            self.kind = ready.kind
+            self.kind, worker.threads = ready.kind, ready.threads
             self._ready(worker)
         elif not frames or frames[0][0] != FAULT:
             self.leases.kill(worker)
@@ -514,7 +528,7 @@ class Supervisor:
         worker.log.close(told=not worker.was_leased or any(lane not in self._abandoned for lane in lanes))
         self.leases.mark_exited(worker, status)
         if not self._stopping:
-            self.events.deaths += worker not in self._retirement or self._retirement.is_condemned(worker)
+            self.events.deaths += worker not in self._retirement or worker.casualties > 0
         self.events.emit(WorkerEnded(worker.pid, *describe_exit(status)[1:], worker.jobs))
         self._retirement.forget(worker)
         self._abandoned.worker_ended(worker)

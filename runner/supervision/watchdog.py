@@ -94,12 +94,15 @@ class Watchdog:
     def look_at_stopped(self, worker: Worker) -> None:
         """Kill a worker that was stopped while it is idle: no job's limit would find it until it is given one.
 
-        One that has a job is that job's concern, and is looked at again.
+        One that has a job is that job's concern, and is looked at again; one that could get more is condemned.
         """
         if self._ended or worker.dead or not _is_stopped(worker.pid):
             return
         if self._leases.evict(worker, worker.idle_since):
             logger.error("worker %s was stopped without a job, and is killed", worker.pid)
+        elif worker.concurrency > 1 and worker.in_service:
+            logger.error("worker %s was stopped, and gets no more jobs", worker.pid)
+            self._leases.expel(worker)
         else:
             self._reactor.after(IDLE_INTERVAL, lambda: self.look_at_stopped(worker))
 

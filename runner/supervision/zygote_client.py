@@ -102,7 +102,7 @@ class ZygoteClient:
     def hear(self) -> tuple[News, int] | None:
         """The next news, and the pidfd that came with a birth (else -1); None where nothing more is there."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 1)
+            data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return None
         except ConnectionResetError:

@@ -73,9 +73,10 @@ class ResponseHead(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True):
-    """A worker has loaded its handler and waits for jobs."""
+    """A worker has loaded its handler and waits for jobs. `threads` says that each of several has its own."""
 
     kind: HandlerKind
+    threads: bool = False
 
 
 class FaultReport(msgspec.Struct, array_like=True, frozen=True):

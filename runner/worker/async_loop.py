@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from ..control.line_messages import LANE_DESCRIPTORS, MESSAGE_SIZE, OPEN, unpack
+from ..control.line_messages import LANE_DESCRIPTORS, OPEN, take
 from ..control.output_tags import tag_of
 from ..control.signals import SIGNAL, STACKS_SIGNAL
 from ..errors import AbortHandler
@@ -30,7 +30,7 @@ from .async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
 from .exception_report import describe, report_on
 from .forks import disown_forks, is_fork, leave, leave_with_result
 from .handlers.adapter import AsyncAdapter
-from .pipes import HostGone
+from .pipes import SOFTWARE, HostGone, close_all
 from .stdio import OutputFlag, current_tag
 from .task_stacks import print_stacks
 
@@ -126,20 +126,27 @@ class AsyncWorker:
                     self._look_for_orphans()
         except HostGone:
             pass
+        except BaseException:  # noqa: BLE001 - a lane that answers nothing would have its callers wait for ever
+            if not is_fork():
+                traceback.print_exc()
+            os._exit(SOFTWARE)
 
     def _hear(self) -> None:
         """Take what has come over the line: lanes that are opened, and cancels."""
         while True:
             try:
-                message, fds, _, _ = socket.recv_fds(self._line, MESSAGE_SIZE, LANE_DESCRIPTORS)
+                message = take(self._line)
             except BlockingIOError:
                 return
-            if not message:
+            if message is None:
                 self._loop.remove_reader(self._line_fd)  # the end of the request pipes tells the rest
                 return
-            kind, number, job = unpack(message)
+            kind, number, job, fds = message
             if kind == OPEN:
-                self._open(number, *fds)
+                if len(fds) == LANE_DESCRIPTORS:
+                    self._open(number, *fds)
+                else:
+                    close_all(fds)  # there is no room for more: the host goes elsewhere
             elif number in self._lanes:
                 self._lanes[number].cancel(job)
 

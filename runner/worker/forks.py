@@ -29,6 +29,13 @@ def disown_forks(fds: Iterable[int], sever: Callable[[], object]) -> None:
     _severs.append(sever)
 
 
+def own_again(fds: Iterable[int], sever: Callable[[], object]) -> None:
+    """These descriptors are closed: their numbers may be the handler's."""
+    for fd in fds:
+        _fds.remove(fd)
+    _severs.remove(sever)
+
+
 def is_fork() -> bool:
     """Whether this process is one that a handler has forked."""
     return _is_fork

@@ -79,7 +79,7 @@ def run(config: ZygoteConfig, handler: Adapter | AsyncAdapter | None, setup: Chi
     set_title("worker", config.label)
     _reseed()
     try:
-        config.limits.apply()
+        config.limits.apply(config.concurrency)
         if config.concurrency > 1:
             descriptors.make_room(config.concurrency * LANE_DESCRIPTORS)
         if setup.enter is not None:
@@ -89,7 +89,8 @@ def run(config: ZygoteConfig, handler: Adapter | AsyncAdapter | None, setup: Chi
         if code >= 0:
             os.close(code)
         life = _begin(handler, config, pipes, cancellation)
-        pipes.write(encode(READY, 0, _encode(Ready(handler.kind))))
+        threads = config.concurrency > 1 and isinstance(handler, Adapter)
+        pipes.write(encode(READY, 0, _encode(Ready(handler.kind, threads))))
     except BaseException as error:  # noqa: BLE001 - a start that failed, whatever it raised, is reported
         if is_fork():
             leave(error)

@@ -10,6 +10,7 @@ import os
 import select
 import threading
 from collections import deque
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -43,6 +44,9 @@ from .stdio import OutputFlag
 
 READ_SIZE: Final = 64 * 1024
 """How much of the request pipe is read at once, in bytes."""
+
+SOFTWARE: Final = 70
+"""The exit code of a worker that has met a mistake of ours (sysexits.h, EX_SOFTWARE)."""
 
 _ATOMIC: Final = select.PIPE_BUF - HEADER_SIZE
 
@@ -296,3 +300,9 @@ class Pipes:
                 left = left[os.write(self._response_fd, left) :]
         except BrokenPipeError:
             raise HostGone from None
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close these descriptors."""
+    for fd in fds:
+        os.close(fd)

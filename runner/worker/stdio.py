@@ -14,6 +14,7 @@ import io
 import os
 import select
 import sys
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
@@ -88,6 +89,9 @@ class LogStream(io.TextIOWrapper):
 current_tag: Final[ContextVar[bytes]] = ContextVar("blastdoor_job", default=b"")
 """The tag of the job that is under way here (`control/output_tags`); empty for none."""
 
+_MOST_BEGUN: Final = 10_000
+"""Lines that are begun at most: what jobs that are over go on printing has no other end."""
+
 _LONGEST: Final = select.PIPE_BUF - 32
 
 
@@ -102,6 +106,8 @@ class TaggedOutput(OutputFlag):
         self._files: list[_TaggedFile] = []
 
     def note(self) -> None:
+        if len(self._tags) > _MOST_BEGUN:
+            self._tags.clear()
         self._tags.add(current_tag.get())
 
     def take(self) -> bool:
@@ -129,6 +135,11 @@ class _TaggedFile(io.RawIOBase):
         self._fd = fd
         self._note = note
         self._begun: dict[bytes, bytes] = {}
+        self._lock = threading.RLock()  # threads of one job have one tag; reentrant, since a finalizer may print
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
 
     def fileno(self) -> int:
         return self._fd
@@ -140,19 +151,21 @@ class _TaggedFile(io.RawIOBase):
         text = bytes(data)
         self._note()
         tag = current_tag.get()
-        *lines, rest = (self._begun.pop(tag, b"") + text).split(b"\n")
-        for line in lines:
-            self._put(tag, line)
-        if len(rest) > _LONGEST:
-            self._put(tag, rest)
-        elif rest:
-            self._begun[tag] = rest
+        with self._lock:
+            *lines, rest = (self._begun.pop(tag, b"") + text).split(b"\n")
+            for line in lines:
+                self._put(tag, line)
+            if len(rest) > _LONGEST or len(self._begun) > _MOST_BEGUN:
+                self._put(tag, rest)
+            elif rest:
+                self._begun[tag] = self._begun.get(tag, b"") + rest  # of what a finalizer has printed meanwhile
         return len(text)
 
     def end_line(self, tag: bytes) -> None:
         """The job ends: what it has printed of a line is one."""
-        if rest := self._begun.pop(tag, b""):
-            self._put(tag, rest)
+        with self._lock:
+            if rest := self._begun.pop(tag, b""):
+                self._put(tag, rest)
 
     def close(self) -> None:
         """Do nothing but end the line of nobody: the descriptor stays open as long as the process."""

@@ -17,29 +17,20 @@ import traceback
 from collections import deque
 from contextvars import Context
 from types import TracebackType
-from typing import Final
 
 from ..control.lane_threads import lane_thread_name
-from ..control.line_messages import LANE_DESCRIPTORS, MESSAGE_SIZE, OPEN, unpack
+from ..control.line_messages import LANE_DESCRIPTORS, OPEN, take
 from ..control.output_tags import tag_of
 from ..control.signals import SIGNAL
 from ..errors import JobCancelled
+from ..model.limits import THREAD_STACK
 from ..platform import linux
 from . import reaper
-from .forks import disown_forks, is_fork
+from .forks import disown_forks, is_fork, own_again
 from .handlers.adapter import Adapter
 from .job_loop import run_job
-from .pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes
+from .pipes import SOFTWARE, HostGone, IncomingRequest, OutgoingResponse, Pipes, close_all
 from .stdio import OutputFlag, current_tag
-
-_RETRY_SECONDS: Final = 0.1
-"""Seconds until a thread is tried again that the system has refused."""
-
-_STACK: Final = 2 << 20
-"""Bytes of stack for each thread where the worker's memory is limited, since they count as memory (RLIMIT_DATA)."""
-
-_SOFTWARE: Final = 70
-"""The exit code of a worker that has met a mistake of ours (sysexits.h, EX_SOFTWARE)."""
 
 _reaping = threading.Lock()
 
@@ -107,12 +98,15 @@ class ThreadCancellation:
         self._lock.release()
 
     def __enter__(self) -> None:
-        self._enter()
-        self._depth += 1
+        if threading.get_ident() == self._thread:  # the exception comes nowhere else
+            self._enter()
+            self._depth += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
+        if threading.get_ident() != self._thread:
+            return
         self._depth -= 1
         depth = self._depth
         self._lock.release()
@@ -150,11 +144,13 @@ class ThreadCancellation:
 
     def _look(self, *, heard: bool) -> None:
         """Look for a cancel that came while the lane had its shield up, in the lane's thread."""
-        self._enter()
-        try:
-            found = self._take()
-        finally:
+        found = False
+        while self._numbers or self._early:
+            self._enter()
+            found = self._take() or found
             self._lock.release()
+            if not self._numbers:  # else one has come meanwhile, and the main thread could not take it
+                break
         if found and heard:
             raise JobCancelled
 
@@ -176,10 +172,15 @@ class _Lane:
     def __init__(self, number: int, request_fd: int, response_fd: int, handler: Adapter, prints: OutputFlag) -> None:
         self.number = number
         self.cancellation = ThreadCancellation()
+        self._fds = request_fd, response_fd
         self._pipes = Pipes(request_fd, response_fd, self.cancellation, prints)
         self._handler = handler
-        disown_forks((request_fd, response_fd), self._sever)
+        disown_forks(self._fds, self._sever)
         self.thread = threading.Thread(target=self._run, name=f"blastdoor-lane-{number}", daemon=True)
+
+    def forget(self) -> None:
+        """It was not begun."""
+        own_again(self._fds, self._sever)
 
     def _run(self) -> None:
         linux.name_thread(lane_thread_name(self.number))
@@ -196,7 +197,7 @@ class _Lane:
         except BaseException:  # noqa: BLE001 - a lane that answers nothing would have its callers wait for ever
             if not is_fork():
                 traceback.print_exc()
-            os._exit(_SOFTWARE)
+            os._exit(SOFTWARE)
 
     def _sever(self) -> None:
         self.cancellation.after_fork_in_child()
@@ -226,59 +227,61 @@ class ThreadedWorker:
         self._handler = handler
         self._request_fd, self._response_fd, self._line_fd = fds
         self._prints = prints
-        self._stack = 0 if memory_bytes is None else _STACK
+        self._stack = 0 if memory_bytes is None else THREAD_STACK
         self._lanes: dict[int, _Lane] = {}
-        self._waiting: deque[_Lane] = deque()
 
     def serve(self) -> None:
         """Run jobs on all lanes, until the host opens no more and each has ended."""
         signal.signal(SIGNAL, signal.SIG_IGN)  # the line says it all
-        self._open(0, self._request_fd, self._response_fd)
+        if not self._open(0, self._request_fd, self._response_fd):
+            os._exit(SOFTWARE)
         line = socket.socket(fileno=self._line_fd)
         poll = select.poll()
         poll.register(line, select.POLLIN)
         while True:
             try:
-                if poll.poll(self._patience()) and not self._hear(line):
-                    break
-                self._start_threads()
+                poll.poll()
+            except Exception:  # noqa: BLE001 - an app's signal handler: it ends no job
+                traceback.print_exc()
+                continue
             except KeyboardInterrupt:
-                traceback.print_exc()  # a handler's signal, or what it asked for: it ends no other job
+                traceback.print_exc()
+                continue
+            try:
+                if not self._hear(line):
+                    break
+            except BaseException:  # noqa: BLE001 - a message may be lost, whose lane has callers
+                traceback.print_exc()
+                os._exit(SOFTWARE)
         for lane in self._lanes.values():
-            if lane.thread.is_alive():
-                lane.thread.join()
-
-    def _patience(self) -> float | None:
-        """Milliseconds to wait for the line."""
-        return _RETRY_SECONDS * 1000 if self._waiting else None
+            lane.thread.join()
 
     def _hear(self, line: socket.socket) -> bool:
         """Take the next message; False at the end."""
-        message, fds, _, _ = socket.recv_fds(line, MESSAGE_SIZE, LANE_DESCRIPTORS)
-        if not message:
+        message = take(line)
+        if message is None:
             return False
-        kind, number, job = unpack(message)
-        if kind == OPEN:
-            self._open(number, *fds)
-        elif number in self._lanes:
-            self._lanes[number].cancellation.cancel(job)
+        kind, number, job, fds = message
+        if kind != OPEN:
+            if number in self._lanes:
+                self._lanes[number].cancellation.cancel(job)
+        elif len(fds) != LANE_DESCRIPTORS or not self._open(number, *fds):
+            close_all(fds)  # there is no room for more: the host goes elsewhere
         return True
 
-    def _open(self, number: int, request_fd: int, response_fd: int) -> None:
-        lane = self._lanes[number] = _Lane(number, request_fd, response_fd, self._handler, self._prints)
-        self._waiting.append(lane)
-        self._start_threads()
-
-    def _start_threads(self) -> None:
-        while self._waiting:
-            before = threading.stack_size(self._stack)
-            try:
-                self._waiting[0].thread.start()
-            except RuntimeError:
-                return  # the system gives none at the moment
-            finally:
-                threading.stack_size(before)
-            self._waiting.popleft()
+    def _open(self, number: int, request_fd: int, response_fd: int) -> bool:
+        """Begin to serve a lane; whether the system has a thread for it."""
+        lane = _Lane(number, request_fd, response_fd, self._handler, self._prints)
+        before = threading.stack_size(self._stack)
+        try:
+            lane.thread.start()
+        except RuntimeError:
+            lane.forget()
+            return False
+        finally:
+            threading.stack_size(before)
+        self._lanes[number] = lane
+        return True
 
 
 def _drop_thread_locals() -> None:

@@ -83,6 +83,7 @@ def main() -> None:
     zygote.run()
 
 
+_ENDS = frozenset((os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED))
 _CHANGES = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
 
 
@@ -272,13 +273,15 @@ class Zygote:
         What is done for each of them does not grow with how many there are.
         """
         ended = False
-        while (pid := self._next_change()) is not None:
+        while (change := self._next_change()) is not None:
+            pid = change.si_pid
             number, process = self._workers.get(pid, (0, None))
-            if process is None:
-                os.waitpid(pid, os.WNOHANG | os.WUNTRACED)  # it was a worker's child, or is one that we have killed
+            if change.si_code not in _ENDS:
+                if _is_stopped(pid) and process is not None:
+                    self._send(Stopped(number))
+            elif process is None:
+                os.waitpid(pid, os.WNOHANG)  # it was a worker's child, or is one that we have killed
                 ended = True
-            elif _is_stopped(pid):
-                self._send(Stopped(number))
             else:
                 del self._workers[pid]
                 if self._sandbox is not None:
@@ -290,17 +293,16 @@ class Zygote:
                 if pid not in self._workers and pid not in self._kept:
                     self._kill(pid)
 
-    def _next_change(self) -> int | None:
-        """The pid of a child that has ended or was stopped, and that nobody has waited for; None for none."""
+    def _next_change(self) -> os.waitid_result | None:
+        """A child that has ended or was stopped, and that nobody has waited for; None for none."""
         if not self._kept:
             try:
-                found = os.waitid(os.P_ALL, 0, _CHANGES)
+                return os.waitid(os.P_ALL, 0, _CHANGES)
             except ChildProcessError:
                 return None
-            return None if found is None else found.si_pid
         for pid in self._workers:  # a preload's own children are not ours to wait for, and may stand before ours
-            if os.waitid(os.P_PID, pid, _CHANGES) is not None:
-                return pid
+            if (change := os.waitid(os.P_PID, pid, _CHANGES)) is not None:
+                return change
         return None
 
     @staticmethod
