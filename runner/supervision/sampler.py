@@ -22,6 +22,11 @@ IDLE_SECONDS: Final = 0.5
 """Processor time in seconds that a sandboxed worker may use between two jobs, where it should do nothing."""
 
 
+_NOT_THERE: Final = 0
+_NAMING_LIMIT: Final = 1.0
+"""Seconds that the thread of a job may go without its name: it may just be about to start."""
+
+
 class WatchedJob(Protocol):
     """A job that is looked after: of a caller, or of nobody any more."""
 
@@ -129,6 +134,10 @@ class ProcessSampler:
         spending = began.get(lane)
         if spending is None or spending.job_id != job.job_id:
             thread = None if worker.concurrency == 1 else _thread_of(process.pid, lane, spending)
+            if thread == _NOT_THERE and time.monotonic() < job.began + _NAMING_LIMIT:
+                return None  # it is looked for again
+            if thread == _NOT_THERE:
+                thread = None
             spending = _Spending(job.job_id, thread)
             spending.before = spending.used(process, lane)
         self._began[lane] = spending
@@ -161,11 +170,13 @@ class _Spending:
 
 
 def _thread_of(pid: int, lane: Lane, last: _Spending | None) -> int | None:
-    """The thread that serves a lane, by its name; None where there is none, or more than one."""
+    """The thread that serves a lane, by its name; _NOT_THERE where there is none, None where there are several."""
     wanted = lane_thread_name(lane.number)
     if last is not None and last.thread is not None and linux.thread_name(pid, last.thread) == wanted:
         return last.thread
     found = [thread for thread in linux.threads(pid) if linux.thread_name(pid, thread) == wanted]
+    if not found:
+        return _NOT_THERE
     return found[0] if len(found) == 1 else None
 
 
