@@ -224,6 +224,7 @@ class Pool(Startable):
             if self._supervisor is failed:
                 self._leases = self._make_leases()
                 self._supervisor = None
+                descriptors.release(self._token)
         failed.stop(0)
 
     def close(self, drain: float | None = None) -> None:
