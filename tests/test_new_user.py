@@ -513,6 +513,9 @@ def test_what_holds_is_said_at_the_start(tmp_path: Path) -> None:
         assert "sandbox strict, memory 1024 MiB, timeout 30 s" in line
         served.wait_for("serving")
         assert sum("as many requests at once as there are workers" in line for line in served.lines) == 1
+    with Process("tests.asgi_apps:app", "--workers=2", "--concurrency=8", "--port=0", "--admin=none") as served:
+        assert not any("as many requests at once" in line for line in served.lines)
+        assert any("workers 2 of 8 jobs at once" in line for line in served.lines)
 
 
 def test_log_lines_of_mounts() -> None:

@@ -54,7 +54,7 @@ def describe(mount: MountSettings, settings: PoolSettings) -> str:
     memory = settings.memory or limits.memory
     said = [
         mount.app,
-        f"workers {settings.workers or os.cpu_count() or 1}",
+        f"workers {settings.workers or os.cpu_count() or 1}{_at_once(settings)}",
         "no sandbox" if sandbox is None else f"sandbox {sandbox.profile}",
         "memory unlimited" if not memory else f"memory {parse_size(memory) >> 20} MiB",
         f"timeout {settings.timeout:g} s" if settings.timeout else "no timeout",
@@ -64,7 +64,7 @@ def describe(mount: MountSettings, settings: PoolSettings) -> str:
 
 _ASGI_HINT: Final = (
     "an ASGI app has as many requests at once as there are workers, streams too; the others wait, and get a 503 after "
-    "queue_timeout. Let the workers grow with the demand where it streams, as in --workers 4:64"
+    "queue_timeout. Where it streams, or mostly waits, let each worker have several at once, as in --concurrency 64"
 )
 
 
@@ -72,8 +72,9 @@ def log_serving(settings: Settings, kinds: Mapping[str, str], where: str) -> Non
     """What is served, as what, and where."""
     defaults = settings.defaults
     for path, mount in settings.all_mounts.items():
-        logger.info("%s: %s", path, describe(mount, mount.with_defaults(defaults)))
-        if kinds.get(path) == "asgi":
+        pool = mount.with_defaults(defaults)
+        logger.info("%s: %s", path, describe(mount, pool))
+        if kinds.get(path) == "asgi" and not _at_once(pool):
             logger.warning("%s: %s", path, _ASGI_HINT)
     apps = ", ".join(f"{path} {mount.app}" for path, mount in settings.all_mounts.items())
     logger.info("serving %s at %s", apps, where)
@@ -111,3 +112,7 @@ def log_access(answered: RequestFinished, *, queries: bool = True) -> None:
             "whole": answered.whole,
         },
     )
+
+
+def _at_once(settings: PoolSettings) -> str:
+    return f" of {settings.concurrency} jobs at once" if settings.concurrency and settings.concurrency > 1 else ""
