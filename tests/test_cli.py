@@ -20,9 +20,9 @@ from tests.serving import Process, Served
 ROOT = Path(__file__).parents[1]
 
 
-def blastdoor(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def blastdoor(*arguments: str, stdin: bytes = b"", cwd: Path = ROOT) -> subprocess.CompletedProcess[bytes]:
     command = Path(sys.executable).with_name("blastdoor")
-    return subprocess.run([command, *arguments], input=stdin, capture_output=True, cwd=ROOT, timeout=60, check=False)
+    return subprocess.run([command, *arguments], input=stdin, capture_output=True, cwd=cwd, timeout=60, check=False)
 
 
 def test_version_and_help() -> None:

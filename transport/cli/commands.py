@@ -115,6 +115,19 @@ def serve(
     sandbox: Profile = None,
     queue: Annotated[int | None, _option("Requests that wait at most. [default: 100]", "N", least=0)] = None,
     queue_timeout: Annotated[float | None, _option("How long they wait. [default: 10]", "SECONDS", least=0)] = None,
+    per_provider: Annotated[
+        list[str] | None, _option("Jobs of a provider that run at once at most. Repeatable.", "NAME=N")
+    ] = None,
+    max_requests: Annotated[int | None, _option("Replace a worker after so many requests.", "N", least=1)] = None,
+    max_requests_jitter: Annotated[
+        int | None, _option("Up to so many more, by chance. [default: a tenth]", "N", least=0)
+    ] = None,
+    max_rss: Annotated[str | None, _option("Replace a worker above this memory, such as 300MiB.", "SIZE")] = None,
+    max_age: Annotated[float | None, _option("Replace a worker that is so old.", "SECONDS", least=0)] = None,
+    app_dir: Annotated[str | None, _option("Where the app is. [default: the working directory]", "DIR")] = None,
+    chdir: Annotated[str | None, _option("Directory to work in.", "DIR")] = None,
+    env_file: Annotated[str | None, _option("File with variables for the workers.", "FILE")] = None,
+    pid: Annotated[str | None, _option("File for the server's pid.", "FILE")] = None,
     preload: Annotated[list[str] | None, _option("To import once for all workers. Repeatable.", "MODULE")] = None,
     env: Annotated[
         list[str] | None, _option("Variable that the workers see, and no others. Repeatable.", "NAME[=VALUE]")

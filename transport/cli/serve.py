@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import resource
-from typing import Any
+from typing import Any, Final
 
 from runner.errors import ConfigurationError
 from runner.extras import missing
+from runner.model.recycle import Recycle
 
 
 def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, Any]) -> None:
@@ -21,21 +22,32 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     from transport.fronts.shares import how_many
     from transport.serving.log_format import log_to_stderr
     from transport.serving.loops import loop_factory
+    from transport.serving.process_setup import EnvFile, PidFile, change_directory
     from transport.serving.settings import Settings, load_settings
     from transport.serving.settings_parsing import parse_mounts
 
     if apps:
         given["mounts"] = parse_mounts(apps)
+    if recycle := _recycle(given):
+        given["recycle"] = recycle
+    if "per_provider" in given:
+        given["per_provider"] = _limits(given["per_provider"])
     if "env" in given:
         given["env"] = _environment(given["env"])
     if "set_env" in given:
         given["set_env"] = _environment(given["set_env"])
     before = dict(os.environ)
+    here = os.getcwd()
+    env_file = EnvFile()
 
     def read() -> Settings:
-        return load_settings(config, given, before)
+        settings = load_settings(config, given, before, here)
+        env_file.load(settings.env_file and os.path.join(here, settings.env_file))
+        return settings
 
     settings = read()
+    pid_file = PidFile(settings.pid)
+    change_directory(settings.chdir)
     log_to_stderr(settings.log_level, settings.log_format)
     settings.connections = _make_room(settings.connections)
     service: Service | Fronts
@@ -46,7 +58,7 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     else:
         service = Service(settings, read)
     try:
-        with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+        with pid_file, asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
             runner.run(service.run())
     except KeyboardInterrupt:
         pass  # before it had started: what it had begun is ended by now
@@ -69,6 +81,30 @@ def _make_room(connections: int) -> int:
             )
             return fewer
     return connections
+
+
+_RECYCLING: Final = {"max_requests": "after_jobs", "max_rss": "above_rss", "max_age": "after_seconds"}
+
+
+def _recycle(given: dict[str, Any]) -> Recycle | None:
+    """When workers are replaced, from the options that say so, which are taken out; None where there are none."""
+    told = {name: given.pop(option) for option, name in _RECYCLING.items() if option in given}
+    jitter = given.pop("max_requests_jitter", None)
+    if jitter is not None:
+        if "after_jobs" not in told:
+            raise ConfigurationError("max_requests_jitter adds to max_requests: give that too")
+        told["jitter"] = min(jitter / max(told["after_jobs"], 1), 1)
+    return Recycle(**told) if told else None
+
+
+def _limits(given: list[str]) -> dict[str, int]:
+    limits = {}
+    for entry in given:
+        name, _, number = entry.rpartition("=")
+        if not name or not number.isdecimal():
+            raise ConfigurationError(f"per_provider has the form NAME=N, as in 'openai=8', not {entry!r}")
+        limits[name] = int(number)
+    return limits
 
 
 def _environment(given: list[str]) -> dict[str, str]:

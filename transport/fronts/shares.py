@@ -45,6 +45,8 @@ def _shares(pool: PoolSettings, front: int, fronts: int) -> dict[str, Any]:
     least, most = (_part(number, front, fronts) for number in _workers(pool))
     shares: dict[str, Any] = {"workers": least if least == most else f"{least}:{most}"}
     shares["queue"] = _up(QUEUE if pool.queue is UNSET else pool.queue, fronts)
+    if pool.per_provider is not UNSET:
+        shares["per_provider"] = {name: _up(limit, fronts) for name, limit in pool.per_provider.items()}
     if pool.spares is not UNSET:
         shares["spares"] = _up(pool.spares, fronts)
     return shares

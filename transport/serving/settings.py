@@ -78,12 +78,14 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     spares: int | UnsetType = UNSET
     queue: int | UnsetType = UNSET
     queue_timeout: float | UnsetType = UNSET
+    per_provider: dict[str, int] | UnsetType = UNSET
     timeout: float | UnsetType = UNSET
     memory: int | str | UnsetType = UNSET
     cpu_seconds: float | UnsetType = UNSET
     open_files: int | UnsetType = UNSET
     sandbox: str | Sandbox | UnsetType = UNSET
     preload: bool | list[str] | UnsetType = UNSET
+    app_dir: str | UnsetType = UNSET
     spool_uploads: int | str | UnsetType = UNSET
     set_env: dict[str, str] | UnsetType = UNSET
     env: dict[str, str] | UnsetType = UNSET
@@ -109,7 +111,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
         )
         return _kind_of_pool(self.cluster)(
             app,
-            path=[os.getcwd()],  # first, as `python -m` does; this process imports nothing from there
+            path=[self._app_directory()],  # first, as `python -m` does; this process imports nothing from there
             root_path=root_path,
             workers=None if self.workers is UNSET else parse_workers(self.workers),
             queue=QUEUE if self.queue is UNSET else self.queue,
@@ -123,6 +125,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
                 factory=self.factory,
                 concurrency=self.concurrency,
                 spares=self.spares,
+                per_provider=self.per_provider,
                 preload=self.preload,
                 spool_uploads=self.spool_uploads,
                 env=self.env,
@@ -133,6 +136,13 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
                 debug=self.debug,
             ),
         )
+
+    def _app_directory(self) -> str:
+        """Where the app is looked for first: absolute. ConfigurationError where there is no such directory."""
+        directory = os.path.abspath(self.app_dir or ".")
+        if not os.path.isdir(directory):
+            raise ConfigurationError(f"app_dir: there is no directory {directory!r}")
+        return directory
 
 
 class MountSettings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -195,6 +205,9 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     trusted_proxies: tuple[str, ...] = ("127.0.0.1", "::1")
     fronts: int | str = 1
     loop: Literal["auto", "asyncio", "uvloop"] = "auto"
+    chdir: str = ""
+    env_file: str = ""
+    pid: str = ""
     access_log: bool = True
     access_log_queries: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -270,11 +283,13 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 _USUAL: Final = {"port": "PORT", "workers": "WEB_CONCURRENCY"}
-_NOT_FROM_VARIABLES: Final = frozenset({"app", "mounts", "env", "set_env", "recycle"})
+_NOT_FROM_VARIABLES: Final = frozenset({"app", "mounts", "env", "set_env", "recycle", "per_provider"})
 
 
-def load_settings(file: str | None, given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
-    """The settings of a file, or of the first of FILES that has some, with what was `given` instead.
+def load_settings(
+    file: str | None, given: Mapping[str, Any], environ: Mapping[str, str] | None = None, directory: str = ""
+) -> Settings:
+    """The settings of a file, or of the first of FILES in this directory that has some, with what was `given` instead.
 
     Variables of `environ` stand between the two.
 
@@ -282,7 +297,7 @@ def load_settings(file: str | None, given: Mapping[str, Any], environ: Mapping[s
     ConfigurationError names what is wrong, and where.
     """
     given = {**from_environment(environ or {}), **given}
-    where, found = (file, _read(Path(file))) if file is not None else _look_for()
+    where, found = (file, _read(Path(directory, file))) if file is not None else _look_for(directory)
     check_keys(found, Settings, where)
     if "mounts" in given:
         found.pop("app", None)
@@ -364,9 +379,9 @@ def _kind_of_pool(cluster: str | UnsetType) -> Callable[..., AnyPool]:
     return functools.partial(ClusterPool, address=cluster)
 
 
-def _look_for() -> tuple[str, dict[str, Any]]:
+def _look_for(directory: str) -> tuple[str, dict[str, Any]]:
     for name in FILES:
-        if (path := Path(name)).is_file() and (found := _read(path)):
+        if (path := Path(directory, name)).is_file() and (found := _read(path)):
             return name, found
     return "the command line", {}
 
