@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .model.limits import Limits as Limits
     from .model.recycle import Recycle as Recycle
     from .model.request import Request as Request
+    from .model.retry import Retry as Retry
     from .model.sandbox import Sandbox as Sandbox
     from .pool import Pool as Pool
     from .wire.headers import Headers as Headers
@@ -70,6 +71,7 @@ _HOMES = {
     "jobs.job": "Job",
     "model.limits": "Limits",
     "model.recycle": "Recycle",
+    "model.retry": "Retry",
     "model.request": "Request",
     "model.sandbox": "Sandbox",
     "model.cancel_scope": "CancelScope",

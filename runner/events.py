@@ -18,8 +18,9 @@ from .errors import FaultKind
 
 logger = logging.getLogger("blastdoor")
 
-Outcome = FaultKind | Literal["ok", "left", "not taken"]
-"""How a job ended: well, with a fault, left by its caller, or with a worker that was gone before it took it."""
+Outcome = FaultKind | Literal["ok", "left", "not taken", "retried"]
+"""How a job ended: well, with a fault, left by its caller, with a worker that was gone before it took it, or
+with one that died before it answered, so that it is done again."""
 
 
 class WorkerStarted(msgspec.Struct, frozen=True):

@@ -27,6 +27,7 @@ from .jobs.job import Job
 from .model.limits import Limits
 from .model.recycle import Recycle
 from .model.request import Request, Upload
+from .model.retry import Retry
 from .model.sandbox import Profile, Sandbox
 from .platform import descriptors
 from .pool_base import Startable
@@ -35,6 +36,7 @@ from .pool_options import (
     PoolConfig,
     Queueing,
     Times,
+    check_retry,
     recycling,
     size_of,
     zygote_config,
@@ -79,7 +81,8 @@ class Pool(Startable):
     `workers=(2, 32)` grows with the demand and shrinks when a worker was idle for `shrink_after` seconds; `spares` more
     are kept warm, so that a death costs the next caller nothing. `queue` bounds how many callers wait, and
     `queue_timeout` how long; `per_provider` how many jobs of a provider run at once. Where that is exceeded callers
-    get an error, or with `overload="answer"` a 503. `recycle` says when a worker is replaced.
+    get an error, or with `overload="answer"` a 503. `recycle` says when a worker is replaced, `retry` which
+    requests are done again where their worker dies before it answers.
 
     Times are in seconds: a job that its caller leaves has `grace` to end before its worker is killed; `close`
     waits up to `drain` for the jobs under way; a worker that is not ready `start_timeout` after its start, an ASGI
@@ -106,6 +109,7 @@ class Pool(Startable):
         per_provider: Mapping[str, int] | None = None,
         overload: Literal["raise", "answer"] = "raise",
         recycle: Recycle | None = None,
+        retry: Retry | None = None,
         preload: bool | Sequence[str] = False,
         env: Mapping[str, str] | None = None,
         set_env: Mapping[str, str] | None = None,
@@ -147,12 +151,14 @@ class Pool(Startable):
             times=Times(grace=grace, drain=drain, start_timeout=start_timeout, stop_timeout=stop_timeout),
             environment=Environment(env=env, set_env=set_env or {}),
             recycle=recycling(recycle, self._config.sandbox),
+            retry=check_retry(retry),
         )
         self._set_up()
 
     def _set_up(self) -> None:
         self._token = uuid.uuid4().hex
         self._queue_timeout = self._options.queueing.queue_timeout
+        self._retry = self._options.retry
         self.debug = self._config.debug
         self.overload: str = self._options.queueing.overload
         self._leases = self._make_leases()
@@ -406,6 +412,7 @@ class Pool(Startable):
             listener,
             supervisor,
             lambda: self._start_over(supervisor),
+            0 if self._retry is None else self._retry.of(request.method),
         )
         if supervisor.kind == "wsgi":
             tell_of_dropped(request, call.job_id)
@@ -430,7 +437,8 @@ class Pool(Startable):
         if write_timeout is None:
             write_timeout = read_timeout
         timeouts = _ENDLESS if write_timeout is None else (endless(read_timeout), endless(write_timeout))
-        return Dispatch(request, upload, context, job_id, endless(lease_timeout), timeouts)
+        retries = 0 if self._retry is None else self._retry.of(request.method)
+        return Dispatch(request, upload, context, job_id, endless(lease_timeout), timeouts, retries)
 
 
 _ENDLESS = (None, None)

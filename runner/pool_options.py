@@ -16,6 +16,7 @@ from .model.handler_spec import parse_handler_spec
 from .model.limits import Limits, parse_size, share_cores
 from .model.paths import check_paths
 from .model.recycle import Recycle
+from .model.retry import Retry
 from .model.sandbox import Profile, Sandbox
 from .supervision.leases import Admission
 from .supervision.scaling import Size
@@ -43,6 +44,7 @@ class PoolOptions(TypedDict, total=False):
     per_provider: Mapping[str, int] | None
     overload: Literal["raise", "answer"]
     recycle: Recycle | None
+    retry: Retry | None
     preload: bool | Sequence[str]
     env: Mapping[str, str] | None
     set_env: Mapping[str, str] | None
@@ -138,6 +140,7 @@ class PoolConfig(msgspec.Struct, frozen=True, kw_only=True):
     times: Times
     environment: Environment
     recycle: Recycle | None
+    retry: Retry | None
 
 
 def size_of(workers: int | tuple[int, int] | None, spares: int, shrink_after: float, concurrency: int = 1) -> Size:
@@ -215,6 +218,13 @@ def recycling(recycle: Recycle | None, sandbox: Sandbox | None) -> Recycle | Non
     if sandbox is not None and sandbox.strictly:
         return replace(recycle or Recycle(), after_jobs=1)
     return recycle
+
+
+def check_retry(retry: object) -> Retry | None:
+    """Which requests are done again."""
+    if retry is not None and not isinstance(retry, Retry):
+        raise ConfigurationError(f"retry is a runner.Retry, as in Retry(deaths=1, methods={{'GET'}}), not {retry!r}")
+    return retry
 
 
 def check_sandbox(sandbox: object) -> Sandbox | None:

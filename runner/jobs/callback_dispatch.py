@@ -52,8 +52,9 @@ class CallbackDispatch(Dispatch):
         listener: Listener,
         supervisor: SupervisorProtocol,
         start_over: Callable[[], object],
+        retries: int = 0,
     ) -> None:
-        super().__init__(request, upload, context, job_id, lease_timeout, (None, None))
+        super().__init__(request, upload, context, job_id, lease_timeout, (None, None), retries)
         self._supervisor = supervisor
         self._poller = poller
         self._listener = listener

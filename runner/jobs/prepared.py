@@ -30,6 +30,7 @@ def job_number(jobs: int) -> int:
 class PreparedRequest:
     """A request with all that belongs to it. Raises InvalidRequest, and JobClosed where the scope is cancelled.
 
+    `retries` is how often it is done again where its worker dies before it answers.
     `sent_at` tells when its head went to the worker that was found for it, where that was done for a caller who waited.
     """
 
@@ -40,6 +41,7 @@ class PreparedRequest:
         "head",
         "lease_timeout",
         "method",
+        "retries",
         "scope",
         "sent_at",
         "target",
@@ -55,7 +57,9 @@ class PreparedRequest:
         job_id: str,
         lease_timeout: float | None,
         timeouts: Timeouts,
+        retries: int = 0,
     ) -> None:
+        self.retries = retries
         self.asked_at = time.monotonic()
         self.method = request.method
         self.target = request.target

@@ -78,6 +78,7 @@ class RoundTrip(Sending):
         "_lane",
         "_outcome",
         "_read_timeout",
+        "_retriable",
         "_scope",
         "_waited",
         "_wall_seconds",
@@ -112,6 +113,7 @@ class RoundTrip(Sending):
         self._channel = lane.channel
         self._supervisor = supervisor
         self._upload = request.upload
+        self._retriable = request if request.retries and not request.upload.lazy else None
         self._read_timeout, self._write_timeout = request.timeouts
         ChannelGuard.__init__(self)
         lane.jobs += 1
@@ -307,11 +309,24 @@ class RoundTrip(Sending):
             and self._channel.unread() >= self._channel.written
         )
         tail = "" if worker.last_words_told else worker.log.tail(self.job_id)
-        self._outcome = "not taken" if never_taken else "memory" if worker.limit_exceeded else "died"
+        retry = self._retriable
+        if self._exchange.head is not None or worker.limit_exceeded or (retry is not None and not retry.retries):
+            retry = None
+        if never_taken:
+            self._outcome = "not taken"
+        elif retry is not None:
+            self._outcome = "retried"
+        else:
+            self._outcome = "memory" if worker.limit_exceeded else "died"
         self._discard()
         death = worker_death(worker.status, self.job_id, worker.casualties)
         if never_taken:
             raise RequestNotTaken(death)
+        if retry is not None:
+            retry.retries -= 1
+            words = "job %s: worker %s: %s: it is done again, by another"
+            logger.warning(words, self.job_id, worker.pid, death.fault.detail, extra=self._extra())
+            raise RequestNotTaken
         self._close_upload()
         if worker.limit_exceeded:
             raise over_limit("memory", worker.limit_exceeded, self.job_id)
@@ -484,7 +499,7 @@ class RoundTrip(Sending):
             events.emit(ended, healthy=healthy)
 
     def _what_went_wrong(self) -> str:
-        if self._outcome in ("died", "not taken"):
+        if self._outcome in ("died", "not taken", "retried"):
             return worker_death(self._worker.status, self.job_id, self._worker.casualties).fault.detail
         if self._outcome == "memory" and self._worker.limit_exceeded:
             return self._worker.limit_exceeded

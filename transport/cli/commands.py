@@ -118,6 +118,9 @@ def serve(
     per_provider: Annotated[
         list[str] | None, _option("Jobs of a provider that run at once at most. Repeatable.", "NAME=N")
     ] = None,
+    retry: Annotated[
+        int | None, _option("Do GET and HEAD so often again if their worker dies unanswered.", "N", least=0)
+    ] = None,
     max_requests: Annotated[int | None, _option("Replace a worker after so many requests.", "N", least=1)] = None,
     max_requests_jitter: Annotated[
         int | None, _option("Up to so many more, by chance. [default: a tenth]", "N", least=0)

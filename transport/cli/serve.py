@@ -11,6 +11,7 @@ from typing import Any, Final
 from runner.errors import ConfigurationError
 from runner.extras import missing
 from runner.model.recycle import Recycle
+from runner.model.retry import Retry
 
 
 def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, Any]) -> None:
@@ -30,6 +31,8 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
         given["mounts"] = parse_mounts(apps)
     if recycle := _recycle(given):
         given["recycle"] = recycle
+    if (deaths := given.pop("retry", 0)) > 0:
+        given["retry"] = Retry(deaths=deaths)
     if "per_provider" in given:
         given["per_provider"] = _limits(given["per_provider"])
     if "env" in given:

@@ -23,6 +23,7 @@ from runner.errors import ConfigurationError
 from runner.model.durations import LONGEST
 from runner.model.limits import Limits, parse_size
 from runner.model.recycle import Recycle
+from runner.model.retry import Retry
 from runner.model.sandbox import Sandbox
 from runner.pool import Pool
 from runner.protocols import AnyPool
@@ -90,6 +91,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
     set_env: dict[str, str] | UnsetType = UNSET
     env: dict[str, str] | UnsetType = UNSET
     recycle: Recycle | UnsetType = UNSET
+    retry: Retry | UnsetType = UNSET
     grace: float | UnsetType = UNSET
     start_timeout: float | UnsetType = UNSET
     debug: bool | UnsetType = UNSET
@@ -130,6 +132,7 @@ class PoolSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omi
                 spool_uploads=self.spool_uploads,
                 env=self.env,
                 recycle=self.recycle,
+                retry=self.retry,
                 grace=self.grace,
                 drain=drain,
                 start_timeout=self.start_timeout,
@@ -283,7 +286,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 _USUAL: Final = {"port": "PORT", "workers": "WEB_CONCURRENCY"}
-_NOT_FROM_VARIABLES: Final = frozenset({"app", "mounts", "env", "set_env", "recycle", "per_provider"})
+_NOT_FROM_VARIABLES: Final = frozenset({"app", "mounts", "env", "set_env", "recycle", "per_provider", "retry"})
 
 
 def load_settings(
@@ -338,7 +341,12 @@ def check_keys(table: object, kind: Any, where: str) -> None:
 
 
 _T = TypeVar("_T")
-_TABLES: Final[dict[str, Any]] = {"sandbox": Sandbox, "recycle": Recycle, "trusted_headers": TrustedHeadersSettings}
+_TABLES: Final[dict[str, Any]] = {
+    "sandbox": Sandbox,
+    "recycle": Recycle,
+    "retry": Retry,
+    "trusted_headers": TrustedHeadersSettings,
+}
 _WORDS: Final = re.compile(r"Expected `(?P<wanted>.*)`, got `(?P<got>.*?)`")
 _PLACE: Final = re.compile(r"(?P<words>.*?)(?: - at `\$\.?(?P<place>.*)`)?", re.DOTALL)
 

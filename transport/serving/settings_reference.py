@@ -11,6 +11,7 @@ import msgspec
 from msgspec import UNSET
 
 from runner.model.recycle import Recycle
+from runner.model.retry import Retry
 from runner.model.sandbox import Sandbox
 from transport.serving.settings import MountSettings, PoolSettings, Settings, TrustedHeadersSettings
 
@@ -36,6 +37,9 @@ WORDS: Final = {
     "env": "The workers' environment, and nothing else. Default: this process's.",
     "set_env": "Variables to add to the workers' environment.",
     "recycle": "When a worker is replaced: a table.",
+    "retry": "Which requests are done again where their worker dies before it answers: a table.",
+    "deaths": "How often a request is done again.",
+    "methods": "The methods of requests that are done again.",
     "grace": "Seconds that a handler has to end once its client has left.",
     "start_timeout": "Seconds that a worker has to start.",
     "debug": "For development: tell clients the tracebacks.",
@@ -102,6 +106,7 @@ _TABLES: Final[tuple[tuple[str, Any, frozenset[str]], ...]] = (
     ("`trusted_headers`", TrustedHeadersSettings, frozenset()),
     ("`sandbox`", Sandbox, frozenset()),
     ("`recycle`", Recycle, frozenset()),
+    ("`retry`", Retry, frozenset()),
 )
 
 
@@ -143,7 +148,7 @@ def _kinds(hint: Any) -> Iterator[str]:
         yield from (f"`{value}`" for value in get_args(hint))
     elif origin in (list, tuple):
         yield "list"
-    elif origin is dict or hint in (Sandbox, Recycle, TrustedHeadersSettings):
+    elif origin is dict or hint in (Sandbox, Recycle, Retry, TrustedHeadersSettings):
         yield "table"
     elif hint in _PLAIN:
         yield _PLAIN[hint]
