@@ -191,8 +191,9 @@ def do_leak(request: Any, response: Any) -> bytes:
 
 def do_inherited(request: Any, response: Any) -> bytes:
     """The descriptors that a program which it starts has."""
-    with os.popen("ls /proc/self/fd") as listing:
-        return listing.read().encode()
+    listing = Path(parameter(request, "here"))
+    os.system(f"ls /proc/self/fd > {listing}")  # which closes nothing: what is inherited is there
+    return listing.read_bytes()
 
 
 def do_shut_line(request: Any, response: Any) -> bytes:
@@ -313,9 +314,16 @@ async def async_hold(request: Any, response: Any) -> bytes:
     return b"held"
 
 
-async def async_close_lane(request: Any, response: Any) -> None:
-    """Closes what its lane is read from, so that our own code fails."""
-    await response.write(b"begun")
-    os.close(3)
-    os.close(4)
-    await asyncio.sleep(0)
+async def async_break(request: Any, response: Any) -> bytes:
+    """Has our own code fail when it waits for the next request."""
+    from runner.worker.async_pipes import AsyncPipes
+
+    async def fail(pipes: AsyncPipes) -> Any:
+        raise MemoryError
+
+    AsyncPipes.next_request = fail  # type: ignore[method-assign]
+    return b"broken"
+
+
+async def async_inherited(request: Any, response: Any) -> bytes:
+    return do_inherited(request, response)

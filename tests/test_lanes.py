@@ -37,12 +37,21 @@ from runner import (
     WorkerDied,
 )
 from runner.supervision.line import Line
+from tests.lane import Lane as FarEnds
+from tests.lane import lane as far_ends
 from tests.processes import kill, wait_gone
 from tests.waiting import wait_until
 
 HANDLERS = ["tests.lane_handlers:app", "tests.lane_handlers:async_app"]
 
 both = pytest.mark.parametrize("handler", HANDLERS, ids=["function", "coroutine"])
+
+
+@pytest.fixture
+def lane() -> Iterator[FarEnds]:
+    """A lane whose far ends the test holds."""
+    with far_ends() as made:
+        yield made
 
 
 def get(pool: Pool, target: str, **limits: Any) -> bytes:
@@ -257,11 +266,11 @@ def test_stacks_are_not_the_handler_s(start: Callable[..., Pool]) -> None:
 
 
 @both
-def test_programs_inherit_no_lane(start: Callable[..., Pool], handler: str) -> None:
+def test_programs_inherit_no_lane(start: Callable[..., Pool], handler: str, tmp_path: Path) -> None:
     """K1, N1: what a handler starts has none of the pipes of any job."""
-    pool = start(HANDLERS[0], workers=1, concurrency=4)
+    pool = start(handler, workers=1, concurrency=4)
     jobs = opened(pool, "/wait", 3)
-    assert get(pool, "/inherited").split() == [b"0", b"1", b"2", b"3"]  # and the listing's own
+    assert get(pool, f"/inherited?here={tmp_path / 'listing'}").split() == [b"0", b"1", b"2", b"3"]  # the last: its own
     for job in jobs:
         job.close()
 
@@ -377,11 +386,14 @@ def test_memory_is_the_worker_s(start: Callable[..., Pool], handler: str) -> Non
             b"".join(job)
 
 
-def test_a_lane_whose_pipe_is_gone(start: Callable[..., Pool]) -> None:
-    """K4, F3: where our own code in the worker can't go on, the worker ends, and its callers are told."""
+def test_a_lane_that_can_not_go_on(start: Callable[..., Pool]) -> None:
+    """K4, F3: where our own code in the worker fails, the worker ends, and its callers are told."""
     pool = start(HANDLERS[1], workers=1, concurrency=4)
-    with pool.open(Request("GET", "/close_lane"), read_timeout=20) as job, pytest.raises(WorkerDied):
-        b"".join(job)
+    beside, other = opened(pool, "/wait", 2)
+    assert get(pool, "/break") == b"broken"
+    for job in (beside, other):
+        with pytest.raises(WorkerDied):
+            b"".join(job)
     assert get(pool, "/hello") == b"hello"
 
 
@@ -393,7 +405,11 @@ def test_a_worker_that_shuts_its_line(start: Callable[..., Pool], log: pytest.Lo
     results = at_once([lambda number=number: stream(pool, number, 20, 0.01) for number in range(4)])  # type: ignore[misc]
     assert results == [None] * 4
     wait_until(lambda: "has closed its line" in log.text)
+    wait_until(lambda: any(worker.pid == beside.worker_pid and worker.leaving for worker in pool.workers()))
+    pid = beside.worker_pid
+    assert pid
     beside.close()
+    wait_gone([pid], 10)
 
 
 def test_a_worker_that_is_stopped(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
@@ -710,6 +726,17 @@ def test_logs_of_those_that_waited(start: Callable[..., Pool], log: pytest.LogCa
         if record.name == "blastdoor.worker":
             name = record.getMessage().rpartition(": ")[2].split()[0]
             assert record.job_id == names[name], record.getMessage()  # type: ignore[attr-defined]
+
+
+def test_whose_line_it_is(lane: FarEnds) -> None:
+    """K2, W11: a line has the id of the job that its tag names: of the one under way, and the one before; else none."""
+    worker = lane.worker
+    worker.concurrency = 2
+    worker.lanes[0].name_job("first", 1)
+    worker.lanes[0].name_job("second", 2)
+    worker.lanes[0].name_job("second", 2)  # by who gave the lane up, and by who had waited for it
+    assert [worker.find_job(0, number) for number in range(4)] == ["", "first", "second", ""]
+    assert worker.find_job(7, 2) == ""
 
 
 def test_threads_of_one_job_print(start: Callable[..., Pool], log: pytest.LogCaptureFixture) -> None:
