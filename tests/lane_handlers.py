@@ -309,7 +309,8 @@ def wsgi(environ: dict[str, Any], start_response: Any) -> list[bytes]:
 
 
 async def async_hold(request: Any, response: Any) -> bytes:
-    """Holds up the loop, and all other jobs on it."""
+    """Holds up the loop, and all other jobs on it, once it has said so."""
+    await response.write(b"begun")
     time.sleep(float(parameter(request, "seconds")))
     return b"held"
 
@@ -321,7 +322,7 @@ async def async_break(request: Any, response: Any) -> bytes:
     async def fail(pipes: AsyncPipes) -> Any:
         raise MemoryError
 
-    AsyncPipes.next_request = fail  # type: ignore[method-assign]
+    AsyncPipes.next_request = fail  # type: ignore[assignment, method-assign]
     return b"broken"
 
 

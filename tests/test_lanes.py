@@ -483,12 +483,10 @@ def test_a_burst_of_cancels(start: Callable[..., Pool], log: pytest.LogCaptureFi
     """K3: more callers leave at once than the line has room for, while a job holds up the loop: no worker goes."""
     pool = start(HANDLERS[1], workers=1, concurrency=500, grace=5)
     beside, *leaving = opened(pool, "/wait", 450)
-    with ThreadPoolExecutor(1) as thread:
-        held = thread.submit(get, pool, "/hold?seconds=0.3")
-        wait_until(lambda: pool.stats().running == 451)
-        for job in leaving:
-            job.close()
-        assert held.result() == b"held"
+    (holding,) = opened(pool, "/hold?seconds=0.3", 1)
+    for job in leaving:
+        job.close()
+    assert b"".join(holding) == b"held"
     wait_until(lambda: pool.stats().running == 1)
     assert not beside.settled
     beside.close()
@@ -500,11 +498,9 @@ def test_the_grace_time_begins_when_it_is_heard(start: Callable[..., Pool], log:
     """K3: a sibling that holds up the loop for longer than the grace time costs an honest job's worker nothing."""
     pool = start(HANDLERS[1], workers=1, concurrency=8, grace=0.1)
     beside, leaving = opened(pool, "/wait", 2)
-    with ThreadPoolExecutor(1) as thread:
-        held = thread.submit(get, pool, "/hold?seconds=0.5")
-        wait_until(lambda: pool.stats().running == 3)
-        leaving.close()
-        assert held.result() == b"held"
+    (holding,) = opened(pool, "/hold?seconds=0.5", 1)
+    leaving.close()
+    assert b"".join(holding) == b"held"
     wait_until(lambda: pool.stats().running == 1)
     assert not beside.settled
     beside.close()

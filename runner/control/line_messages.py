@@ -11,6 +11,8 @@ import socket
 import struct
 from typing import Final
 
+from ..platform.descriptors import receive
+
 CANCEL: Final = b"C"
 OPEN: Final = b"O"
 
@@ -25,7 +27,7 @@ def take(line: socket.socket) -> tuple[bytes, int, int, list[int]] | None:
 
     The descriptors of a lane may be missing where the process has no room for them (recv(2), MSG_CTRUNC).
     """
-    message, fds, _, _ = socket.recv_fds(line, MESSAGE_SIZE, LANE_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    message, fds = receive(line, MESSAGE_SIZE, LANE_DESCRIPTORS)
     if not message:
         return None
     kind, lane, job = _MESSAGE.unpack(message)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
+import struct
 from typing import Final
+
+_INT: Final = struct.Struct("i")
 
 _MARGIN: Final = 64
 """Descriptors for what else the process does, where the hard limit has room for them too."""
@@ -33,6 +37,20 @@ def make_room(count: int, owner: object = None) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
         soft = raised
     return min(count, soft - taken)
+
+
+def receive(line: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
+    """A message of at most so many bytes, and the descriptors that came with it, which no program inherits.
+
+    See recvmsg(2), MSG_CMSG_CLOEXEC. `socket.recv_fds` does not pass its flags on (Python 3.11).
+    """
+    room = socket.CMSG_LEN(most * _INT.size)
+    message, ancillary, _, _ = line.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds += [fd for (fd,) in _INT.iter_unpack(data[: len(data) - len(data) % _INT.size])]
+    return message, fds
 
 
 def release(owner: object) -> None:

@@ -226,10 +226,9 @@ class AbandonedJob:
     @property
     def verdict(self) -> str:
         """What becomes of its worker, to be told."""
-        others = self.lane.worker.running - 1
-        return (
-            " is killed" if others <= 0 else f" gets no more jobs, and is killed after the {others} others that it has"
-        )
+        if self.lane.worker.running <= 1:
+            return " is killed"
+        return " gets no more jobs, and is killed once those that it has are over"
 
     @property
     def last_words(self) -> str:

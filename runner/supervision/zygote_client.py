@@ -18,6 +18,7 @@ import msgspec
 
 from ..control.import_isolation import BOOTSTRAP, HOME, NAMES, OTHER_NAME, taken_names
 from ..control.zygote_messages import MAX_MESSAGE, News, Spawn, ZygoteConfig
+from ..platform.descriptors import receive
 from .channel import make_pipe
 from .logs import LogPipe
 
@@ -102,7 +103,7 @@ class ZygoteClient:
     def hear(self) -> tuple[News, int] | None:
         """The next news, and the pidfd that came with a birth (else -1); None where nothing more is there."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds = receive(self._control, MAX_MESSAGE, 1)
         except BlockingIOError:
             return None
         except ConnectionResetError:
