@@ -28,9 +28,9 @@ from ..wire.messages import FaultReport, Header
 from . import reaper
 from .async_pipes import AsyncPipes, AsyncRequest, AsyncResponse
 from .exception_report import describe, report_on
-from .forks import disown_forks, is_fork, leave, leave_with_result
+from .forks import disown_forks, end_broken, is_fork, leave, leave_with_result
 from .handlers.adapter import AsyncAdapter
-from .pipes import SOFTWARE, HostGone, close_all
+from .pipes import HostGone, close_all
 from .stdio import OutputFlag, current_tag
 from .task_stacks import print_stacks
 
@@ -126,10 +126,8 @@ class AsyncWorker:
                     self._look_for_orphans()
         except HostGone:
             pass
-        except BaseException:  # noqa: BLE001 - a lane that answers nothing would have its callers wait for ever
-            if not is_fork():
-                traceback.print_exc()
-            os._exit(SOFTWARE)
+        except BaseException as error:  # noqa: BLE001 - whatever it was
+            end_broken(error)
 
     def _hear(self) -> None:
         """Take what has come over the line: lanes that are opened, and cancels."""

@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from .exception_report import explain
+
+SOFTWARE: Final = 70
+"""The exit code of a worker that has met a mistake of ours (sysexits.h, EX_SOFTWARE)."""
 
 _fds: list[int] = []
 _severs: list[Callable[[], object]] = []
@@ -55,6 +58,14 @@ def leave(error: BaseException | None = None) -> NoReturn:
             stream.flush()
     finally:
         os._exit(code & 0xFF)
+
+
+def end_broken(error: BaseException) -> NoReturn:
+    """End a worker that has met a mistake of ours: a lane that answers nothing would have its callers wait for ever."""
+    if is_fork():
+        leave(error)
+    print(explain(error, whole=True), end="", file=sys.stderr, flush=True)
+    os._exit(SOFTWARE)
 
 
 def leave_with_result(*results: object, **context: object) -> NoReturn:

@@ -45,9 +45,6 @@ from .stdio import OutputFlag
 READ_SIZE: Final = 64 * 1024
 """How much of the request pipe is read at once, in bytes."""
 
-SOFTWARE: Final = 70
-"""The exit code of a worker that has met a mistake of ours (sysexits.h, EX_SOFTWARE)."""
-
 _ATOMIC: Final = select.PIPE_BUF - HEADER_SIZE
 
 decode_request = msgspec.msgpack.Decoder(RequestHead).decode

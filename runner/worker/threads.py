@@ -26,10 +26,10 @@ from ..errors import JobCancelled
 from ..model.limits import THREAD_STACK
 from ..platform import linux
 from . import reaper
-from .forks import disown_forks, is_fork, own_again
+from .forks import SOFTWARE, disown_forks, end_broken, own_again
 from .handlers.adapter import Adapter
 from .job_loop import run_job
-from .pipes import SOFTWARE, HostGone, IncomingRequest, OutgoingResponse, Pipes, close_all
+from .pipes import HostGone, IncomingRequest, OutgoingResponse, Pipes, close_all
 from .stdio import OutputFlag, current_tag
 
 _reaping = threading.Lock()
@@ -194,10 +194,8 @@ class _Lane:
                 self._reap()
         except HostGone:
             pass
-        except BaseException:  # noqa: BLE001 - a lane that answers nothing would have its callers wait for ever
-            if not is_fork():
-                traceback.print_exc()
-            os._exit(SOFTWARE)
+        except BaseException as error:  # noqa: BLE001 - whatever it was
+            end_broken(error)
 
     def _sever(self) -> None:
         self.cancellation.after_fork_in_child()
@@ -241,18 +239,14 @@ class ThreadedWorker:
         while True:
             try:
                 poll.poll()
-            except Exception:  # noqa: BLE001 - an app's signal handler: it ends no job
-                traceback.print_exc()
-                continue
-            except KeyboardInterrupt:
+            except (Exception, KeyboardInterrupt):  # noqa: BLE001 - an app's signal handler: it ends no job
                 traceback.print_exc()
                 continue
             try:
                 if not self._hear(line):
                     break
-            except BaseException:  # noqa: BLE001 - a message may be lost, whose lane has callers
-                traceback.print_exc()
-                os._exit(SOFTWARE)
+            except BaseException as error:  # noqa: BLE001 - a message may be lost, whose lane has callers
+                end_broken(error)
         for lane in self._lanes.values():
             lane.thread.join()
 
