@@ -19,6 +19,7 @@ import pytest
 import requests
 
 from runner import HandlerRaised, Pool, Request, Sandbox, StartError
+from runner.platform import descriptors
 from tests.serving import Served, receive_all, receive_until
 from tests.waiting import wait_until
 from transport import Route
@@ -243,6 +244,7 @@ def test_few_descriptors(caplog: pytest.LogCaptureFixture) -> None:
         assert _make_room(hard) < hard // 2 or hard == resource.RLIM_INFINITY
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= soft
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    descriptors.release("connections")
     assert "are too few" in caplog.text
 
 

@@ -10,11 +10,9 @@ has modules of its own: scaling, spawning, zygote_watch, watchdog, abandoned.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
-import selectors
 import signal
 import threading
 import time
@@ -39,6 +37,7 @@ from ..wire.printable import one_line, quoted
 from .abandoned_jobs import AbandonedJobs, Remainder
 from .backoff import RestartBackoff
 from .leases import Leases
+from .line_watch import LineWatch
 from .logs import LogPipe
 from .reactor import Reactor
 from .record import Lane, Worker
@@ -60,11 +59,6 @@ _STATUS_LIMIT: Final = 1.0
 
 _MOST_ORDERS: Final = 64
 """How many orders the zygote may have before it: they hold descriptors, and fill its socket."""
-
-_LANE_PAUSE: Final = 0.5
-"""Seconds until a lane is tried again that could not be opened."""
-
-_LINE_BROKEN: Final = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 
 _EXIT_LIMIT: Final = 1.0
 """Seconds that the zygote has to exit by itself when a pool closes."""
@@ -91,7 +85,6 @@ class Supervisor:
         self._label = f"{config.label}: " if config.label else ""
         self._start_failures = StartFailureLog(self._label)
         self._orders_are_held = False
-        leases.no_lane = lambda worker, error: self._reactor.call(lambda: self._await_lane(worker, error))
         self._env = env
         self._start_timeout = start_timeout
         self._backoff = RestartBackoff()
@@ -115,8 +108,9 @@ class Supervisor:
         self._scaler = Scaler(size, leases, self._reactor, self._respawn, self._retirement.retire)
         self._zygote_watch = ZygoteWatch(self._reactor, self._births_owed, self._zygote_is_silent)
         background = None if config.sandbox is None else config.sandbox.background_seconds
+        lines = LineWatch(self._reactor, leases)
         self._abandoned = AbandonedJobs(
-            self._reactor, leases, config.grace, config.limits.wall_seconds, background, self._await_line
+            self._reactor, leases, config.grace, config.limits.wall_seconds, background, lines.await_room
         )
         self.watchdog = Watchdog(self._reactor, leases, self._abandoned, config.limits, self._workers.values)
         self.look_for_lost, self.look_after_jobs = self.watchdog.look_for_lost, self.watchdog.look_after_jobs
@@ -314,33 +308,6 @@ class Supervisor:
         self._zygote.kill()
 
     # -- the number of workers -----------------------------------------------------------------------
-
-    def _await_lane(self, worker: Worker, error: OSError) -> None:
-        """No lane of this worker can be opened, for this reason: try again once that may have changed."""
-        if worker.dead or worker.line.fd < 0:
-            return
-        if isinstance(error, BlockingIOError):
-            self._await_line(worker)
-        elif isinstance(error, ConnectionRefusedError):
-            words = "worker %s takes no more than %d jobs at once: it has no descriptors, or no thread, for more"
-            logger.error(words, worker.pid, worker.most_lanes)
-        elif error.errno in _LINE_BROKEN:
-            logger.error("worker %s has closed its line: it gets no more jobs", worker.pid)
-            self.leases.expel(worker)
-        else:
-            logger.error("no more lanes can be opened to worker %s at the moment: %s", worker.pid, error)
-            self._reactor.after(_LANE_PAUSE, lambda: self.leases.unblock(worker))
-
-    def _await_line(self, worker: Worker) -> None:
-        """There was no room in its line for a cancel, or for a lane: say so when there is."""
-        if not self._reactor.watches(worker.line.fd):
-            self._reactor.watch(worker.line.fd, lambda: self._line_has_room(worker), selectors.EVENT_WRITE)
-
-    def _line_has_room(self, worker: Worker) -> None:
-        if not worker.line.flush() or worker.line.flushed:
-            self._reactor.unwatch(worker.line.fd)
-            if worker.blocked:
-                self.leases.unblock(worker)
 
     # -- what is left behind ----------------------------------------------------------------------
 

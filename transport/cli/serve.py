@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import resource
 from typing import Any, Final
 
 from runner.errors import ConfigurationError
 from runner.extras import missing
 from runner.model.recycle import Recycle
 from runner.model.retry import Retry
+from runner.platform import descriptors
 
 
 def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, Any]) -> None:
@@ -68,23 +68,23 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
 
 
 def _make_room(connections: int) -> int:
-    """Have the descriptors that connections and workers need; gives how many connections the hard limit allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * connections + 1024
-    if soft < needed:
-        given = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (given, hard))
-        if given < needed:
-            fewer = max((given - min(1024, given // 2)) // 2, 1)
-            logging.getLogger("blastdoor").warning(
-                "%d descriptors are too few for %d connections: %d are taken at once; raise the limit (ulimit -n)",
-                given,
-                connections,
-                fewer,
-            )
-            return fewer
-    return connections
+    """Have the descriptors that connections need; gives how many of these the hard limit allows."""
+    wanted = 2 * connections + _OTHERS
+    room = descriptors.make_room(wanted, "connections")
+    if room >= wanted:
+        return connections
+    fewer = max((room - min(_OTHERS, room // 2)) // 2, 1)
+    logging.getLogger("blastdoor").warning(
+        "%d descriptors are too few for %d connections: %d are taken at once; raise the limit (ulimit -n)",
+        room,
+        connections,
+        fewer,
+    )
+    return fewer
 
+
+_OTHERS: Final = 1024
+"""Descriptors that are left for what is no connection."""
 
 _RECYCLING: Final = {"max_requests": "after_jobs", "max_rss": "above_rss", "max_age": "after_seconds"}
 
