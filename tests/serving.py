@@ -22,6 +22,7 @@ from tests.waiting import wait_until
 from transport.front.connection import Connection
 from transport.gateway import Gateway
 from transport.gateway.router import Router
+from transport.serving.loops import loop_factory
 from transport.serving.server import Service
 from transport.serving.settings import Settings
 
@@ -39,10 +40,12 @@ class Served:
         self.service = Service(msgspec.convert(given, Settings))
         self._started = threading.Event()
         self._failure: BaseException | None = None
-        self._loop = asyncio.new_event_loop()
+        make_loop = loop_factory(settings.get("loop", "asyncio")) or asyncio.new_event_loop
+        self._loop = make_loop()
         self._thread = threading.Thread(target=self._run, name="served")
         self.address: tuple[str, int] = self.service.socket.getsockname()
-        self.url = f"http://127.0.0.1:{self.address[1]}" if isinstance(self.address, tuple) else ""
+        scheme = "https" if settings.get("tls_cert") else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.address[1]}" if isinstance(self.address, tuple) else ""
         self.admin = ""
         if self.service.admin_socket is not None:
             self.admin = f"http://127.0.0.1:{self.service.admin_socket.getsockname()[1]}"

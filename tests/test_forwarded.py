@@ -19,8 +19,8 @@ def seen(
     """Client and scheme as the app is told."""
     headers = [("x-forwarded-for", hop) for hop in hops]
     headers += [("x-forwarded-proto", proto)] if proto else []
-    forwarded = Forwarded(trusted, unix=unix)
-    found, behind_proxy = forwarded.peer(None if client is None else (client, 5))
+    forwarded = Forwarded(trusted)
+    found, behind_proxy = forwarded.peer(None if client is None else (client, 5), unix=unix)
     scheme = "http"
     if behind_proxy:
         found, scheme = forwarded.resolve(found, headers)
@@ -73,7 +73,7 @@ def test_networks_and_all() -> None:
     assert seen("10.1.2.3", "9.9.9.9", trusted=("10.0.0.0/8",))[0] == "9.9.9.9"
     assert seen("8.8.8.8", "6.6.6.6, 9.9.9.9", trusted=("*",))[0] == "9.9.9.9"
     with pytest.raises(ConfigurationError, match="nohost"):
-        Forwarded(["nohost"], unix=False)
+        Forwarded(["nohost"])
     assert parse_ip("1.2.3.4.5") is None
 
 

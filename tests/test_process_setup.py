@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import pwd
+import shutil
 import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
 from runner import ConfigurationError, Pool
-from tests.serving import Process
+from tests.serving import ROOT, Process, Served, receive_all
 from tests.test_cli import blastdoor
 from tests.waiting import wait_until
-from transport.serving.process_setup import EnvFile, PidFile
+from transport.serving.notifier import Notifier
+from transport.serving.process_setup import Account, EnvFile, PidFile
 from transport.serving.settings import load_settings
 
 QUIET = ("--port=0", "--admin=none", "--workers=1")
@@ -147,3 +160,244 @@ def test_limits_of_providers_by_options() -> None:
     assert pool._options.queueing.per_provider == {"openai": 8}
     with pytest.raises(ConfigurationError, match="1 or more"):
         mount.pool_with("/", {**settings.defaults, "per_provider": {"openai": 0}})
+
+
+def test_several_addresses(shop: Path, tmp_path: Path) -> None:
+    """G10: --bind is repeatable: IPv4, IPv6 on the same port, and a unix socket with the permissions that are asked."""
+    path = tmp_path / "socket"
+    with socket.create_server(("127.0.0.1", 0)) as chosen:
+        port = chosen.getsockname()[1]
+    binds = f"--bind=0.0.0.0:{port}", f"--bind=[::]:{port}", f"--bind=unix:{path}"
+    with Process("shop:app", *binds, "--uds-mode=600", "--admin=none", "--workers=1", cwd=shop):
+        for host in ("127.0.0.1", "[::1]"):
+            assert requests.get(f"http://{host}:{port}/", timeout=20).status_code == 200
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert receive_all(client).startswith(b"HTTP/1.1 200")
+    assert not path.exists()
+
+
+def test_who_is_believed_where_there_are_several_addresses(tmp_path: Path) -> None:
+    """G4, G10: a proxy on the unix socket is; who comes by TCP beside it is not."""
+    path = str(tmp_path / "socket")
+    forged = b"GET /echo HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 9.9.9.9\r\nConnection: close\r\n\r\n"
+    with Served(bind=["127.0.0.1:0", f"unix:{path}"], trusted_proxies=["10.0.0.1"], admin="none") as served:
+        with served.connect() as client:
+            client.sendall(forged)
+            assert b"9.9.9.9" not in receive_all(client).partition(b'"client"')[2]
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            client.sendall(forged)
+            assert b"9.9.9.9" in receive_all(client).partition(b'"client"')[2]
+
+
+def test_addresses_by_two_ways() -> None:
+    """G11: `bind` names all of them; what counts more stands in the place of all that counts less."""
+    app = {"app": "a:b"}
+    with pytest.raises(ConfigurationError, match="leave out host, port"):
+        load_settings(None, {**app, "bind": ["1.2.3.4:5"], "host": "::", "port": 3})
+    assert load_settings(None, {**app, "port": 3}, {"BLASTDOOR_BIND": "1.2.3.4:5,unix:/x"}).bind == ()
+    assert load_settings(None, {**app, "bind": [":9"]}, {"PORT": "80"}).bind == (":9",)
+
+
+def test_the_first_address_is_given_back(tmp_path: Path) -> None:
+    """G11: where the second can't be had, nothing is left of the first."""
+    path = tmp_path / "socket"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        binds = [f"unix:{path}", f"127.0.0.1:{taken.getsockname()[1]}"]
+        with pytest.raises(ConfigurationError, match="choose another with --bind"):
+            Served(bind=binds)
+    assert not path.exists()
+
+
+@contextlib.contextmanager
+def listening(path: Path) -> Iterator[Callable[[], dict[str, str]]]:
+    """What systemd has: a socket for notifications; gives what receives the next one."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(path))
+        receiver.settimeout(30)
+
+        def next_one() -> dict[str, str]:
+            lines = receiver.recv(4096).decode().splitlines()
+            return dict(line.split("=", 1) for line in lines)
+
+        yield next_one
+
+
+@pytest.mark.parametrize("fronts", [1, 2])
+def test_systemd_is_told(shop: Path, tmp_path: Path, fronts: int) -> None:
+    """G10: sd_notify(3): ready, reloading, ready again, stopping; the watchdog's pings; no worker sees the socket."""
+    (shop / "shop.py").write_text("import os\napp = lambda request, response: repr(sorted(os.environ)).encode()\n")
+    options = f"--fronts={fronts}", f"--workers={fronts}", "--port=0", "--admin=none"
+    with listening(tmp_path / "notify") as next_one:
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
+        with Process("shop:app", *options, cwd=shop, env=env) as served:
+            ready = next_one()
+            assert ready["READY"] == "1"
+            assert served.url in ready["STATUS"]
+            assert [next_one() for _ in range(3)] == [{"WATCHDOG": "1"}] * 3
+            for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC"):
+                assert name not in get(served)
+            before = time.monotonic_ns() // 1000
+            os.kill(served.process.pid, signal.SIGHUP)
+            told = [one for one in iter(next_one, ready) if "WATCHDOG" not in one]
+            assert [sorted(one) for one in told] == [["MONOTONIC_USEC", "RELOADING"]]
+            assert before <= int(told[0]["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+            (shop / "shop.py").write_text("no python")
+            os.kill(served.process.pid, signal.SIGHUP)
+            *_, failed = iter_until(next_one, "READY")
+            assert "the last reload failed" in failed["STATUS"]
+            served.process.terminate()
+            *_, stopping = iter_until(next_one, "STOPPING")
+            assert stopping["STATUS"] == "draining"
+
+
+def iter_until(next_one: Callable[[], dict[str, str]], key: str) -> Iterator[dict[str, str]]:
+    """Notifications up to the first with this key."""
+    while key not in (one := next_one()):
+        yield one
+    yield one
+
+
+def test_a_watchdog_of_another_process(tmp_path: Path) -> None:
+    """G10: its variables are for the process that they name (sd_watchdog_enabled(3)); an abstract name is one too."""
+    environ = {"NOTIFY_SOCKET": "@blastdoor-test", "WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1", "OTHER": "x"}
+    notifier = Notifier(environ)
+    assert environ == {"OTHER": "x"}
+    asyncio.run(asyncio.wait_for(notifier.keep_alive(), 5))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind("\0blastdoor-test")
+        notifier.stopping()
+        assert receiver.recv(100).startswith(b"STOPPING=1")
+    notifier.stopping()  # nobody listens: that is logged, and no more
+
+
+def test_pid_1(shop: Path) -> None:
+    """G10: the first process of a container reaps what is none of its own, passes signals on, and ends as its child."""
+    program = (
+        "import os, sys\n"
+        "if not os.fork():\n"
+        "    if not os.fork(): os.execvp('sleep', ['sleep', '0.2'])\n"  # an orphan, which becomes a child of pid 1
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        f"os.execv(sys.executable, [sys.executable, '-m', 'transport.cli', 'serve', 'shop:app', *{QUIET!r}])"
+    )
+    spaces = ["unshare", "--pid", "--fork", "--mount-proc", *(["--map-root-user"] if os.getuid() else [])]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*spaces, sys.executable, "-c", program], cwd=shop, env=env, stderr=subprocess.PIPE, text=True
+    ) as unshare:
+        assert unshare.stderr is not None
+        try:
+            url = next(line for line in unshare.stderr if "serving" in line).split()[-1]
+            (first,) = psutil.Process(unshare.pid).children()
+            (server,) = (child for child in first.children() if child.name() != "sleep")
+            assert requests.get(url, timeout=20).text.split()[3] != "1"
+            wait_until(lambda: first.children() == [server])  # nothing that waits to be reaped either
+            first.send_signal(signal.SIGHUP)
+            next(line for line in unshare.stderr if "reloaded in" in line)
+            first.send_signal(signal.SIGTERM)
+            assert "stopped" in unshare.stderr.read()
+            assert unshare.wait(30) == 0
+        finally:
+            if unshare.poll() is None:
+                unshare.kill()
+
+
+def test_pid_1_ends_as_its_child_does(shop: Path) -> None:
+    """G10: its exit status tells whoever runs the container what went wrong."""
+    spaces = ["unshare", "--pid", "--fork", "--mount-proc", *(["--map-root-user"] if os.getuid() else [])]
+    command = [*spaces, sys.executable, "-m", "transport.cli", "serve", "nosuch:app", *QUIET]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, cwd=shop, env=env, capture_output=True, check=False, timeout=60).returncode == 1
+
+
+def interpreter_for_others() -> str:
+    """An interpreter of this version that other users can run, empty where there is none."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for found in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
+        check = f"import sys, os; os.setuid({NOBODY}); open(os.__file__); open(sys.executable)"
+        if (
+            Path(found).exists()
+            and not subprocess.run([found, "-c", check], capture_output=True, check=False).returncode
+        ):
+            return found
+    return ""
+
+
+NOBODY = 65534
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, who alone can become another user")
+@pytest.mark.parametrize("fronts", [1, 2])
+def test_another_user(tmp_path: Path, fronts: int) -> None:
+    """G10: root binds, and is dropped for good, with its groups; a unix socket is the user's."""
+    python = interpreter_for_others()
+    if not python:
+        pytest.skip("no interpreter here that other users can run")
+    directory = Path(tempfile.mkdtemp())
+    try:
+        directory.chmod(0o755)
+        (directory / "shop.py").write_text(
+            "import os\n"
+            "def app(request, response):\n"
+            "    return repr([os.getresuid(), os.getresgid(), os.getgroups(), os.environ['HOME']]).encode()\n"
+        )
+        path = directory / "socket"
+        packages = os.pathsep.join([str(ROOT), *(entry for entry in sys.path if entry.endswith("-packages"))])
+        options = f"--bind=unix:{path}", "--bind=127.0.0.1:80", "--user=nobody", f"--fronts={fronts}", "--workers=2"
+        command = [python, "-m", "transport.cli", "serve", "shop:app", "--admin=none", *options]
+        env = {**os.environ, "PYTHONPATH": packages}
+        with subprocess.Popen(command, cwd=directory, env=env, stderr=subprocess.PIPE, text=True) as served:
+            assert served.stderr is not None
+            try:
+                next(line for line in served.stderr if "serving" in line)
+                told = requests.get("http://127.0.0.1/", timeout=20).text
+                assert told == f"[({NOBODY}, {NOBODY}, {NOBODY}), ({NOBODY}, {NOBODY}, {NOBODY}), [{NOBODY}], {HOME!r}]"
+                assert path.stat().st_uid == NOBODY
+                assert {uid for process in tree(served.pid) for uid in process.uids()} == {NOBODY}
+            finally:
+                served.terminate()
+                assert "stopped" in served.stderr.read()
+    finally:
+        shutil.rmtree(directory)
+
+
+HOME = pwd.getpwuid(NOBODY).pw_dir
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all below it."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--user=nosuch"], "there is no user 'nosuch'"),
+        (["--group=nosuch"], "there is no group 'nosuch'"),
+        (["--user=99999999999"], "there is no user"),
+        (["--bind=nothing"], "bind takes HOST:PORT"),
+        (["--bind=unix:"], "bind takes a path"),
+        (["--bind=:8000", "--uds=/x"], "leave out uds"),
+    ],
+)
+def test_addresses_and_users_that_make_no_sense(shop: Path, options: list[str], words: str) -> None:
+    """G11: one line that says what is wrong, and exit code 2."""
+    done = blastdoor("serve", "shop:app", *options, "--admin=none", cwd=shop)
+    assert (done.returncode, words in done.stderr.decode()) == (2, True), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_only_root_becomes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G11: an ordinary user is told so at once; to stay who one is needs nothing."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    monkeypatch.setattr(os, "getegid", lambda: 1234)
+    assert Account.of("1234", "1234") is None
+    with pytest.raises(ConfigurationError, match="user: only root"):
+        Account.of("nobody", "")
+    with pytest.raises(ConfigurationError, match="group: only root"):
+        Account.of("", "0")

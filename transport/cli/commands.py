@@ -131,6 +131,8 @@ def serve(
     chdir: Annotated[str | None, _option("Directory to work in.", "DIR")] = None,
     env_file: Annotated[str | None, _option("File with variables for the workers.", "FILE")] = None,
     pid: Annotated[str | None, _option("File for the server's pid.", "FILE")] = None,
+    user: Annotated[str | None, _option("User to be after binding, for a start as root.", "USER")] = None,
+    group: Annotated[str | None, _option("Group to be in. [default: the user's own]", "GROUP")] = None,
     preload: Annotated[list[str] | None, _option("To import once for all workers. Repeatable.", "MODULE")] = None,
     env: Annotated[
         list[str] | None, _option("Variable that the workers see, and no others. Repeatable.", "NAME[=VALUE]")
@@ -144,6 +146,11 @@ def serve(
     port: Annotated[int | None, _option("Port to listen at, 0 for any. [default: 8000]", "PORT", least=0)] = None,
     uds: Annotated[str | None, _option("Unix socket to listen at instead.", "PATH")] = None,
     uds_mode: Annotated[str | None, _option("Its permissions, such as 660. [default: by the umask]", "MODE")] = None,
+    bind: Annotated[
+        list[str] | None, _option("HOST:PORT or unix:PATH to listen at. Repeatable.", "ADDRESS", "--bind", "-b")
+    ] = None,
+    tls_cert: Annotated[str | None, _option("Certificate for HTTPS, with its chain, as PEM.", "FILE")] = None,
+    tls_key: Annotated[str | None, _option("Its key. [default: in the same file]", "FILE")] = None,
     admin: Annotated[
         str | None, _option("Where status and metrics are, or none. [default: 127.0.0.1:9180]", "HOST:PORT")
     ] = None,

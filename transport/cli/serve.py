@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from runner.errors import ConfigurationError
 from runner.extras import missing
 from runner.model.recycle import Recycle
 from runner.model.retry import Retry
 from runner.platform import descriptors
+from transport.serving.first_process import leave_pid_1
+
+if TYPE_CHECKING:
+    from transport.serving.addresses import Listeners
+    from transport.serving.process_setup import Account
 
 
 def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, Any]) -> None:
     """Run it. ConfigurationError for what can't work, StartError where a handler can't be loaded."""
+    leave_pid_1()
     try:
         from transport.serving.server import Service
     except ModuleNotFoundError as error:
@@ -23,7 +29,8 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     from transport.fronts.shares import how_many
     from transport.serving.log_format import log_to_stderr
     from transport.serving.loops import loop_factory
-    from transport.serving.process_setup import EnvFile, PidFile, change_directory
+    from transport.serving.notifier import Notifier
+    from transport.serving.process_setup import Account, EnvFile, PidFile, change_directory
     from transport.serving.settings import Settings, load_settings
     from transport.serving.settings_parsing import parse_mounts
 
@@ -53,18 +60,32 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     change_directory(settings.chdir)
     log_to_stderr(settings.log_level, settings.log_format)
     settings.connections = _make_room(settings.connections)
+    account = Account.of(settings.user, settings.group)
+    notifier = Notifier(os.environ)
     service: Service | Fronts
     if (fronts := how_many(settings)) > 1:
         from transport.fronts.parent import Fronts
 
-        service = Fronts(settings, fronts, read)
+        service = Fronts(settings, fronts, read, notifier)
     else:
-        service = Service(settings, read)
+        service = Service(settings, read, notifier=notifier)
     try:
-        with pid_file, asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
-            runner.run(service.run())
+        with pid_file:
+            if account is not None:
+                _become(account, service.listeners)
+            with asyncio.Runner(loop_factory=loop_factory(settings.loop)) as runner:
+                runner.run(service.run())
     except KeyboardInterrupt:
         pass  # before it had started: what it had begun is ended by now
+
+
+def _become(account: Account, listeners: Listeners) -> None:
+    try:
+        listeners.give(account.uid, account.gid)
+        account.take_on()
+    except OSError as error:
+        listeners.close()
+        raise ConfigurationError(f"user: {error}") from error
 
 
 def _make_room(connections: int) -> int:

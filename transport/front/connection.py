@@ -82,6 +82,7 @@ class FrontProtocol(Protocol):
     """What a connection knows of the front that it is made to."""
 
     loop: asyncio.AbstractEventLoop
+    scheme: str
     forwarded: Forwarded | None
     stalls: Deadlines
     draining: bool
@@ -148,11 +149,13 @@ class Connection(RequestReader):
         """A client has connected."""
         self._transport = transport
         self.write = transport.write
+        own = transport.get_extra_info("sockname")
         self._client = _address(transport.get_extra_info("peername"))
         if self._front.forwarded is not None:
-            self._client, self._behind_proxy = self._front.forwarded.peer(self._client)
-        self._server = _address(transport.get_extra_info("sockname")) or self._server
-        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of anything that has not left
+            self._client, self._behind_proxy = self._front.forwarded.peer(self._client, unix=isinstance(own, str))
+        self._server = _address(own) or self._server
+        # So that `pause_writing` tells of anything that has not left. One of TLS takes the limit itself as over it.
+        transport.set_write_buffer_limits(high=0 if transport.can_write_eof() else 1)
         if not self._front.add(self):
             self._end()
             transport.abort()
@@ -177,6 +180,8 @@ class Connection(RequestReader):
         exchanges = self._exchanges
         if not exchanges or self._incoming is not None or self._ended:
             return None
+        if not self._transport.can_write_eof():
+            return None  # by TLS asyncio closes both halves
         self._deaf = self._deaf or self._in_head  # of a request that is cut off nothing is answered
         self._in_head = False
         current = exchanges[0]
@@ -235,9 +240,9 @@ class Connection(RequestReader):
         self, method: str, target: str, headers: list[Header], length: int | None, *, http_1_0: bool, keep_alive: bool
     ) -> None:
         front = self._front
-        scheme, client = "http", self._client
+        scheme, client = front.scheme, self._client
         if self._behind_proxy and front.forwarded is not None:
-            client, scheme = front.forwarded.resolve(client, headers)
+            client, scheme = front.forwarded.resolve(client, headers, scheme)
         asked = Asked(method, target.partition("?")[0], target, headers, scheme, self._server, client, length)
         exchange = front.take(self, asked)
         if http_1_0:

@@ -36,11 +36,10 @@ def parse_ip(text: str) -> Address | None:
 class Forwarded:
     """Tells who the clients are whose requests proxies pass on. ConfigurationError for no address.
 
-    `trusted` are the addresses of the proxies; on a `unix` socket the peer is.
+    `trusted` are the addresses of the proxies; on a unix socket the peer is.
     """
 
-    def __init__(self, trusted: Iterable[str], *, unix: bool) -> None:
-        self._unix = unix
+    def __init__(self, trusted: Iterable[str]) -> None:
         self._all = False
         self._networks: list[Network] = []
         for entry in trusted:
@@ -60,19 +59,23 @@ class Forwarded:
             return True
         return address is not None and any(address in network for network in self._networks)
 
-    def peer(self, peer: tuple[str, int] | None) -> tuple[tuple[str, int] | None, bool]:
+    def peer(self, peer: tuple[str, int] | None, *, unix: bool) -> tuple[tuple[str, int] | None, bool]:
         """The other end of a connection as it is shown, None on a unix socket; and whether it is a trusted proxy."""
+        if unix:
+            return None, True
         address = None
         if peer and (address := parse_ip(peer[0])) is not None:
             peer = str(address), peer[1]
-        return peer, self._unix or self.trusts(address)
+        return peer, self.trusts(address)
 
-    def resolve(self, client: tuple[str, int] | None, headers: Iterable[Header]) -> tuple[tuple[str, int] | None, str]:
-        """The client's address and the scheme, as these headers of a trusted proxy tell; `client` is its own.
+    def resolve(
+        self, client: tuple[str, int] | None, headers: Iterable[Header], scheme: str = "http"
+    ) -> tuple[tuple[str, int] | None, str]:
+        """The client's address and the scheme, as these headers of a trusted proxy tell.
 
-        Names of headers are in small letters.
+        `client` is the proxy's address, None on a unix socket, and `scheme` what it has come by. Names of headers are
+        in small letters.
         """
-        scheme = "http"
         hops: list[str] = []
         for name, value in headers:
             if name == "x-forwarded-for":
@@ -80,15 +83,15 @@ class Forwarded:
             elif name == "x-forwarded-proto":
                 told = value.rpartition(",")[2].strip().lower()
                 scheme = told if told in ("http", "https") else "http"
-        if hops and (found := self._client(hops)) is not None:
+        if hops and (found := self._client(hops, unix=client is None)) is not None:
             client = str(found), 0
         return client, scheme
 
-    def _client(self, hops: list[str]) -> Address | None:
+    def _client(self, hops: list[str], *, unix: bool) -> Address | None:
         """The nearest address that is no trusted proxy's; where all are, the farthest. None where it is no address."""
         address = None
         for hop in reversed(hops):
             address = parse_ip(hop)
-            if address is None or self._unix or self._all or not self.trusts(address):
+            if address is None or unix or self._all or not self.trusts(address):
                 break
         return address

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -31,6 +32,9 @@ _DEFER: Final = 0.01
 _DEFERS: Final = 100
 """Seconds that a connection is left to another process, and how often: that one may be stopped, or hang."""
 
+HANDSHAKE_SECONDS: Final = 10.0
+"""Seconds that a client has for the handshake of TLS, and for its goodbye."""
+
 _BACKLOG: Final = 2048
 """Connections that the kernel keeps until they are accepted (listen(2))."""
 
@@ -45,7 +49,7 @@ class Front:
     At most `most` connections are served. A client that does not take what is sent to it within `send_timeout` seconds
     is dropped. `refused` is told of what is no request: whose, the status, why. `forwarded` tells who the clients are.
     Where `may_accept` says no, another process at the same sockets takes the connection. `after` gives what calls back
-    after so many seconds.
+    after so many seconds. With `tls` clients speak TLS; another context holds for those that connect from then on.
     """
 
     def __init__(
@@ -57,8 +61,11 @@ class Front:
         refused: Callable[[str, int, str], object] = lambda client, status, reason: None,
         forwarded: Forwarded | None = None,
         may_accept: Callable[[], bool] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
+        self.tls = tls
+        self.scheme = "http" if tls is None else "https"
         self.forwarded = forwarded
         self.tell_refused = refused
         self._deadlines = DeadlinesByTime(self.loop)
@@ -104,7 +111,10 @@ class Front:
     async def wait_closed(self, seconds: float) -> None:
         """After `drain`: until there is no connection, or so many seconds; those that are left are broken off."""
         if self._arriving:
-            await asyncio.wait(self._arriving)
+            _, late = await asyncio.wait(self._arriving, timeout=max(self.idle_grace, _DEFER))
+            for task in late:  # it has not even said whom it wants to speak to
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         try:
             await asyncio.wait_for(self._wait_empty(), seconds)
         except TimeoutError:
@@ -162,6 +172,9 @@ class Front:
             return False
         except ConnectionAbortedError:
             return True
+        if len(self._arriving) > self._most + SURPLUS:  # handshakes under way
+            sock.close()
+            return True
         sock.setblocking(False)
         task = self.loop.create_task(self._take_in(sock))
         self._arriving.add(task)
@@ -169,10 +182,28 @@ class Front:
         return True
 
     async def _take_in(self, sock: socket.socket) -> None:
+        if self.tls is not None:
+            await self._take_in_by_tls(sock, self.tls)
+            return
         try:
             await self.loop.connect_accepted_socket(lambda: Connection(self), sock)
         except OSError:  # it has gone already
             sock.close()
+
+    async def _take_in_by_tls(self, sock: socket.socket, tls: ssl.SSLContext) -> None:
+        client = ""
+        try:
+            client = _host_of(sock.getpeername())
+            await self.loop.connect_accepted_socket(
+                lambda: Connection(self),
+                sock,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                ssl_shutdown_timeout=HANDSHAKE_SECONDS,
+            )
+        except OSError as error:  # ssl.SSLError is one
+            sock.close()
+            self.tell_refused(client, 400, f"no TLS: {getattr(error, 'reason', None) or error}")
 
     # -- for its connections -------------------------------------------------------------------------
 
@@ -215,3 +246,8 @@ class _Busy(Exchange):
     def abandon(self) -> None:
         """There is nothing under way."""
         self.end()
+
+
+def _host_of(address: object) -> str:
+    """The host of a socket's address; empty on a unix socket."""
+    return str(address[0]) if isinstance(address, tuple) else ""

@@ -29,10 +29,12 @@ from transport.fronts.sums import Sums, whole_status
 from transport.serving.addresses import Listeners, bind_port, name_of
 from transport.serving.admin import ADMIN_CONNECTIONS, ADMIN_PATIENCE, make_admin
 from transport.serving.background import Background, on_signals
+from transport.serving.notifier import Notifier
 from transport.serving.server import SETTLE, changed_for_restart
 from transport.serving.server_log import log_serving
 from transport.serving.settings import Settings
 from transport.serving.status import SPAN
+from transport.serving.tls import make_tls
 
 logger = logging.getLogger("blastdoor")
 
@@ -43,7 +45,14 @@ _STOP: Final = 15.0
 class Fronts:
     """All that `blastdoor serve --fronts N` runs. ConfigurationError, or OSError for an address that can't be had."""
 
-    def __init__(self, settings: Settings, fronts: int, reread: Callable[[], Settings] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        fronts: int,
+        reread: Callable[[], Settings] | None = None,
+        notifier: Notifier | None = None,
+    ) -> None:
+        self._notifier = Notifier() if notifier is None else notifier
         self._settings = settings
         self._reread = reread
         self._number = fronts
@@ -51,7 +60,8 @@ class Fronts:
             share(settings, front, fronts)
         for path, mount in settings.all_mounts.items():
             mount.mount(path, settings.defaults)  # what makes no sense is told here, and not by each front
-        Forwarded(settings.trusted_proxies, unix=False)
+        Forwarded(settings.trusted_proxies)
+        make_tls(settings.tls_cert, settings.tls_key)
         self._room = Room.make(fronts)
         self._sums = Sums()
         self._fronts = [FrontHandle(self, index) for index in range(fronts)]
@@ -93,6 +103,8 @@ class Fronts:
                 if not self._draining:
                     admin = self._serve_admin()
                     self._log_started()
+                    self._notifier.ready(f"serving at {self.listeners}")
+                    self.spawn(self._notifier.keep_alive())
                     started()
                 await self._drained.wait()
                 await self._end_fronts()
@@ -114,6 +126,7 @@ class Fronts:
         """Drain all fronts, and end; the second time at once. In the event loop's thread."""
         if not self._draining:
             self._draining = True
+            self._notifier.stopping()
             self.listeners.close()  # the fronts have theirs; its path goes while nobody can have taken it over
             self._drained.set()
         for front in self._fronts:
@@ -122,16 +135,23 @@ class Fronts:
     async def reload(self) -> bool:
         """Have new pools serve, one front after the other; whether all did. The first that can't ends it."""
         async with self._reloading:
-            if not self._read_settings_again():
+            if self._draining:
                 return False
-            for front in self._fronts:
-                if self._draining:
-                    return False
-                if not await front.reload(share(self._settings, front.index, self._number)):
-                    self._reload_error = "the last reload failed, and the old app goes on: the log says why"
-                    return False
-            self._reload_error = ""
-            return True
+            self._notifier.reloading()
+            whole = self._read_settings_again() and await self._reload_fronts()
+            if not self._draining:
+                self._notifier.ready(self._reload_error or f"serving at {self.listeners}")
+            return whole
+
+    async def _reload_fronts(self) -> bool:
+        for front in self._fronts:
+            if self._draining:
+                return False
+            if not await front.reload(share(self._settings, front.index, self._number)):
+                self._reload_error = "the last reload failed, and the old app goes on: the log says why"
+                return False
+        self._reload_error = ""
+        return True
 
     def _read_settings_again(self) -> bool:
         if self._reread is None:

@@ -6,10 +6,12 @@ import contextlib
 import logging
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import ConfigurationError
+from transport.serving.settings_parsing import parse_bind
 
 if TYPE_CHECKING:
     from transport.serving.settings import Settings
@@ -19,10 +21,11 @@ logger = logging.getLogger("blastdoor")
 _FIRST_INHERITED = 3
 
 
-def bind_port(host: str, port: int, option: str, where: str = "host") -> socket.socket:
+def bind_port(host: str, port: int, option: str, where: str = "host", *, v6_only: bool = False) -> socket.socket:
     """A socket at a host's port, 0 for any. ConfigurationError where it is taken, or the host is none.
 
-    `option` is the command's for the port, `where` that for the host.
+    `option` is the command's for the port, `where` that for the host. With `v6_only` "::" is not all of IPv4 as well,
+    as it is by the kernel's default (ipv6(7)).
     """
     try:
         host = host or "127.0.0.1"
@@ -42,6 +45,8 @@ def bind_port(host: str, port: int, option: str, where: str = "host") -> socket.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+        if v6_only:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
@@ -51,13 +56,13 @@ def bind_port(host: str, port: int, option: str, where: str = "host") -> socket.
     return listener
 
 
-def bind_path(path: str, mode: int | None = None) -> socket.socket:
+def bind_path(path: str, mode: int | None = None, option: str = "uds") -> socket.socket:
     """A socket at a path, in the place of one that nobody listens at any more. ConfigurationError for another.
 
-    Who may connect is `mode`'s to say, and else the umask's (unix(7)).
+    `option` is the command's for it. Who may connect is `mode`'s to say, and else the umask's (unix(7)).
     """
     if _is_served(path):
-        raise ConfigurationError(f"somebody listens at {path!r} already: stop it first, or choose another with --uds")
+        raise ConfigurationError(f"somebody listens at {path!r} already: stop it, or choose another with --{option}")
     listener = socket.socket(socket.AF_UNIX)
     try:
         if Path(path).is_socket():
@@ -67,7 +72,7 @@ def bind_path(path: str, mode: int | None = None) -> socket.socket:
             os.chmod(path, mode)
     except OSError as error:
         listener.close()
-        raise ConfigurationError(f"{path!r} can't be listened at: {error}; choose another with --uds") from error
+        raise ConfigurationError(f"{path!r} can't be listened at: {error}; choose another with --{option}") from error
     return listener
 
 
@@ -96,30 +101,58 @@ def inherited() -> list[socket.socket]:
 
 
 class Listeners:
-    """The sockets that requests come to. `unix` says whether one of them is a unix socket.
+    """The sockets that requests come to; those at `paths` are ours to remove. `scheme` is what is spoken there."""
 
-    `path` is one that is ours to remove. ConfigurationError for an address that can't be had.
-    """
-
-    def __init__(self, sockets: list[socket.socket], path: str = "") -> None:
+    def __init__(self, sockets: list[socket.socket], paths: Iterable[str] = (), scheme: str = "http") -> None:
         self.sockets = sockets
-        self.unix = any(sock.family == socket.AF_UNIX for sock in sockets)
-        self._path = path
+        self._paths = list(paths)
+        self._scheme = scheme
 
     @classmethod
     def of(cls, settings: Settings) -> Listeners:
-        """Those that settings name, or that systemd has opened."""
-        if sockets := inherited():
-            return cls(sockets)
-        if settings.uds:
-            return cls([bind_path(settings.uds, settings.uds_permissions)], settings.uds)
-        return cls([bind_port(settings.host, settings.port, "port")])
+        """Those that settings name, or that systemd has opened. ConfigurationError for one that can't be had."""
+        listeners = cls(inherited(), scheme="https" if settings.tls_cert else "http")
+        if listeners.sockets:
+            return listeners
+        try:
+            if settings.bind:
+                listeners._bind([parse_bind(address) for address in settings.bind], settings.uds_permissions)
+            elif settings.uds:
+                listeners._add_path(settings.uds, settings.uds_permissions, "uds")
+            else:
+                listeners.sockets.append(bind_port(settings.host, settings.port, "port"))
+        except BaseException:
+            listeners.close()
+            raise
+        return listeners
+
+    def _bind(self, addresses: list[str | tuple[str, int]], mode: int | None) -> None:
+        v4_ports = {address[1] for address in addresses if not isinstance(address, str) and ":" not in address[0]}
+        for address in addresses:
+            if isinstance(address, str):
+                self._add_path(address, mode, "bind")
+            else:
+                host, port = address
+                v6_only = ":" in host and port in v4_ports
+                self.sockets.append(bind_port(host, port, "bind", "bind", v6_only=v6_only))
+
+    def _add_path(self, path: str, mode: int | None, option: str) -> None:
+        self.sockets.append(bind_path(path, mode, option))
+        self._paths.append(os.path.abspath(path))
+
+    def give(self, uid: int, gid: int) -> None:
+        """Make unix sockets at paths somebody's own. OSError where that can't be."""
+        for path in self._paths:
+            os.chown(path, uid, gid)
 
     def unlink(self) -> None:
-        """Remove the unix socket's path, once."""
-        path, self._path = self._path, ""
-        if path:
-            Path(path).unlink(missing_ok=True)
+        """Remove the unix sockets' paths, once."""
+        paths, self._paths = self._paths, []
+        for path in paths:
+            try:
+                Path(path).unlink(missing_ok=True)
+            except OSError as error:  # in a directory of somebody else's: the next start takes it over
+                logger.warning("%s can't be removed: %s", path, error.strerror)
 
     def close(self) -> None:
         """Listen no more."""
@@ -128,16 +161,16 @@ class Listeners:
             sock.close()
 
     def __str__(self) -> str:
-        return ", ".join(map(name_of, self.sockets))
+        return ", ".join(name_of(sock, self._scheme) for sock in self.sockets)
 
 
-def name_of(listener: socket.socket) -> str:
+def name_of(listener: socket.socket, scheme: str = "http") -> str:
     """The address as a URL, or as unix:PATH."""
     address = listener.getsockname()
     if isinstance(address, str):
         return f"unix:{address}"
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    return f"http://{host}:{address[1]}"
+    return f"{scheme}://{host}:{address[1]}"
 
 
 def _is_served(path: str) -> bool:

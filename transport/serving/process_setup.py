@@ -1,12 +1,17 @@
-"""What `serve` takes on for itself before it serves: a directory, variables from a file, a pid file."""
+"""What `serve` takes on for itself before it serves: a directory, variables from a file, a pid file, a user."""
 
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
+import pwd
+import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
+
+import msgspec
 
 from runner.errors import ConfigurationError
 from runner.extras import missing
@@ -87,3 +92,70 @@ class PidFile:
             with contextlib.suppress(OSError, ValueError):
                 if int(self._path.read_text(encoding="ascii")) == os.getpid():
                     self._path.unlink()
+
+
+class Account(msgspec.Struct, frozen=True):
+    """Who a process is to be: a user and a group, by number; the user's name and home, where it has them."""
+
+    uid: int
+    gid: int
+    name: str = ""
+    home: str = "/"
+
+    @classmethod
+    def of(cls, user: str, group: str) -> Account | None:
+        """By names or numbers; None where none is given, or this process is it already.
+
+        ConfigurationError where there is none of the name, or only root could become it.
+        """
+        if not user and not group:
+            return None
+        found = _user(user) if user else cls(os.geteuid(), os.getegid())
+        if group:
+            found = msgspec.structs.replace(found, gid=_group(group))
+        if (found.uid, found.gid) == (os.geteuid(), os.getegid()):
+            return None
+        if os.geteuid() != 0:
+            option = "user" if found.uid != os.geteuid() else "group"
+            raise ConfigurationError(f"{option}: only root can become another: start it as root, or leave {option} out")
+        return found
+
+    def take_on(self) -> None:
+        """Be this user, in its groups alone, for good (credentials(7)).
+
+        OSError where that can't be; ConfigurationError where this user can't read the interpreter or this package.
+        """
+        if self.name:
+            os.initgroups(self.name, self.gid)
+        else:
+            os.setgroups([self.gid])
+        os.setresgid(self.gid, self.gid, self.gid)
+        if self.uid != os.geteuid():
+            os.environ.update({"HOME": self.home, "USER": self.name, "LOGNAME": self.name})
+            os.setresuid(self.uid, self.uid, self.uid)
+        for place in (sys.executable, os.path.dirname(os.__file__), os.path.dirname(msgspec.__file__), __file__):
+            if not os.access(place, os.R_OK):
+                raise ConfigurationError(f"user: {self.name or self.uid} can't read {place}: install it elsewhere")
+
+
+def _user(user: str) -> Account:
+    try:
+        entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+    except (KeyError, OverflowError):
+        if user.isdecimal() and int(user) < _MOST_IDS:
+            return Account(int(user), int(user))
+        raise ConfigurationError(f"user: there is no user {user!r}") from None
+    return Account(entry.pw_uid, entry.pw_gid, entry.pw_name, entry.pw_dir)
+
+
+def _group(group: str) -> int:
+    if group.isdecimal() and int(group) < _MOST_IDS:
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigurationError(f"group: there is no group {group!r}") from None
+
+
+_MOST_IDS: Final = (1 << 32) - 1
+"""Users and groups are numbered below this one, which means "none" (setresuid(2))."""

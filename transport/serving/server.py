@@ -32,9 +32,11 @@ from transport.serving.admin import ADMIN_CONNECTIONS, ADMIN_PATIENCE, make_admi
 from transport.serving.background import Background, on_signals
 from transport.serving.http_metrics import RequestMetrics
 from transport.serving.log_format import know_mount
+from transport.serving.notifier import Notifier
 from transport.serving.server_log import log_access, log_refused, log_serving
 from transport.serving.settings import PoolSettings, Settings
 from transport.serving.status import Status
+from transport.serving.tls import make_tls
 
 if TYPE_CHECKING:
     from runner.protocols import AnyPool
@@ -67,7 +69,9 @@ class Service:
         reread: Callable[[], Settings] | None = None,
         listeners: Listeners | None = None,
         may_accept: Callable[[], bool] | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
+        self._notifier = Notifier() if notifier is None else notifier
         self._one_of_several = listeners is not None
         self._may_accept = may_accept
         self._settings = settings
@@ -101,7 +105,8 @@ class Service:
         admin = None if self._one_of_several else settings.admin_address
         self.listeners = Listeners.of(settings) if listeners is None else listeners
         try:
-            self._forwarded = Forwarded(settings.trusted_proxies, unix=self.listeners.unix)
+            self._forwarded = Forwarded(settings.trusted_proxies)
+            self._tls = make_tls(settings.tls_cert, settings.tls_key)
             self.admin_socket = None if admin is None else bind_port(*admin, "admin", "admin")
         except BaseException:
             self.listeners.close()
@@ -147,6 +152,7 @@ class Service:
             self._background.spawn(self._end_jobs(0))
             return
         self.status.draining = True
+        self._notifier.stopping()
         self.listeners.unlink()  # now, while nobody can have taken the path over
         if self.front is None:
             logger.info("stopping before the start was over")
@@ -159,12 +165,21 @@ class Service:
     async def reload(self) -> bool:
         """Have new pools serve the mounts; whether all could be started. One reload at a time, none at the end."""
         async with self._reloading:
-            whole = self._read_settings_again()
+            if not self._is_serving():
+                return False
+            self._notifier.reloading()
+            whole = self._read_settings_again() and self._read_certificate_again()
             for path, mount in self._mounts.items():
-                if self.status.draining or self.front is None:
+                if not self._is_serving():
                     return False
                 whole &= await self._reload(path, mount)
+            if whole:
+                self.status.reload_error = ""
+            self._notifier.ready(self.status.reload_error or self._served)
             return whole
+
+    def _is_serving(self) -> bool:
+        return self.front is not None and not self.status.draining
 
     def _read_settings_again(self) -> bool:
         """Take what the file says now of the pools; whether it makes sense. What else has changed is told."""
@@ -187,6 +202,18 @@ class Service:
         self.status.apps = {path: mount.app for path, mount in self._mounts.items()}
         return True
 
+    def _read_certificate_again(self) -> bool:
+        """Have those that connect from now on get the certificate that is in the files now; whether it makes sense."""
+        try:
+            tls = make_tls(self._settings.tls_cert, self._settings.tls_key)
+        except ConfigurationError as error:
+            logger.error("the certificate can't be read again, the one from before holds: %s", error)
+            self.status.reload_error = "the certificate can't be read again, and the one from before holds"
+            return False
+        if self.front is not None and tls is not None:
+            self.front.tls = tls
+        return True
+
     async def _reload(self, path: str, mount: MountSettings) -> bool:
         began = time.monotonic()
         pool = mount.pool_with(path, self._defaults, self._settings.drain)
@@ -203,7 +230,6 @@ class Service:
             logger.error("%s: the handler can't be reloaded, the old one goes on: %s", path, error)
             self.status.reload_error = f"{path}: the last reload failed, and the old app goes on: the log says why"
             return False
-        self.status.reload_error = ""
         old = self.gateway.replace(path, pool)
         logger.info("%s: reloaded in %.1f s", path, time.monotonic() - began)
         self._retired.add(old)
@@ -229,6 +255,7 @@ class Service:
                 refused=log_refused if settings.access_log else lambda *_: None,
                 forwarded=self._forwarded,
                 may_accept=self._may_accept,
+                tls=self._tls,
             )
         ]
         try:
@@ -242,6 +269,8 @@ class Service:
                 self._background.spawn(self._reload_on_changes())
             if not self._one_of_several:
                 self._log_started()
+            self._notifier.ready(self._served)
+            self._background.spawn(self._notifier.keep_alive())
             started()
             await self._drained.wait()
             fronts[0].drain(min(_IDLE_GRACE, settings.drain))
@@ -289,6 +318,10 @@ class Service:
         async for changes in awatch(os.getcwd(), watch_filter=PythonFilter()):
             logger.info("changed: %s", ", ".join(sorted({os.path.relpath(path) for _, path in changes})[:5]))
             await self.reload()
+
+    @property
+    def _served(self) -> str:
+        return f"serving at {self.listeners}"
 
     def _log_started(self) -> None:
         kinds = {path: getattr(pool, "kind", "") for path, pool in self.gateway.pools.items()}

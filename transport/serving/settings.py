@@ -30,7 +30,7 @@ from runner.protocols import AnyPool
 from runner.wire.messages import Kind
 from transport.gateway.mounts import Mount, TrustedHeaders, plain_path
 from transport.route import DEFAULT_ROOT, Route
-from transport.serving.settings_parsing import parse_address, parse_mounts, parse_sandbox, parse_workers
+from transport.serving.settings_parsing import parse_address, parse_bind, parse_mounts, parse_sandbox, parse_workers
 
 QUEUE: Final = 100
 """How many requests wait for a worker at most, where nothing is said."""
@@ -198,6 +198,9 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     port: int = 8000
     uds: str = ""
     uds_mode: str = ""
+    bind: tuple[str, ...] = ()
+    tls_cert: str = ""
+    tls_key: str = ""
     admin: str = "127.0.0.1:9180"
     drain: float = 30.0
     reload: bool = False
@@ -211,6 +214,8 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     chdir: str = ""
     env_file: str = ""
     pid: str = ""
+    user: str = ""
+    group: str = ""
     access_log: bool = True
     access_log_queries: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -222,6 +227,10 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
             seconds = getattr(self, name)
             if not 0 <= seconds <= _LONGEST:
                 raise ConfigurationError(f"{name} is a time in seconds, from 0 to {_LONGEST:g}, not {seconds!r}")
+        if self.tls_key and not self.tls_cert:
+            raise ConfigurationError("tls_key goes with tls_cert, the certificate and its chain")
+        for address in self.bind:
+            parse_bind(address)
         if not 0 <= self.port <= 65535:
             raise ConfigurationError(f"port is a number from 0 to 65535, not {self.port!r}")
         if self.uds_mode and re.fullmatch("0?[0-7]{3}", self.uds_mode) is None:
@@ -277,7 +286,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     for name in Settings.__struct_fields__:
         told = environ.get(f"BLASTDOOR_{name.upper()}", "") or environ.get(_USUAL.get(name, ""), "")
         if told and name not in _NOT_FROM_VARIABLES:
-            found[name] = told.split(",") if name in ("preload", "trusted_proxies") else told
+            found[name] = told.split(",") if name in _LISTS else told
     made = _made(found, Settings, "the environment: ", strict=False)
     settings = {name: getattr(made, name) for name in found}
     if apps := environ.get("BLASTDOOR_APPS", "").split():
@@ -285,6 +294,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
+_LISTS: Final = frozenset({"preload", "trusted_proxies", "bind"})
 _USUAL: Final = {"port": "PORT", "workers": "WEB_CONCURRENCY"}
 _NOT_FROM_VARIABLES: Final = frozenset({"app", "mounts", "env", "set_env", "recycle", "per_provider", "retry"})
 
@@ -299,9 +309,10 @@ def load_settings(
     Apps that are given take the place of all mounts of the file, and what is given of a pool holds for every mount.
     ConfigurationError names what is wrong, and where.
     """
-    given = {**from_environment(environ or {}), **given}
+    given = _with(from_environment(environ or {}), given)
     where, found = (file, _read(Path(directory, file))) if file is not None else _look_for(directory)
     check_keys(found, Settings, where)
+    _with({}, found)
     if "mounts" in given:
         found.pop("app", None)
         found.pop("mounts", None)
@@ -310,9 +321,24 @@ def load_settings(
         found["mounts"] = {path: _without(table, pools) for path, table in mounts.items()}
     mounts = {**(found.pop("mounts", None) or {}), **given.get("mounts", {})}
     made = {path: _made(table, MountSettings, f"{where}: mount {path!r}: ") for path, table in mounts.items()}
-    settings = _made({**found, **given, "mounts": {}}, Settings, f"{where}: ")
+    settings = _made({**_with(found, given), "mounts": {}}, Settings, f"{where}: ")
     settings.mounts = made
     return settings
+
+
+def _with(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, with those that count more: an address that is given stands in the place of all.
+
+    ConfigurationError where these name addresses in both ways.
+    """
+    ways = [name for name in _ADDRESSES if name in given]
+    if "bind" in ways and len(ways) > 1:
+        raise ConfigurationError(f"bind names all addresses: leave out {', '.join(sorted({*ways} - {'bind'}))}")
+    gone = () if not ways else ("uds", "bind", "host", "port") if "bind" in ways else ("bind",)
+    return {**{name: value for name, value in before.items() if name not in gone}, **given}
+
+
+_ADDRESSES: Final = ("bind", "host", "port", "uds")
 
 
 def check_keys(table: object, kind: Any, where: str) -> None:

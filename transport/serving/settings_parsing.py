@@ -38,6 +38,23 @@ def parse_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def parse_bind(address: str) -> str | tuple[str, int]:
+    """A path, of "unix:/run/shop.sock", or a host and a port, as `parse_address` has them; ":8000" is all of IPv4.
+
+    ConfigurationError for another.
+    """
+    if address.startswith("unix:"):
+        if not address.removeprefix("unix:"):
+            raise ConfigurationError("bind takes a path, as in 'unix:/run/shop.sock', not 'unix:'")
+        return address.removeprefix("unix:")
+    try:
+        return parse_address(f"0.0.0.0{address}" if address.startswith(":") else address)
+    except ConfigurationError:
+        raise ConfigurationError(
+            f"bind takes HOST:PORT, as in '0.0.0.0:8000' or '[::1]:8000', or unix:PATH, not {address!r}"
+        ) from None
+
+
 def parse_mounts(apps: list[str]) -> dict[str, dict[str, str]]:
     """The mounts' tables of a command line: 'shop:app', '/openai=app1:app'. ConfigurationError for what is neither."""
     mounts: dict[str, dict[str, str]] = {}
