@@ -289,7 +289,16 @@ def test_what_is_not_run_is_named() -> None:
 
 @_listed(blocks("toml"))
 def test_settings_files(block: Block, directory: Path) -> None:
-    """G10: a settings file is loaded, and pools are made of it."""
+    """G10: a settings file is loaded, and pools are made of it; one for logging is taken by the command."""
+    if block.title == "logging.toml":
+        (directory / block.title).write_text(block.text.replace("/var/log/shop", str(directory)))
+        options = "--log-config=logging.toml", "--port=0", "--admin=none"
+        command = [sys.executable, "-m", "transport.cli", "serve", "nosuch:app", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1, done.stderr
+        assert "there is no module 'nosuch'" in done.stderr
+        assert (directory / "access.log").exists()
+        return
     (directory / "blastdoor.toml").write_text(block.text)
     settings = load_settings(None, {})
     assert settings.all_mounts

@@ -384,7 +384,9 @@ class RoundTrip(Sending):
             return
         if exchange.surplus:
             logger.warning(
-                "job %s: a response body is longer than its Content-Length: the rest is cut off", self.job_id
+                "job %s: a response body is longer than its Content-Length: the rest is cut off",
+                self.job_id,
+                extra=self._extra(),
             )
         report = exchange.report
         if report is not None and exchange.whole:

@@ -53,7 +53,7 @@ class Sending(ChannelGuard):
         try:
             self._upload.close()
         except Exception:
-            logger.exception("job %s: closing the request body failed", self.job_id)
+            logger.exception("job %s: closing the request body failed", self.job_id, extra={"job_id": self.job_id})
 
     def _stop_upload(self) -> None:
         """End an upload that has not come to its end: complete the frame that is under way, then STOP."""

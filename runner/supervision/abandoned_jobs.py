@@ -105,7 +105,8 @@ class AbandonedJobs:
         if remainder.timed_out:
             self._leases.dump_stacks(worker)
         if not self._leases.cancel(lane, exchange.job):
-            logger.warning("job %s: worker %s does not take its cancel: it%s", job.job_id, worker.pid, job.verdict)
+            words = "job %s: worker %s does not take its cancel: it%s"
+            logger.warning(words, job.job_id, worker.pid, job.verdict, extra=job.extra)
             self.settle(job)
         elif not worker.line.flushed:
             self._await_line(worker)
@@ -124,7 +125,8 @@ class AbandonedJobs:
         if job.exchange.background:
             worker = job.lane.worker
             words = worker.limit_exceeded or f"its worker {worker.pid} {describe_exit(worker.status)[0]}"
-            logger.error("job %s: %s during its background work%s", job.job_id, words, job.last_words)
+            told = job.job_id, words, job.last_words
+            logger.error("job %s: %s during its background work%s", *told, extra=job.extra)
         self.settle(job)
 
     def settle(self, job: AbandonedJob, *, healthy: bool = False) -> None:
@@ -138,7 +140,7 @@ class AbandonedJobs:
             self._reactor.unwatch(lane.channel.request_fd)
             lane.worker.log.read()  # so that the next job's lines are not taken for this one's
             if job.timed_out:
-                logger.error("job %s: %s%s", job.job_id, job.timed_out, job.last_words)
+                logger.error("job %s: %s%s", job.job_id, job.timed_out, job.last_words, extra=job.extra)
             report = job.exchange.report
             if report is not None and job.exchange.whole:
                 log_background_failure(lane.worker, job.job_id, report)
@@ -192,6 +194,7 @@ class AbandonedJobs:
             self._grace,
             job.lane.worker.pid,
             job.verdict,
+            extra=job.extra,
         )
         self.settle(job)
 
@@ -222,6 +225,11 @@ class AbandonedJob:
     def settled(self) -> bool:
         """Whether its lane is held no more."""
         return not self._jobs.holds(self)
+
+    @property
+    def extra(self) -> dict[str, object]:
+        """What a log record about it carries, for structured logs."""
+        return {"job_id": self.job_id, "worker": self.lane.worker.pid}
 
     @property
     def verdict(self) -> str:
@@ -267,4 +275,5 @@ def log_background_failure(worker: Worker, job_id: str, report: FaultReport) -> 
         return  # it has cut its own end off
     text = quoted(report.traceback)
     if worker.log.charge(len(text.encode())):
-        logger.error("job %s: its background work raised\n%s", job_id, text)
+        extra = {"job_id": job_id, "worker": worker.pid}
+        logger.error("job %s: its background work raised\n%s", job_id, text, extra=extra)

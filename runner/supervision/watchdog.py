@@ -148,7 +148,9 @@ class Watchdog:
                 violation.job.over_time(violation.detail)
             elif not violation.job.settled:
                 violation.worker.limit_exceeded = violation.detail
-                logger.error("job %s: %s: worker %s is killed", *violation.words())
+                job_id, _, pid = words = violation.words()
+                extra = {"job_id": job_id, "worker": pid}
+                logger.error("job %s: %s: worker %s is killed", *words, extra=extra)
                 self._leases.kill(violation.worker)
 
     def _make_sampler(self) -> ProcessSampler:

@@ -172,8 +172,12 @@ def serve(
     loop: Annotated[Loop | None, _option("The event loop. [default: auto: uvloop if it is there]")] = None,
     access_log: Annotated[bool | None, _option("Log each request. [default: yes]", "")] = None,
     access_log_queries: Annotated[bool | None, _option("With query strings. [default: yes]", "")] = None,
+    access_log_fields: Annotated[
+        str | None, _option("What of a request, such as client,target,status,header:user-agent.", "FIELD,...")
+    ] = None,
     log_level: Annotated[LogLevel | None, _option("What is logged. [default: info]")] = None,
     log_format: Annotated[LogFormat | None, _option("How: text, or an object a line. [default: text]")] = None,
+    log_config: Annotated[str | None, _option("TOML or JSON file for logging's dictConfig instead.", "FILE")] = None,
 ) -> None:
     """Serve apps over HTTP, each request in a worker process.
 

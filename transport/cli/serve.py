@@ -27,7 +27,7 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     except ModuleNotFoundError as error:
         raise ConfigurationError(missing("serving", error.name or "a library", "serve")) from error
     from transport.fronts.shares import how_many
-    from transport.serving.log_format import log_to_stderr
+    from transport.serving.log_format import set_up_logging
     from transport.serving.loops import loop_factory
     from transport.serving.notifier import Notifier
     from transport.serving.process_setup import Account, EnvFile, PidFile, change_directory
@@ -46,19 +46,26 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
         given["env"] = _environment(given["env"])
     if "set_env" in given:
         given["set_env"] = _environment(given["set_env"])
+    if "access_log_fields" in given:
+        given["access_log_fields"] = given["access_log_fields"].split(",")
+    if "log_config" in given and (other := {"log_format", "log_level"} & set(given)):
+        raise ConfigurationError(f"log_config says all of logging: leave out {', '.join(sorted(other))}")
     before = dict(os.environ)
     here = os.getcwd()
     env_file = EnvFile()
 
     def read() -> Settings:
         settings = load_settings(config, given, before, here)
-        env_file.load(settings.env_file and os.path.join(here, settings.env_file))
+        for name in ("env_file", "log_config", "tls_cert", "tls_key"):
+            if file := getattr(settings, name):
+                setattr(settings, name, os.path.join(here, file))
+        env_file.load(settings.env_file)
         return settings
 
     settings = read()
     pid_file = PidFile(settings.pid)
     change_directory(settings.chdir)
-    log_to_stderr(settings.log_level, settings.log_format)
+    set_up_logging(settings.log_level, settings.log_format, settings.log_config)
     settings.connections = _make_room(settings.connections)
     account = Account.of(settings.user, settings.group)
     notifier = Notifier(os.environ)

@@ -53,7 +53,7 @@ class Running(Protocol):
 class PoolExchange(Exchange):
     """A request that goes to the pool of its mount. It is the `Listener` of its job."""
 
-    _mount = _job_id = ""
+    _mount = _job_id = _noted = ""
     _span: Span | None = None
     _call: Call | None = None
     _pool: AnyPool | None = None
@@ -157,6 +157,8 @@ class PoolExchange(Exchange):
         if self._upload is not None:
             self._upload.close()
         self._running = self._pieces = None
+        if self._noted:
+            self._router.request_ids.end(self._noted)
         self._router.active -= 1
         self._router.tell(
             self._mount, self.asked, self.status, self.sent, self._job_id, self._span, whole=self.complete
@@ -197,6 +199,9 @@ class PoolExchange(Exchange):
         else:
             running = TaskCall(pool, call.request, upload, call.context, self, self._poller.loop)
         self._running = running
+        if request_id := self.asked.header("x-request-id"):
+            self._noted = running.job_id
+            self._router.request_ids.begin(running.job_id, request_id)
         if self._held:
             running.pause()
         running.begin()

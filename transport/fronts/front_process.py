@@ -37,7 +37,7 @@ from transport.fronts.messages import (
 )
 from transport.fronts.room import Room
 from transport.serving.addresses import Listeners
-from transport.serving.log_format import log_to_stderr
+from transport.serving.log_format import set_up_logging
 from transport.serving.loops import loop_factory
 from transport.serving.server import Service
 
@@ -80,7 +80,8 @@ def main(fd: int) -> None:
             sys.exit(FAILED)  # the parent has died already
         control.setblocking(False)
         _set_title(f"blastdoor: front {setup.index + 1}")
-        log_to_stderr(setup.settings.log_level, setup.settings.log_format)
+        settings = setup.settings
+        set_up_logging(settings.log_level, settings.log_format, settings.log_config)
         with asyncio.Runner(loop_factory=loop_factory(setup.settings.loop)) as runner:
             sys.exit(runner.run(_FrontProcess(setup, control).run()))
 

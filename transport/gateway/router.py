@@ -26,6 +26,7 @@ from runner.wire.messages import Header, JobContext, ResponseHead
 from transport.errors import TargetEscapes
 from transport.gateway.finished import RequestFinished, RequestTime
 from transport.gateway.mounts import Mount, Mounts, Unauthorized
+from transport.gateway.request_ids import RequestIds
 from transport.gateway.traces import Span, span_of
 from transport.problem_details import problem, refusal
 
@@ -170,6 +171,7 @@ class Router:
         self._subscribers: tuple[Callable[[RequestFinished], object], ...] = ()
         self._batches: tuple[Batch[RequestTime], ...] = ()
         self.active = 0
+        self.request_ids = RequestIds()
 
     @property
     def pools(self) -> dict[str, AnyPool]:
@@ -268,6 +270,7 @@ class Router:
             seconds,
             job_id,
             asked.header("x-request-id"),
+            asked.headers,
         )
         for subscriber in self._subscribers:
             try:

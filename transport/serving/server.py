@@ -27,13 +27,14 @@ from transport.front.forwarded import Forwarded
 from transport.front.pool_exchange import PoolExchange
 from transport.front.server import Front
 from transport.gateway.router import Router
+from transport.serving.access_log import AccessLog, log_refused
 from transport.serving.addresses import Listeners, bind_port, name_of
 from transport.serving.admin import ADMIN_CONNECTIONS, ADMIN_PATIENCE, make_admin
 from transport.serving.background import Background, on_signals
 from transport.serving.http_metrics import RequestMetrics
 from transport.serving.log_format import know_mount
 from transport.serving.notifier import Notifier
-from transport.serving.server_log import log_access, log_refused, log_serving
+from transport.serving.server_log import log_serving
 from transport.serving.settings import PoolSettings, Settings
 from transport.serving.status import Status
 from transport.serving.tls import make_tls
@@ -95,7 +96,7 @@ class Service:
         failed.set_function(lambda: bool(self.status.reload_error))
         RequestMetrics(self.gateway, self.registry)
         if settings.access_log:
-            self.gateway.subscribe(functools.partial(log_access, queries=settings.access_log_queries))
+            self.gateway.subscribe(AccessLog(settings.access_log_fields, queries=settings.access_log_queries))
         self._ends: dict[str, list[Callable[[], object]]] = {}
         self._reloading = asyncio.Lock()
         self._background = Background()
@@ -124,6 +125,9 @@ class Service:
         """
         pools = self.gateway.pools
         logger.addHandler(self.status.log)
+        about_jobs = logger, logging.getLogger("blastdoor.worker")
+        for one in about_jobs:
+            one.addFilter(self.gateway.request_ids)
         try:
             with on_signals(self.stop, lambda: self._background.spawn(self.reload())):
                 for path, pool in pools.items():
@@ -139,6 +143,8 @@ class Service:
             await self._close_pools()
             await self._background.end()
             logger.removeHandler(self.status.log)
+            for one in about_jobs:
+                one.removeFilter(self.gateway.request_ids)
             self.listeners.close()
             if self.admin_socket is not None:
                 self.admin_socket.close()

@@ -1,4 +1,4 @@
-"""What the server writes to the log: requests, refusals, mounts, and errors of the event loop that say nothing."""
+"""What the server writes to the log beside requests: its mounts, and errors of the event loop, not too many."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from runner.model.limits import Limits, parse_size
 from runner.model.sandbox import Sandbox
-from runner.wire.printable import one_line
-from transport.gateway import RequestFinished
 from transport.serving.settings import PoolSettings
 from transport.serving.settings_parsing import parse_sandbox
 
@@ -19,9 +17,6 @@ if TYPE_CHECKING:
     from transport.serving.settings import MountSettings, Settings
 
 logger = logging.getLogger("blastdoor")
-
-
-access_logger = logging.getLogger("blastdoor.access")
 
 
 class LoopErrors:
@@ -40,11 +35,6 @@ class LoopErrors:
         self._next[kind] = now + 1.0
         short = isinstance(error, OSError)
         logger.error("%s: %s", message, error, exc_info=None if short or error is None else error)
-
-
-def shown(text: str) -> str:
-    """A client's word in the access log: it can neither end its field nor drive a terminal."""
-    return one_line(text).replace("\\", "\\\\").replace('"', '\\"') if not text.isalnum() else text
 
 
 def describe(mount: MountSettings, settings: PoolSettings) -> str:
@@ -78,40 +68,6 @@ def log_serving(settings: Settings, kinds: Mapping[str, str], where: str) -> Non
             logger.warning("%s: %s", path, _ASGI_HINT)
     apps = ", ".join(f"{path} {mount.app}" for path, mount in settings.all_mounts.items())
     logger.info("serving %s at %s", apps, where)
-
-
-def log_refused(client: str, status: int, reason: str) -> None:
-    """What was no request, or none that is taken, stands in the access log too."""
-    extra = {"client": client, "status": status, "reason": reason}
-    access_logger.info('%s "-" %d refused: %s', shown(client) or "-", status, one_line(reason), extra=extra)
-
-
-def log_access(answered: RequestFinished, *, queries: bool = True) -> None:
-    asked = answered.target if queries else answered.target.partition("?")[0]
-    target = shown(asked)
-    access_logger.info(
-        '%s "%s %s" %s %d %.1f ms%s%s',
-        shown(answered.client) or "-",
-        shown(answered.method),
-        target,
-        answered.status or "-",
-        answered.sent,
-        answered.seconds * 1000,
-        f" job {answered.job_id}" if answered.job_id else "",
-        "" if answered.whole else " cut off",
-        extra={
-            "job_id": answered.job_id,
-            "mount": answered.mount,
-            "request_id": answered.request_id,
-            "client": answered.client,
-            "method": answered.method,
-            "target": asked,
-            "status": answered.status,
-            "sent": answered.sent,
-            "seconds": round(answered.seconds, 6),
-            "whole": answered.whole,
-        },
-    )
 
 
 def _at_once(settings: PoolSettings) -> str:

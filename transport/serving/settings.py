@@ -30,6 +30,7 @@ from runner.protocols import AnyPool
 from runner.wire.messages import Kind
 from transport.gateway.mounts import Mount, TrustedHeaders, plain_path
 from transport.route import DEFAULT_ROOT, Route
+from transport.serving.access_log import check_fields
 from transport.serving.settings_parsing import parse_address, parse_bind, parse_mounts, parse_sandbox, parse_workers
 
 QUEUE: Final = 100
@@ -218,8 +219,10 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
     group: str = ""
     access_log: bool = True
     access_log_queries: bool = True
+    access_log_fields: tuple[str, ...] = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+    log_config: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -229,6 +232,7 @@ class Settings(PoolSettings, kw_only=True, forbid_unknown_fields=True, omit_defa
                 raise ConfigurationError(f"{name} is a time in seconds, from 0 to {_LONGEST:g}, not {seconds!r}")
         if self.tls_key and not self.tls_cert:
             raise ConfigurationError("tls_key goes with tls_cert, the certificate and its chain")
+        check_fields(self.access_log_fields)
         for address in self.bind:
             parse_bind(address)
         if not 0 <= self.port <= 65535:
@@ -294,7 +298,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
-_LISTS: Final = frozenset({"preload", "trusted_proxies", "bind"})
+_LISTS: Final = frozenset({"preload", "trusted_proxies", "bind", "access_log_fields"})
 _USUAL: Final = {"port": "PORT", "workers": "WEB_CONCURRENCY"}
 _NOT_FROM_VARIABLES: Final = frozenset({"app", "mounts", "env", "set_env", "recycle", "per_provider", "retry"})
 
