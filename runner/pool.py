@@ -233,6 +233,11 @@ class Pool(Startable):
                 descriptors.release(self._token)
         failed.stop(0)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closed
+
     def close(self, drain: float | None = None) -> None:
         """Take no more requests, wait up to `drain` seconds for the jobs under way, then end all workers.
 

@@ -160,7 +160,7 @@ def test_python_files(block: Block) -> None:
     compile(block.text, block.title, "exec")
     users = blocks_of(block.page) if block.page.name != "index.md" else [b for page in PAGES for b in blocks_of(page)]
     module = block.title.removesuffix(".py").removesuffix("/__init__")
-    assert any(f"{module}:" in user.text for user in users)
+    assert any(f"{module}:" in user.text or f" {block.title} " in user.text for user in users)
 
 
 # -- commands -----------------------------------------------------------------------------------------
