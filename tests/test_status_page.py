@@ -81,6 +81,9 @@ def test_the_page(browser: Chrome) -> None:
         assert browser.find_elements(By.CSS_SELECTOR, "#faults details[open]")
         assert browser.find_elements(By.CSS_SELECTOR, "#throughput rect.errors")
         assert browser.find_elements(By.CSS_SELECTOR, "#latency polyline.p99")
+        assert text(browser, "#hour .chart span").startswith("/: requests a minute, ")
+        assert browser.find_elements(By.CSS_SELECTOR, "#hour rect.errors")
+        assert len(browser.find_elements(By.CSS_SELECTOR, "#hour polyline")) == 2
         assert browser.title == "blastdoor"
         assert not browser.find_elements(By.CSS_SELECTOR, "#faults img")
         assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]  # no error of a script, nothing that the policy had to stop

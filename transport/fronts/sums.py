@@ -100,6 +100,7 @@ def whole_status(told: list[dict[str, Any]], sums: Sums, own: Mapping[str, Any])
         "active": active,
         "latency": _latency([status["latency"] | {"answers": _last_minute(status)} for status in told]),
         "history": _history(status["history"] for status in told),
+        "hour": _hour([status["hour"] for status in told]),
         "pools": _pools([status["pools"] for status in told], sums),
         "faults": sorted(
             (fault for status in told for fault in status["faults"]), key=lambda fault: -float(fault["at"])
@@ -136,6 +137,17 @@ def _history(histories: Iterable[list[dict[str, float]]]) -> list[dict[str, floa
         }
         for at, parts in sorted(seconds.items())
     ]
+
+
+def _hour(told: list[dict[str, Any]]) -> dict[str, Any]:
+    mounts = sorted({mount for hour in told for mount in hour})
+    return {
+        mount: {
+            "provider": next(hour[mount]["provider"] for hour in told if mount in hour),
+            "minutes": _history(hour[mount]["minutes"] for hour in told if mount in hour),
+        }
+        for mount in mounts
+    }
 
 
 def _pools(told: list[dict[str, dict[str, Any]]], sums: Sums) -> dict[str, dict[str, Any]]:

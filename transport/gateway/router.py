@@ -178,6 +178,12 @@ class Router:
         """The pools by the path of their mount."""
         return {path or "/": mount.pool for path, mount in self._mounts.by_path.items()}
 
+    @property
+    def providers(self) -> dict[str, str]:
+        """The providers of mounts that have one, by the path of the mount."""
+        mounts = self._mounts.by_path.items()
+        return {path or "/": mount.route.provider for path, mount in mounts if mount.route is not None}
+
     def replace(self, path: str, pool: AnyPool) -> AnyPool:
         """Have another pool serve a mount from now on; gives the one that did.
 

@@ -1,4 +1,4 @@
-"""What the page of status shows: the last minutes, the last faults with their stacks, the workers of this moment.
+"""What the page of status shows: the last minutes, the last hour, the last faults with their stacks, the workers now.
 
 It subscribes to the gateway, to the pools and to the log. All of it is bounded, whatever the handlers do.
 """
@@ -20,6 +20,7 @@ from runner import __version__
 from runner.events import Batch, Event, JobEnded, JobRefused
 from runner.jobs.round_trip import LAST_WORDS
 from runner.wire.printable import one_line
+from transport.serving.minutes import LastHour
 
 if TYPE_CHECKING:
     from runner.protocols import AnyPool
@@ -129,6 +130,7 @@ class Status:
         self._began = clock()
         self._seconds: deque[Second] = deque()
         self._faults: deque[RecentFault] = deque(maxlen=_FAULTS)
+        self._hour = LastHour()
         self._lock = threading.Lock()
         self.draining = False
         self.reload_error = ""
@@ -152,6 +154,7 @@ class Status:
         with self._lock:
             seconds = [second for second in self._seconds if second.at > now - SPAN]
             faults = list(self._faults)
+            hour = self._hour.tell(now, self._gateway.providers)
         latencies = [latency for second in seconds if second.at > now - 60 for latency in second.latencies]
         history = [_in_short(second, over=second.at < now) for second in seconds]
         return {
@@ -166,6 +169,7 @@ class Status:
             "fronts": [],
             "latency": _quantiles(latencies),
             "history": history,
+            "hour": hour,
             "pools": {
                 path: {"app": self.apps.get(path, ""), **_tell_pool(pool)} for path, pool in self._gateway.pools.items()
             },
@@ -175,7 +179,7 @@ class Status:
         }
 
     def _count(self, request: RequestTime) -> None:
-        _, _, status, _, whole, took, ended = request
+        mount, _, status, _, whole, took, ended = request
         now = int(_EPOCH + ended)
         with self._lock:
             if not self._seconds or self._seconds[-1].at < now:
@@ -184,7 +188,9 @@ class Status:
                     self._seconds.popleft()
             second = self._seconds[-1]
             second.answers += 1
-            second.errors += status is not None and (status >= 500 or not whole)
+            failed = status is not None and (status >= 500 or not whole)
+            second.errors += failed
+            self._hour.add(mount, second.at, took, failed=failed)
             if len(second.latencies) < _SAMPLES:
                 second.latencies.append(took)
 
