@@ -14,15 +14,17 @@ import struct
 from typing import Any, Final, NoReturn
 
 from ..platform import linux
+from .egress import listen
 
 _STATUS: Final = struct.Struct("=i")
 _DESCRIPTOR_CEILING: Final = 1 << 20
 
 
-def enter_namespaces(control: socket.socket, *, network: bool) -> None:
+def enter_namespaces(control: socket.socket, *, network: bool, egress: bool) -> None:
     """Go on as the worker, in new namespaces; in the host's own network with `network`.
 
-    Others of the processes that this makes never return.
+    With `egress` there is a socket for the proxy in the new network. Others of the processes that this makes never
+    return.
     """
     kinds = linux.NEW_PIDS | linux.NEW_IPC | linux.NEW_HOSTNAME
     linux.unshare(kinds if network else kinds | linux.NEW_NETWORK)
@@ -35,12 +37,14 @@ def enter_namespaces(control: socket.socket, *, network: bool) -> None:
     linux.die_with_parent(signal.SIGKILL)
     if _is_closed(control):
         os._exit(1)  # it ended before the line above took effect
+    listeners = [listen()] if egress else []
     worker = os.fork()
     if not worker:
-        control.close()
+        for listener in (control, *listeners):
+            listener.close()
         return
     pidfd = os.pidfd_open(worker)
-    socket.send_fds(control, [b"born"], [pidfd])
+    socket.send_fds(control, [b"born"], [pidfd, *(listener.fileno() for listener in listeners)])
     _reap(control, worker)
 
 
@@ -70,7 +74,7 @@ class Nested:
     """A nested worker as the zygote sees it.
 
     `pid` is of the first process of its namespaces, which is the zygote's child; `worker_pid` is the worker's, as the
-    zygote and the host know it.
+    zygote and the host know it. `listener` is the descriptor of the proxy's socket in there, -1 for none.
     """
 
     def __init__(self, starter: Any) -> None:
@@ -86,18 +90,26 @@ class Nested:
                 raise OSError("it ended before it was in its namespaces")
             (self.pid,) = _STATUS.unpack(answer)
             self._control.send(b"1")
-            _, fds, _, _ = socket.recv_fds(self._control, 16, 1)
+            _, fds, _, _ = socket.recv_fds(self._control, 16, 2)
             if not fds:
                 raise OSError("the first process of its namespaces ended")
-            self.pidfd = fds[0]
+            self.pidfd, self.listener = fds[0], fds[1] if len(fds) > 1 else -1
             try:
                 self.worker_pid = _pid_of(self.pidfd)
             except BaseException:
-                os.close(self.pidfd)
+                for fd in fds:
+                    os.close(fd)
                 raise
         except BaseException:
             self._control.close()
             raise
+
+    def abandon(self) -> None:
+        """End it: it can't be had as it was asked for."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        self._control.close()
 
     @property
     def exitcode(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.machinery
 import os
 import resource
@@ -20,7 +21,7 @@ from ..control.import_isolation import HOME
 from ..errors import ErrorWithoutTraceback
 from ..model.sandbox import Sandbox
 from ..platform import linux
-from . import cgroup, import_finder, landlock, probe, seccomp
+from . import cgroup, egress, import_finder, landlock, probe, seccomp
 from .cgroup import Group
 from .landlock import EXECUTE, READ, WRITE
 from .mount_namespace import SCRATCH_PARENT, MountNamespace, first_closed
@@ -122,11 +123,16 @@ class SandboxSetup:
         self._users = probe.USERS in has
         self.nested = probe.NAMESPACES in has
         self.network = bool(sandbox.connect)
+        self.egress = bool(sandbox.connect_hosts)
+        if self.egress and not self.nested:
+            raise SandboxError(
+                f"connect_hosts needs a network namespace for each worker: {layers[probe.NAMESPACES].lacking}"
+            )
         self._filters: list[bytes] = []
         if probe.CALLS in has:
             deny = seccomp.deny_filter(
                 processes=sandbox.processes,
-                network=bool(sandbox.connect),
+                network=sandbox.has_network,
                 own_user=self._own_user,
                 own_pids=self.nested,
             )
@@ -194,7 +200,7 @@ class SandboxSetup:
             rights = dict(self._rights)
             if resources.scratch:
                 rights[resources.scratch] = WRITE | (EXECUTE if self._sandbox.processes else 0)
-            landlock.restrict(rights, self._sandbox.connect)
+            landlock.restrict(rights, (egress.PORT,) if self.egress else self._sandbox.connect)
         for compiled in self._filters:
             seccomp.load(compiled, os.getpid())
         self._probe(resources)
@@ -218,9 +224,13 @@ class SandboxSetup:
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(which, (value, value))
 
-    @staticmethod
-    def _furnish(resources: WorkerResources) -> None:
-        """Have the handler find its scratch directory."""
+    def _furnish(self, resources: WorkerResources) -> None:
+        """Have the handler find its scratch directory, and its way out."""
+        if self.egress:
+            for name in ("HTTPS_PROXY", "https_proxy"):
+                os.environ[name] = egress.URL
+            for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy"):
+                os.environ.pop(name, None)
         place = resources.scratch or "/nonexistent"
         os.environ["HOME"] = place
         os.environ["TMPDIR"] = place
@@ -246,12 +256,21 @@ class SandboxSetup:
         if self._filters:
             if not linux.has_seccomp_filter():
                 holes.append("its system calls are not filtered")
-            if not self._sandbox.connect and _works(lambda: socket.socket().close()):
+            if not self._sandbox.has_network and _works(lambda: socket.socket().close()):
                 holes.append("it can make sockets")
+            if self.egress and not _is_cut_off():
+                holes.append("it has another way out than its proxy")
             if _works(lambda: linux.unshare(linux.NEW_USERS)):
                 holes.append("it can make namespaces")
         if holes:
             raise SandboxError(f"the sandbox does not hold: {', '.join(holes)}; please report it")
+
+
+def _is_cut_off() -> bool:
+    """Whether there is no route to anywhere, by a port that may be connected to (192.0.2.1 is nobody's, RFC 5737)."""
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        return sock.connect_ex(("192.0.2.1", egress.PORT)) == errno.ENETUNREACH
 
 
 def _works(step: Callable[[], object]) -> bool:
@@ -269,14 +288,14 @@ def wanted_layers(sandbox: Sandbox, *, own_user: bool) -> list[str]:
         wanted.append(probe.OWN_USER)
     else:
         wanted.append(probe.USERS)  # threads are counted for a user, and this one is shared
-    if sandbox.connect:
+    if sandbox.has_network:
         wanted.append(probe.PORTS)
     if sandbox.scratch is not None:
         wanted.append(probe.SCRATCH)
     if sandbox.strictly:
         wanted += [probe.USERS, probe.NAMESPACES]
-    elif sandbox.processes:
-        wanted.append(probe.NAMESPACES)  # so that none of its processes gets away
+    elif sandbox.processes or sandbox.connect_hosts:
+        wanted.append(probe.NAMESPACES)  # so that none of its processes gets away, and no connection
     return list(dict.fromkeys(wanted))
 
 

@@ -50,6 +50,8 @@ from .handlers.load import HandlerError, load
 from .titles import set_title
 
 if TYPE_CHECKING:
+    from ..sandbox.egress import EgressProxy
+    from ..sandbox.namespaces import Nested
     from ..sandbox.setup import SandboxSetup
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -111,6 +113,7 @@ class Zygote:
         self._sandbox: SandboxSetup | None = None
         self._handler: Adapter | AsyncAdapter | None = None
         self._workers: dict[int, tuple[int, Any]] = {}
+        self._egress: EgressProxy | None = None
         self._kept: frozenset[int] = frozenset()
         self._inherited: frozenset[int] = frozenset()
         # The workers' descriptors get fixed numbers; nothing that a preload opens may sit on them.
@@ -121,6 +124,16 @@ class Zygote:
     def prepare(self) -> bool:
         """Do once what is for all workers; False after telling the host why that failed."""
         config = self._config
+        if config.sandbox is not None and config.sandbox.connect_hosts:
+            from ..sandbox.egress import EgressProxy  # loaded where it is used
+
+            try:
+                self._egress = EgressProxy(
+                    config.sandbox.connect_hosts, functools.partial(set_title, "egress", config.label)
+                )
+            except OSError as error:
+                self._send(Failed(f"the egress proxy can't be started: {error}"))
+                return False
         reaper.note_starts()  # before anything of the app's is imported
         if config.modules or config.preload:
             pid = os.getpid()
@@ -169,7 +182,7 @@ class Zygote:
                 f"OPENBLAS_NUM_THREADS=1 in its environment"
             )
         self._inherited = frozenset(linux.open_descriptors() - before)
-        self._kept = frozenset(linux.children())
+        self._kept = frozenset(pid for pid in linux.children() if self._egress is None or pid != self._egress.pid)
 
     def run(self) -> None:
         """Fork, reap and report, until the control socket closes; then kill everything and exit."""
@@ -188,7 +201,8 @@ class Zygote:
                 ready = dict(poll.poll())
                 if child_ended in ready:
                     os.read(child_ended, 4096)
-                    self._reap()
+                    if not self._reap():
+                        break
                 if self._control.fileno() in ready and not self._take_order():
                     break
         except OSError:
@@ -241,11 +255,13 @@ class Zygote:
                         self._inherited,
                         self._code_fd,
                         enter,
-                        functools.partial(enter_namespaces, control, network=sandbox.network),
+                        functools.partial(enter_namespaces, control, network=sandbox.network, egress=sandbox.egress),
                     )
                     return self._process(name, setup)
 
                 nested = Nested(begin)
+                if nested.listener >= 0:
+                    self._let_out(number, nested)
                 return nested, nested.worker_pid, nested.pidfd
             parent = os.getpid()
             enter = functools.partial(sandbox.enter, resources, parent)
@@ -256,10 +272,23 @@ class Zygote:
             self._clear(number)
             raise
 
+    def _let_out(self, number: int, nested: Nested) -> None:
+        """Have the proxy accept at the worker's socket."""
+        assert self._egress is not None
+        try:
+            self._egress.add(number, nested.worker_pid, nested.listener)
+        except BaseException:
+            nested.abandon()
+            raise
+        finally:
+            os.close(nested.listener)
+
     def _clear(self, number: int) -> None:
         """Remove what was a worker's own; what can't be removed costs no other worker its life."""
         assert self._sandbox is not None
         try:
+            if self._egress is not None:
+                self._egress.remove(number)
             self._sandbox.clear(number)
         except OSError:
             traceback.print_exc()
@@ -267,18 +296,22 @@ class Zygote:
     def _process(self, name: str, setup: worker.ChildSetup) -> Any:
         return _fork_context.Process(target=worker.run, args=(self._config, self._handler, setup), name=name)
 
-    def _reap(self) -> None:
-        """Report the workers that have ended or were stopped, and kill and reap what they left behind.
+    def _reap(self) -> bool:
+        """Report workers that have ended or were stopped, kill and reap what they left behind; whether to go on.
 
         What is done for each of them does not grow with how many there are.
         """
         ended = False
+        egress = -1 if self._egress is None else self._egress.pid
         while (change := self._next_change()) is not None:
             pid = change.si_pid
             number, process = self._workers.get(pid, (0, None))
             if change.si_code not in _ENDS:
                 if _is_stopped(pid) and process is not None:
                     self._send(Stopped(number))
+            elif pid == egress:
+                print("the egress proxy has ended, and all that it served with it", file=sys.stderr, flush=True)
+                return False
             elif process is None:
                 os.waitpid(pid, os.WNOHANG)  # it was a worker's child, or is one that we have killed
                 ended = True
@@ -290,8 +323,9 @@ class Zygote:
                 ended = True
         if ended:
             for pid in linux.children():
-                if pid not in self._workers and pid not in self._kept:
+                if pid not in self._workers and pid not in self._kept and pid != egress:
                     self._kill(pid)
+        return True
 
     def _next_change(self) -> os.waitid_result | None:
         """A child that has ended or was stopped, and that nobody has waited for; None for none."""
@@ -300,7 +334,8 @@ class Zygote:
                 return os.waitid(os.P_ALL, 0, _CHANGES)
             except ChildProcessError:
                 return None
-        for pid in self._workers:  # a preload's own children are not ours to wait for, and may stand before ours
+        ours = [*self._workers] if self._egress is None else [*self._workers, self._egress.pid]
+        for pid in ours:  # a preload's own children are not ours to wait for, and may stand before ours
             if (change := os.waitid(os.P_PID, pid, _CHANGES)) is not None:
                 return change
         return None
