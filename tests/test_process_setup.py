@@ -306,6 +306,33 @@ def test_pid_1(shop: Path) -> None:
                 unshare.kill()
 
 
+def test_pid_1_passes_on_what_is_meant_for_it(tmp_path: Path) -> None:
+    """G10: sockets and a watchdog for pid 1 are its child's, which serves."""
+    program = (
+        "import os, socket, sys\n"
+        "listener = socket.create_server(('127.0.0.1', 0))\n"
+        "os.dup2(listener.fileno(), 3)\n"
+        "os.environ.update(LISTEN_FDS='1', LISTEN_PID='1', WATCHDOG_PID='1', WATCHDOG_USEC='100000')\n"
+        f"os.execv(sys.executable, [sys.executable, '-m', 'transport.cli', 'serve', 'shop:app', *{QUIET!r}])"
+    )
+    (tmp_path / "shop.py").write_text(SHOP)
+    spaces = ["unshare", "--pid", "--fork", "--mount-proc", *(["--map-root-user"] if os.getuid() else [])]
+    with listening(tmp_path / "notify") as next_one:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with subprocess.Popen([*spaces, sys.executable, "-c", program], cwd=tmp_path, env=env) as unshare:
+            try:
+                told = next_one()
+                assert told["READY"] == "1"
+                assert requests.get(told["STATUS"].split()[-1], timeout=20).status_code == 200
+                assert next_one() == {"WATCHDOG": "1"}
+                (first,) = psutil.Process(unshare.pid).children()
+                first.terminate()
+                assert unshare.wait(30) == 0
+            finally:
+                if unshare.poll() is None:
+                    unshare.kill()
+
+
 def test_pid_1_ends_as_its_child_does(shop: Path) -> None:
     """G10: its exit status tells whoever runs the container what went wrong."""
     spaces = ["unshare", "--pid", "--fork", "--mount-proc", *(["--map-root-user"] if os.getuid() else [])]

@@ -23,6 +23,9 @@ def leave_pid_1() -> None:
     child = os.fork()
     if child:
         _watch_over(child)
+    for name in ("LISTEN_PID", "WATCHDOG_PID"):  # whoever has started the container means what serves
+        if os.environ.get(name) == "1":
+            os.environ[name] = str(os.getpid())
     os.setpgid(0, 0)  # a terminal's signals come to pid 1, which passes them on: not twice
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
