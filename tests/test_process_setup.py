@@ -311,7 +311,7 @@ def test_pid_1_passes_on_what_is_meant_for_it(tmp_path: Path) -> None:
     program = (
         "import os, socket, sys\n"
         "listener = socket.create_server(('127.0.0.1', 0))\n"
-        "os.dup2(listener.fileno(), 3)\n"
+        "os.dup2(os.dup(listener.fileno()), 3)\n"
         "os.environ.update(LISTEN_FDS='1', LISTEN_PID='1', WATCHDOG_PID='1', WATCHDOG_USEC='100000')\n"
         f"os.execv(sys.executable, [sys.executable, '-m', 'transport.cli', 'serve', 'shop:app', *{QUIET!r}])"
     )
