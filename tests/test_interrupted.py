@@ -60,6 +60,7 @@ def raise_at(instant: int, step: Callable[[], object]) -> bool:
         return trace
 
     outer = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 tells of none before a frame has asked, as tracing begins
     sys.settrace(trace)
     try:
         step()

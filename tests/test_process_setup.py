@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import requests
@@ -25,9 +26,10 @@ from runner import ConfigurationError, Pool
 from tests.serving import ROOT, Process, Served, receive_all
 from tests.test_cli import blastdoor
 from tests.waiting import wait_until
+from transport.serving.addresses import Listeners, name_of
 from transport.serving.notifier import Notifier
 from transport.serving.process_setup import Account, EnvFile, PidFile
-from transport.serving.settings import load_settings
+from transport.serving.settings import Settings, load_settings
 
 QUIET = ("--port=0", "--admin=none", "--workers=1")
 
@@ -428,3 +430,106 @@ def test_only_root_becomes_another(monkeypatch: pytest.MonkeyPatch) -> None:
         Account.of("nobody", "")
     with pytest.raises(ConfigurationError, match="group: only root"):
         Account.of("", "0")
+
+
+def test_addresses_that_are_one(shop: Path) -> None:
+    """G11: two of a server's own addresses at one port are told in a line, whatever way they are named."""
+    with socket.create_server(("127.0.0.1", 0)) as chosen:
+        port = chosen.getsockname()[1]
+    for options in (
+        [f"--bind=127.0.0.1:{port}", f"--bind=127.0.0.1:{port}"],
+        [f"--bind=127.0.0.1:{port}", f"--bind=0.0.0.0:{port}"],
+        ["--bind=unix:one.sock", "--bind=unix:one.sock"],
+        [f"--port={port}", f"--admin=127.0.0.1:{port}"],
+    ):
+        admin = [] if any("admin" in option for option in options) else ["--admin=none"]
+        done = blastdoor("serve", "shop:app", "--workers=1", *options, *admin, cwd=shop)
+        assert done.returncode == 2, done.stderr
+        assert b"Traceback" not in done.stderr
+        assert not (shop / "one.sock").exists()
+
+
+def test_an_abstract_socket_of_systemd_s() -> None:
+    """G10, G4: it has a name, and its peer is a proxy as on any unix socket."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0blastdoor-abstract")
+        assert name_of(listener) == "unix:@blastdoor-abstract"
+        with Served(drain=0, admin="none") as served:
+            served.service.listeners.sockets.append(listener)
+            listener.listen()
+            front = served.service.front
+            assert front is not None
+            served.call(lambda: front.listen([listener]))
+            with socket.socket(socket.AF_UNIX) as client:
+                wait_until(lambda: client.connect_ex("\0blastdoor-abstract") == 0)
+                client.sendall(
+                    b"GET /echo HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 9.9.9.9\r\nConnection: close\r\n\r\n"
+                )
+                assert b"9.9.9.9" in receive_all(client).partition(b'"client"')[2]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, who alone can give what it has to others")
+def test_a_path_that_became_a_link(tmp_path: Path) -> None:
+    """G10: what somebody has put in a socket's place meanwhile does not become the user's: it may be root's."""
+    secret = tmp_path / "secret"
+    secret.write_text("root's")
+    listeners = Listeners.of(msgspec.convert({"app": "a:b", "uds": str(tmp_path / "socket")}, Settings))
+    try:
+        (tmp_path / "socket").unlink()
+        (tmp_path / "socket").symlink_to(secret)
+        listeners.give(NOBODY, NOBODY)
+        assert secret.stat().st_uid == 0
+    finally:
+        listeners.close()
+
+
+def test_a_pid_file_that_can_not_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G10: as in a directory of root's, once it has become another user: it names nobody afterwards."""
+    file = tmp_path / "run.pid"
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "not yours")
+
+    with PidFile(str(file)):
+        assert file.read_text() == f"{os.getpid()}\n"
+        monkeypatch.setattr(Path, "unlink", refuse)
+    assert file.read_text() == ""
+    monkeypatch.undo()
+    with PidFile(str(file)):
+        assert int(file.read_text()) == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pid_1_that_was_told_to_ignore_ends(shop: Path) -> None:
+    """G10: SIGCHLD that is ignored by whoever has started it does not keep the container for ever."""
+    spaces = ["unshare", "--pid", "--fork", "--mount-proc", *(["--map-root-user"] if os.getuid() else [])]
+    serve = [sys.executable, "-m", "transport.cli", "serve", "nosuch:app", *QUIET]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*spaces, "sh", "-c", "trap '' CHLD; exec \"$@\"", "sh", *serve],
+        cwd=shop,
+        env=env,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+
+
+def test_a_reload_as_it_stops(tmp_path: Path) -> None:
+    """G9, G10: SIGHUP, then SIGTERM: it stops, and systemd is told nothing more, least of all that it is ready."""
+    (tmp_path / "shop.py").write_text(SHOP)
+    with listening(tmp_path / "notify") as next_one:
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with Process("shop:app", *QUIET, cwd=tmp_path, env=env) as served:
+            assert next_one()["READY"] == "1"
+            (tmp_path / "shop.py").write_text(
+                f"import time\nopen({str(tmp_path / 'loads')!r}, 'w')\ntime.sleep(1)\n" + SHOP
+            )
+            os.kill(served.process.pid, signal.SIGHUP)
+            wait_until((tmp_path / "loads").exists)
+            served.process.terminate()
+            *_, last = iter_until(next_one, "STOPPING")
+            assert last["STATUS"] == "draining"
+            assert served.process.wait(30) == 0
+    assert not any("Traceback" in line for line in served.lines)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from tests.serving import Process, Served
+from tests.serving import ROOT, Process, Served
 from tests.test_cli import blastdoor
 from tests.waiting import wait_until
 from transport.gateway.request_ids import RequestIds
@@ -155,3 +157,41 @@ def test_text_tells_the_request() -> None:
     with Process(*QUIET, "--workers=1") as served:
         requests.get(f"{served.url}/raise", headers={"x-request-id": "r-7"}, timeout=20)
         assert "/: request r-7: job" in served.wait_for("the handler raised")
+
+
+def test_jobs_without_an_id_yet() -> None:
+    """G10: a cluster's job has its id later; records about nothing are nobody's."""
+    ids = RequestIds()
+    ids.begin("", "r-1")
+    record = logging.makeLogRecord({})
+    assert ids.filter(record)
+    assert not hasattr(record, "request_id")
+
+
+@pytest.mark.parametrize("fronts", [1, 2])
+def test_a_log_that_can_not_be_written_any_more(tmp_path: Path, fronts: int) -> None:
+    """G9, G10: a handler that raises as the server stops does not keep it from its requests, nor from its end."""
+    (tmp_path / "broken.py").write_text(
+        "import logging\n"
+        "class Handler(logging.Handler):\n"
+        "    def emit(self, record):\n"
+        "        if 'draining' in record.getMessage(): raise OSError('the disk is full')\n"
+    )
+    config = '{"handlers": {"b": {"class": "broken.Handler"}, "e": {"class": "logging.StreamHandler"}}, '
+    config += '"root": {"level": "INFO", "handlers": ["e", "b"]}}'
+    (tmp_path / "logging.json").write_text(config)
+    options = f"--log-config={tmp_path / 'logging.json'}", f"--fronts={fronts}", f"--workers={fronts}"
+    go = tmp_path / "go"
+    with Process(*QUIET, *options, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"}) as served:
+        answers: list[requests.Response] = []
+        target = f"{served.url}/head_then_wait?go={go}"
+        caller = threading.Thread(target=lambda: answers.append(requests.get(target, timeout=30)))
+        caller.start()
+        with requests.get(target, stream=True, timeout=30) if fronts > 1 else contextlib.nullcontext():
+            wait_until(lambda: served.process.poll() is None)
+            served.process.terminate()
+            wait_until(lambda: any("draining" in line for line in served.lines))
+            go.touch()
+            caller.join()
+        assert served.process.wait(30) == 0
+    assert [answer.text for answer in answers] == ["done"]

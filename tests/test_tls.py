@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import socket
 import ssl
 import threading
@@ -17,7 +18,7 @@ import requests
 import trustme
 import uvloop
 
-from tests.serving import Served, receive_all, receive_until
+from tests.serving import Process, Served, receive_all, receive_until
 from tests.test_cli import blastdoor
 from tests.waiting import wait_until
 from transport.front import server
@@ -220,6 +221,55 @@ def test_many_clients(served: Served, certificates: Certificates) -> None:
     for thread in threads:
         thread.join()
     assert not failed
+
+
+def test_a_slow_client_gets_all_of_it(
+    served: Served, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G10, G7: one that takes little at a time, over longer than a handshake may take, is not cut off at the end."""
+    monkeypatch.setattr(server, "HANDSHAKE_SECONDS", 0.5)
+    served.service.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    with socket.socket() as plain:
+        plain.settimeout(20)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.connect(served.address)
+        with certificates.client().wrap_socket(plain, server_hostname="localhost") as client:
+            client.sendall(b"GET /big?size=100000 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            received = receive_until(client, b"\r\n\r\n")
+            while data := client.recv(2048):
+                received += data
+                time.sleep(0.03)
+    assert received.endswith(b"\r\n0\r\n\r\n")
+
+
+def test_an_idle_client_holds_no_end_up(served: Served, certificates: Certificates) -> None:
+    """G10, G9: a client that does not say goodbye has a second for it."""
+    with certificates.connect(served) as client:
+        client.sendall(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")
+        receive_until(client, b"hello")
+        began = time.monotonic()
+        served.service._settings.drain = 20
+        served.stop()
+        served._thread.join(30)
+        assert time.monotonic() - began < 5
+
+
+def test_a_certificate_that_can_not_be_read_changes_no_front(certificates: Certificates, tmp_path: Path) -> None:
+    """P4, G10: a reload that fails for it fails as a whole: no front has the new app."""
+    (tmp_path / "shop.py").write_text("def app(request, response):\n    return b'one'\n")
+    options = f"--tls-cert={certificates.cert}", f"--tls-key={certificates.key}", "--fronts=2", "--workers=2"
+    with Process("shop:app", *options, "--port=0", "--admin=none", cwd=tmp_path) as served, certificates.session() as s:
+        (tmp_path / "shop.py").write_text("def app(request, response):\n    return b'two'\n")
+        Path(certificates.key).write_text("none")
+        served.process.send_signal(signal.SIGHUP)
+        served.wait_for("the settings can't be read again")
+        answers = set()
+        for _ in range(20):
+            answers.add(s.get(served.url, headers={"connection": "close"}, timeout=20).text)
+        assert answers == {"one"}
+        certificates.renew()
+        served.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: s.get(served.url, headers={"connection": "close"}, timeout=20).text == "two", 30)
 
 
 @pytest.mark.parametrize("fronts", [1, 2])

@@ -14,10 +14,12 @@ import fcntl
 import ipaddress
 import os
 import re
+import resource
 import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -41,6 +43,16 @@ _CONNECT_SECONDS: Final = 10.0
 _ADDRESSES: Final = 4
 """How many of a name's addresses are tried."""
 
+_LOOKUPS: Final = 2
+"""Names that are looked up at once for a worker."""
+
+_THREADS: Final = 64
+_REFUSALS: Final = 10
+"""Refusals of a worker that are logged in a second."""
+
+_RESERVED: Final = 576
+"""Descriptors for the workers' sockets, of which there may be 512, and what else there is."""
+
 _PIECE: Final = 64 * 1024
 _DESCRIPTOR_CEILING: Final = 1 << 20
 _ORDER: Final = struct.Struct("=qq")
@@ -49,7 +61,10 @@ _SET_FLAGS: Final = 0x8914
 
 _UP: Final = struct.pack("16sh22x", b"lo", 0x41)
 _REQUEST: Final = re.compile(rb"CONNECT ([!-~]{1,300}) HTTP/1\.[01]\r\n")
-_COMPATIBLE: Final = ipaddress.ip_network("::/96")
+_GLOBAL_UNICAST: Final = ipaddress.ip_network("2000::/3")
+_NOT_PUBLIC: Final = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "168.63.129.16/32", "3fff::/20")))
+"""6to4 relays (RFC 7526), a cloud's own server, documentation (RFC 9637): not all Pythons know them."""
+
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -78,13 +93,13 @@ def is_public(address: str) -> bool:
         return False
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour
-        if inner is None and (found.teredo is not None or found in _COMPATIBLE):
-            return False
         if inner is None and found in _NAT64:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+        if inner is None and (found.teredo is not None or found not in _GLOBAL_UNICAST):
+            return False
         if inner is not None:
             found = inner
-    return found.is_global and not found.is_multicast
+    return found.is_global and not found.is_multicast and not any(found in network for network in _NOT_PUBLIC)
 
 
 class EgressProxy:
@@ -128,7 +143,10 @@ def _run(fd: int, hosts: frozenset[str], parent: int, prepare: Callable[[], obje
             prepare()
             import asyncio  # in this process alone
 
-            asyncio.run(_Proxy(socket.socket(fileno=3), hosts).serve())
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            most = max((min(hard, _DESCRIPTOR_CEILING) - _RESERVED) // 2, TUNNELS)
+            asyncio.run(_Proxy(socket.socket(fileno=3), hosts, most).serve())
     except BaseException as error:  # noqa: BLE001 - whatever it was, it is told
         print(f"the egress proxy has failed: {error!r}", file=sys.stderr, flush=True)
     finally:
@@ -147,18 +165,50 @@ class _Client:
     """A worker: the socket that it connects to, its tunnels, and what names it in the log."""
 
     def __init__(self, pid: int, listener: socket.socket) -> None:
+        import asyncio
+
         self.pid = pid
         self.listener = listener
         self.tasks: set[asyncio.Task[None]] = set()
+        self.lookups = asyncio.Semaphore(_LOOKUPS)
+        self._second = 0
+        self._refused = 0
+
+    def looked_up(self, looking: asyncio.Future[list[str]]) -> None:
+        """A name was looked up, or not, whether or not somebody waits for it still."""
+        self.lookups.release()
+        if not looking.cancelled():
+            looking.exception()
+
+    def say(self, words: str) -> None:
+        """Log what it does."""
+        print(f"egress of worker {self.pid}: {words}", flush=True)
+
+    def say_refused(self, words: str) -> None:
+        """Log what it may not do: so much a second, that nobody's connections are lost among it."""
+        second = int(time.monotonic())
+        if second != self._second:
+            more = self._refused - _REFUSALS
+            if more > 0:
+                print(f"egress of worker {self.pid}: {more} more were refused", file=sys.stderr, flush=True)
+            self._second, self._refused = second, 0
+        self._refused += 1
+        if self._refused <= _REFUSALS:
+            print(f"egress of worker {self.pid}: refused: {words}", file=sys.stderr, flush=True)
 
 
 class _Proxy:
     """Accepts for all workers, in one event loop."""
 
-    def __init__(self, control: socket.socket, hosts: frozenset[str]) -> None:
+    def __init__(self, control: socket.socket, hosts: frozenset[str], most: int) -> None:
+        """`most` is how many tunnels there may be at once, of all workers."""
+        from concurrent.futures import ThreadPoolExecutor
+
         self._control = control
         self._hosts = hosts
+        self._most = most
         self._clients: dict[int, _Client] = {}
+        self._executor = ThreadPoolExecutor(_THREADS)
 
     async def serve(self) -> None:
         """Until the zygote is gone."""
@@ -166,6 +216,7 @@ class _Proxy:
 
         loop = asyncio.get_running_loop()
         over = asyncio.Event()
+        self._room = asyncio.Semaphore(self._most)
         self._control.setblocking(False)
         loop.add_reader(self._control, self._hear, over)
         await over.wait()
@@ -181,6 +232,8 @@ class _Proxy:
         number, pid = _ORDER.unpack(data)
         if fds:
             self._begin(number, pid, socket.socket(fileno=fds[0]))
+        elif pid:
+            raise OSError(f"the socket of worker {pid} did not come: no descriptor is left")
         elif (client := self._clients.pop(number, None)) is not None:
             client.listener.close()
             for task in client.tasks:
@@ -201,17 +254,22 @@ class _Proxy:
         room = asyncio.Semaphore(TUNNELS)
         while True:
             await room.acquire()
+            await self._room.acquire()
             try:
                 sock, _ = await loop.sock_accept(client.listener)
-            except OSError as error:
+            except BaseException as error:
                 room.release()
-                _say(client, f"a connection can't be accepted: {error}", sys.stderr)
+                self._room.release()
+                if not isinstance(error, OSError):
+                    raise
+                client.say_refused(f"a connection can't be accepted: {error}")
                 await asyncio.sleep(1)
                 continue
             task = loop.create_task(self._serve_one(client, sock))
             client.tasks.add(task)
             task.add_done_callback(client.tasks.discard)
             task.add_done_callback(lambda task: room.release())
+            task.add_done_callback(lambda task: self._room.release())
 
     async def _serve_one(self, client: _Client, sock: socket.socket) -> None:
         import asyncio
@@ -220,7 +278,7 @@ class _Proxy:
         try:
             await self._tunnel(client, reader, writer)
         except _Refused as refused:
-            _say(client, f"refused: {refused}", sys.stderr)
+            client.say_refused(str(refused))
             body = f"{refused}\n".encode(errors="replace")
             head = f"HTTP/1.1 {refused.status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
             with contextlib.suppress(OSError):
@@ -238,17 +296,25 @@ class _Proxy:
         import asyncio
 
         host, port = await self._asked(reader)
-        up = await self._connect(host, port)
+        up = await self._connect(client, host, port)
         address = up[1].get_extra_info("peername")[0]
-        _say(client, f"connected to {host}:{port} ({address})", sys.stdout)
+        if address == up[1].get_extra_info("sockname")[0]:
+            up[1].transport.abort()
+            raise _Refused("403 Forbidden", f"{host} is this machine ({address})")
+        client.say(f"connected to {host}:{port} ({address})")
+        whole = False
         try:
             writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
             async with asyncio.TaskGroup() as group:
                 group.create_task(_pump(reader, up[1]))
                 group.create_task(_pump(up[0], writer))
+            whole = True
         except* OSError:
             pass  # one of the two has gone
         finally:
+            if not whole:  # nobody waits for what it has not taken
+                up[1].transport.abort()
+                writer.transport.abort()
             up[1].close()
 
     async def _asked(self, reader: asyncio.StreamReader) -> tuple[str, int]:
@@ -275,16 +341,23 @@ class _Proxy:
             raise _Refused("403 Forbidden", f"{host}:{port} is not among the sandbox's connect_hosts")
         return host, port
 
-    async def _connect(self, host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(
+        self, client: _Client, host: str, port: int
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         import asyncio
 
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
-                found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+                await client.lookups.acquire()
+                # What looks up goes on where nobody waits any more, and counts for its worker as long as it does.
+                looking = asyncio.ensure_future(
+                    asyncio.get_running_loop().run_in_executor(self._executor, _look_up, host, port)
+                )
+                looking.add_done_callback(client.looked_up)
+                found = await asyncio.shield(looking)
         except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
             raise _Refused("502 Bad Gateway", f"{host} can't be looked up: {str(error) or 'no answer'}") from None
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        addresses = list(dict.fromkeys(found))
         public = [address for address in addresses if is_public(address)]
         if not public:
             raise _Refused("403 Forbidden", f"{host} has private addresses only: {', '.join(addresses[:_ADDRESSES])}")
@@ -306,5 +379,6 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.write_eof()
 
 
-def _say(client: _Client, words: str, where: object) -> None:
-    print(f"egress of worker {client.pid}: {words}", file=where, flush=True)  # type: ignore[call-overload]
+def _look_up(host: str, port: int) -> list[str]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    return [str(entry[4][0]) for entry in found]

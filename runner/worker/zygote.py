@@ -286,12 +286,11 @@ class Zygote:
     def _clear(self, number: int) -> None:
         """Remove what was a worker's own; what can't be removed costs no other worker its life."""
         assert self._sandbox is not None
-        try:
-            if self._egress is not None:
-                self._egress.remove(number)
-            self._sandbox.clear(number)
-        except OSError:
-            traceback.print_exc()
+        for step in (self._sandbox.clear, *(() if self._egress is None else (self._egress.remove,))):
+            try:
+                step(number)
+            except OSError:
+                traceback.print_exc()
 
     def _process(self, name: str, setup: worker.ChildSetup) -> Any:
         return _fork_context.Process(target=worker.run, args=(self._config, self._handler, setup), name=name)

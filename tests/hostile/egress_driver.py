@@ -6,15 +6,13 @@ To be started by root in new network and mount namespaces (unshare(1)).
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
 import logging
 import os
-import ssl
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,53 +29,15 @@ PRIVATE: Final = {
     "meta.example.com": "169.254.169.254",
     "six.example.com": "fd00::1",
 }
-ALLOWED: Final = ("api.example.com:443", "both.example.com:443", *(f"{name}:443" for name in PRIVATE))
+OWN: Final = "93.184.216.1"
+"""The host's own address: one that is public."""
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """What the public host serves, and what the private ones would."""
-
-    protocol_version = "HTTP/1.1"
-    seen: Final[list[str]] = []
-
-    def do_GET(self) -> None:
-        self.seen.append(self.connection.getsockname()[0])
-        body = bytes(int(self.path.rpartition("/")[2] or 0)) if self.path.startswith("/bytes/") else b"from outside"
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_POST(self) -> None:
-        size = int(self.headers["content-length"])
-        taken = 0
-        while taken < size:
-            taken += len(self.rfile.read(min(1 << 16, size - taken)))
-        body = str(taken).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Counts its connections."""
-
-    open = 0
-    request_queue_size = 256
-
-    def process_request_thread(self, request: Any, address: Any) -> None:
-        self.open += 1
-        try:
-            super().process_request_thread(request, address)
-        finally:
-            self.open -= 1
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients may go."""
+ALLOWED: Final = (
+    "api.example.com:443",
+    "own.example.com:443",
+    "both.example.com:443",
+    *(f"{name}:443" for name in PRIVATE),
+)
 
 
 class Log(logging.Handler):
@@ -91,20 +51,31 @@ class Log(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def set_up_network(directory: Path) -> None:
+def set_up_network(directory: Path, outside: int) -> None:
+    """Two networks: the host's, and what is outside, where a process of this pid is."""
+    inside = f"nsenter --net=/proc/{outside}/ns/net"
     for words in (
         "ip link set lo up",
-        f"ip addr add {PUBLIC}/32 dev lo",
-        "ip addr add 10.1.2.3/32 dev lo",
-        "ip addr add 169.254.169.254/32 dev lo",
-        "ip addr add fd00::1/128 dev lo",
+        "ip link add within type veth peer name without",
+        f"ip link set without netns {outside}",
+        f"ip addr add {OWN}/24 dev within",
+        "ip addr add fd00::2/64 dev within nodad",
+        "ip link set within up",
+        f"{inside} ip link set lo up",
+        f"{inside} ip addr add {PUBLIC}/24 dev without",
+        f"{inside} ip addr add 10.1.2.3/32 dev lo",
+        f"{inside} ip addr add 169.254.169.254/32 dev lo",
+        f"{inside} ip addr add fd00::1/64 dev without nodad",
+        f"{inside} ip link set without up",
+        f"ip route add 10.1.2.3/32 via {PUBLIC}",
+        f"ip route add 169.254.169.254/32 via {PUBLIC}",
     ):
         subprocess.run(words.split(), check=True)
     hosts = directory / "hosts"
-    names = {"127.0.0.1": ["localhost"], PUBLIC: ["api.example.com", "other.example.com", "both.example.com"]}
-    for name, address in PRIVATE.items():
+    names = {"127.0.0.1": ["localhost", "both.example.com"], PUBLIC: ["api.example.com", "other.example.com"]}
+    names[PUBLIC].append("both.example.com")
+    for name, address in {**PRIVATE, "own.example.com": OWN}.items():
         names.setdefault(address, []).append(name)
-    names["127.0.0.1"].append("both.example.com")
     hosts.write_text("".join(f"{address} {' '.join(known)}\n" for address, known in names.items()))
     hosts.chmod(0o644)
     subprocess.run(["mount", "--bind", str(hosts), "/etc/hosts"], check=True)
@@ -113,16 +84,20 @@ def set_up_network(directory: Path) -> None:
 def main(user: str, profile: str) -> None:
     directory = Path(tempfile.mkdtemp(prefix="egress-"))
     directory.chmod(0o755)
-    set_up_network(directory)
     authority = trustme.CA()
     trust = directory / "trust.pem"
     authority.cert_pem.write_to_path(str(trust))
     trust.chmod(0o644)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(*(host.partition(":")[0] for host in ALLOWED), "other.example.com").configure_cert(context)
-    server = Server(("", 443), Handler)
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    names = [host.partition(":")[0] for host in ALLOWED]
+    issued = authority.issue_cert(*names, "other.example.com")
+    issued.private_key_and_cert_chain_pem.write_to_path(str(directory / "server.pem"))
+    command = ["unshare", "--net", sys.executable, "-m", "tests.hostile.egress_server", str(directory / "server.pem")]
+    outside = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert outside.stdin is not None
+    assert outside.stdout is not None
+    assert outside.stdout.readline() == "ready\n"
+    set_up_network(directory, outside.pid)
+    own = socket.create_server((OWN, 443))
     if user == "user":
         become_user()
     log = Log()
@@ -149,8 +124,9 @@ def main(user: str, profile: str) -> None:
                 except BlastdoorError as error:
                     answer = {"failed": str(error)}
             elif asked["do"] == "seen":
-                answer = {"addresses": Handler.seen[:], "open": server.open}
-                Handler.seen.clear()
+                outside.stdin.write("seen\n")
+                outside.stdin.flush()
+                answer = json.loads(outside.stdout.readline())
             elif asked["do"] == "log":
                 answer = log.lines[:]
             elif asked["do"] == "children":
@@ -163,6 +139,9 @@ def main(user: str, profile: str) -> None:
                 os.kill(asked["pid"], 9)
                 answer = "killed"
             print(json.dumps(answer), flush=True)
+    own.close()
+    outside.stdin.close()
+    outside.wait(10)
 
 
 if __name__ == "__main__":

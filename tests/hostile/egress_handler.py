@@ -138,3 +138,12 @@ def do_hold_and_die() -> dict[str, Any]:
 def do_environment() -> dict[str, Any]:
     """What it is told of the way out."""
     return {name: value for name, value in os.environ.items() if "PROXY" in name.upper()}
+
+
+def do_flood(count: str) -> dict[str, Any]:
+    """Ask for what is refused, again and again."""
+    for _ in range(int(count)):
+        with socket.create_connection(PROXY, 20) as client:
+            client.sendall(b"CONNECT other.example.com:443 HTTP/1.1\r\n\r\n")
+            client.recv(4096)
+    return {}

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -55,6 +55,15 @@ class Driver:
         assert "answer" in said, said
         answer: str = said["answer"]
         return answer
+
+    def wait_logged(self, words: str, step: Callable[[], object]) -> None:
+        """Take a step until these words are in the log: of what is refused not all is told."""
+
+        def told() -> bool:
+            step()
+            return any(words in line for line in self.tell("log"))
+
+        wait_until(told)
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -122,7 +131,9 @@ def test_names_that_are_not_granted(driver: Driver) -> None:
         answer = driver.ask(f"CONNECT {target} HTTP/1.1\r\nHost: api.example.com:443\r\n\r\n")
         assert answer.startswith(("HTTP/1.1 403", "HTTP/1.1 405")), (target, answer)
     assert driver.tell("seen")["addresses"] == []
-    wait_until(lambda: any("refused: other.example.com:443 is not among" in line for line in driver.tell("log")))
+    driver.wait_logged(
+        "refused: other.example.com:443 is not among", lambda: driver.call("get", url="https://other.example.com/")
+    )
 
 
 @as_root
@@ -154,7 +165,25 @@ def test_names_of_private_addresses(driver: Driver, name: str) -> None:
     """S: a granted name that leads into the host's own networks (DNS rebinding) is refused, and says so."""
     assert "403" in driver.call("get", url=f"https://{name}/")["error"]
     assert driver.tell("seen")["addresses"] == []
-    wait_until(lambda: any(f"{name} has private addresses only" in line for line in driver.tell("log")))
+    driver.wait_logged(f"{name} has private addresses only", lambda: driver.call("get", url=f"https://{name}/"))
+
+
+@as_root
+def test_the_host_itself_is_no_outside(driver: Driver) -> None:
+    """S: a name of its own public address leads to what serves on this machine."""
+    assert "403" in driver.call("get", url="https://own.example.com/")["error"]
+    driver.wait_logged("own.example.com is this machine", lambda: driver.call("get", url="https://own.example.com/"))
+
+
+@as_root
+def test_a_flood_of_refusals_hides_no_connection(driver: Driver) -> None:
+    """S: so many are logged a second, and the rest counted."""
+    before = len(driver.tell("log"))
+    driver.call("flood", count=500)
+    driver.call("get", url="https://api.example.com/")
+    wait_until(lambda: any("connected to api" in line for line in driver.tell("log")[before:]))
+    refused = [line for line in driver.tell("log")[before:] if "refused: " in line]
+    assert len(refused) <= 60
 
 
 @as_root
@@ -209,7 +238,7 @@ def test_a_worker_s_death_ends_its_tunnels(driver: Driver) -> None:
 @as_root
 def test_the_proxy_s_death(driver: Driver) -> None:
     """S, D: its pool begins anew, with a new one; nobody goes on without."""
-    pid = next(int(pid) for pid, title in driver.tell("children").items() if "egress" in title)
+    pid = next(int(pid) for pid, title in driver.tell("children").items() if "blastdoor: egress" in title)
     driver.tell("kill", pid=pid)
 
     def works_again() -> bool:
@@ -217,7 +246,7 @@ def test_the_proxy_s_death(driver: Driver) -> None:
 
     wait_until(lambda: str(pid) not in driver.tell("children"))
     wait_until(works_again)
-    proxies = [title for title in driver.tell("children").values() if "egress" in title]
+    proxies = [title for title in driver.tell("children").values() if "blastdoor: egress" in title]
     assert len(proxies) == 1
 
 
@@ -248,6 +277,13 @@ def test_the_proxy_s_death(driver: Driver) -> None:
         ("2002:a00:1::1", False),
         ("2001:0:a00:1::1", False),
         ("::7f00:1", False),
+        ("::ffff:0:a9fe:a9fe", False),
+        ("64:ff9b:1::a9fe:a9fe", False),
+        ("fec0::1", False),
+        ("5f00::1", False),
+        ("3fff::1", False),
+        ("192.88.99.1", False),
+        ("168.63.129.16", False),
         ("no address", False),
     ],
 )

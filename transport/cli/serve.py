@@ -89,6 +89,9 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
 def _become(account: Account, listeners: Listeners) -> None:
     try:
         listeners.give(account.uid, account.gid)
+        for reference in logging._handlerList:  # type: ignore[attr-defined] # typeshed does not know it
+            if isinstance(handler := reference(), logging.FileHandler) and handler.stream is not None:
+                os.fchown(handler.stream.fileno(), account.uid, account.gid)
         account.take_on()
     except OSError as error:
         listeners.close()

@@ -25,10 +25,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import math
 import socket
 import struct
+import termios
 import time
 from collections import deque
 from collections.abc import Callable
@@ -62,6 +64,9 @@ MOST_DROPPED: Final = 1024 * 1024
 PROBE_SECONDS: Final = 5.0
 AHEAD: Final = 64 * 1024
 """Bytes of a body that may wait to be taken; then nothing is read."""
+
+_GOODBYE: Final = 1.0
+"""Seconds that a client has for its goodbye by TLS, once all was sent."""
 
 _ZERO: Final = b"0"
 _RESET: Final = struct.pack("ii", 1, 0)
@@ -127,6 +132,7 @@ class Connection(RequestReader):
         self.write: Callable[[bytes], None] = _drop
         self._watch: DisconnectWatch | None = None
         self._next_probe: asyncio.TimerHandle | None = None
+        self._goodbye: asyncio.TimerHandle | None = None
 
     @property
     def state(self) -> State:
@@ -152,7 +158,9 @@ class Connection(RequestReader):
         own = transport.get_extra_info("sockname")
         self._client = _address(transport.get_extra_info("peername"))
         if self._front.forwarded is not None:
-            self._client, self._behind_proxy = self._front.forwarded.peer(self._client, unix=isinstance(own, str))
+            self._client, self._behind_proxy = self._front.forwarded.peer(
+                self._client, unix=isinstance(own, (str, bytes))
+            )
         self._server = _address(own) or self._server
         # So that `pause_writing` tells of anything that has not left. One of TLS takes the limit itself as over it.
         transport.set_write_buffer_limits(high=0 if transport.can_write_eof() else 1)
@@ -206,6 +214,8 @@ class Connection(RequestReader):
             self._watch.end()
         if self._next_probe is not None:
             self._next_probe.cancel()
+        if self._goodbye is not None:
+            self._goodbye.cancel()
         self._front.remove(self)
         exchanges, self._exchanges = self._exchanges, deque()
         self._incoming = self._parser = None
@@ -477,6 +487,20 @@ class Connection(RequestReader):
         else:
             self._end_deadline()
             transport.close()
+            if not transport.can_write_eof():
+                self._goodbye = self.loop.call_later(_GOODBYE, self._say_no_more)
+
+    def _say_no_more(self) -> None:
+        """End a connection by TLS whose client does not say goodbye, as soon as nothing of ours is on its way to it."""
+        sock: socket.socket = self._transport.get_extra_info("socket")
+        try:
+            unsent = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0]
+        except (OSError, ValueError):  # it has gone
+            return
+        if unsent:
+            self._goodbye = self.loop.call_later(_GOODBYE, self._say_no_more)
+        else:
+            self._transport.abort()
 
     def _end(self) -> None:
         """Nothing more is taken, and nothing more is written."""

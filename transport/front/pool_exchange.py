@@ -199,9 +199,7 @@ class PoolExchange(Exchange):
         else:
             running = TaskCall(pool, call.request, upload, call.context, self, self._poller.loop)
         self._running = running
-        if request_id := self.asked.header("x-request-id"):
-            self._noted = running.job_id
-            self._router.request_ids.begin(running.job_id, request_id)
+        self._note_request(running)
         if self._held:
             running.pause()
         running.begin()
@@ -212,6 +210,7 @@ class PoolExchange(Exchange):
         assert running is not None
         assert call is not None
         self._job_id = running.job_id
+        self._note_request(running)  # a cluster's job has its id by now
         try:
             head = call.passed_on(head)
         except Refused as refused:
@@ -219,6 +218,14 @@ class PoolExchange(Exchange):
             self._give(*refused.answer)
         else:
             self.answer(head, data, ended=ended)
+
+    def _note_request(self, running: Running) -> None:
+        job_id, ids = running.job_id, self._router.request_ids
+        if job_id and job_id != self._noted and (request_id := self.asked.header("x-request-id")):
+            if self._noted:
+                ids.end(self._noted)  # it waited for a pool that was replaced
+            self._noted = job_id
+            ids.begin(job_id, request_id)
 
     def on_body(self, data: bytes, *, ended: bool) -> None:
         """More of its body, or its end."""

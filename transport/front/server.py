@@ -33,7 +33,7 @@ _DEFERS: Final = 100
 """Seconds that a connection is left to another process, and how often: that one may be stopped, or hang."""
 
 HANDSHAKE_SECONDS: Final = 10.0
-"""Seconds that a client has for the handshake of TLS, and for its goodbye."""
+"""Seconds that a client has for the handshake of TLS."""
 
 _BACKLOG: Final = 2048
 """Connections that the kernel keeps until they are accepted (listen(2))."""
@@ -71,6 +71,8 @@ class Front:
         self._deadlines = DeadlinesByTime(self.loop)
         self.after = self._deadlines.after
         self.stalls = self.after(send_timeout)
+        self._send_timeout = send_timeout
+        self._dropped = 0
         self.connections: set[Connection] = set()
         self.draining = False
         self.idle_grace = 0.0
@@ -107,6 +109,11 @@ class Front:
             listener.close()
         for connection in list(self.connections):
             connection.shut_down()
+
+    def hurry(self, seconds: float) -> None:
+        """Break off what is left after so many seconds, whatever it waits for."""
+        for connection in list(self.connections):
+            self.loop.call_later(seconds, connection.abort)
 
     async def wait_closed(self, seconds: float) -> None:
         """After `drain`: until there is no connection, or so many seconds; those that are left are broken off."""
@@ -172,14 +179,21 @@ class Front:
             return False
         except ConnectionAbortedError:
             return True
-        if len(self._arriving) > self._most + SURPLUS:  # handshakes under way
+        if len(self._arriving) > self._most + SURPLUS:
             sock.close()
+            if not self._dropped:
+                self.loop.call_later(1.0, self._tell_dropped)
+            self._dropped += 1
             return True
         sock.setblocking(False)
         task = self.loop.create_task(self._take_in(sock))
         self._arriving.add(task)
         task.add_done_callback(self._arriving.discard)
         return True
+
+    def _tell_dropped(self) -> None:
+        dropped, self._dropped = self._dropped, 0
+        self.tell_refused("", 503, f"{dropped} connections were dropped: too many handshakes are under way")
 
     async def _take_in(self, sock: socket.socket) -> None:
         if self.tls is not None:
@@ -199,7 +213,7 @@ class Front:
                 sock,
                 ssl=tls,
                 ssl_handshake_timeout=HANDSHAKE_SECONDS,
-                ssl_shutdown_timeout=HANDSHAKE_SECONDS,
+                ssl_shutdown_timeout=self._send_timeout,
             )
         except OSError as error:  # ssl.SSLError is one
             sock.close()

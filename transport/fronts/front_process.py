@@ -15,7 +15,7 @@ import sys
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
-from runner.errors import BlastdoorError
+from runner.errors import BlastdoorError, ConfigurationError
 from runner.platform import linux
 from transport.fronts.messages import (
     AskNumbers,
@@ -81,7 +81,12 @@ def main(fd: int) -> None:
         control.setblocking(False)
         _set_title(f"blastdoor: front {setup.index + 1}")
         settings = setup.settings
-        set_up_logging(settings.log_level, settings.log_format, settings.log_config)
+        try:
+            set_up_logging(settings.log_level, settings.log_format, settings.log_config)
+        except ConfigurationError as error:
+            control.setblocking(True)
+            control.sendall(packed(Failed(str(error))))
+            sys.exit(FAILED)
         with asyncio.Runner(loop_factory=loop_factory(setup.settings.loop)) as runner:
             sys.exit(runner.run(_FrontProcess(setup, control).run()))
 

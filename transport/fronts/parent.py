@@ -138,10 +138,11 @@ class Fronts:
             if self._draining:
                 return False
             self._notifier.reloading()
-            whole = self._read_settings_again() and await self._reload_fronts()
-            if not self._draining:
-                self._notifier.ready(self._reload_error or f"serving at {self.listeners}")
-            return whole
+            try:
+                return self._read_settings_again() and await self._reload_fronts()
+            finally:
+                if not self._draining:
+                    self._notifier.ready(self._reload_error or f"serving at {self.listeners}")
 
     async def _reload_fronts(self) -> bool:
         for front in self._fronts:
@@ -158,6 +159,8 @@ class Fronts:
             return True
         try:
             settings = self._reread()
+            # Else a front would keep its certificate, and have a new app, which the others would not.
+            make_tls(self._settings.tls_cert, self._settings.tls_key)
             for path, mount in settings.all_mounts.items():
                 mount.pool_with(path, settings.defaults)
             for front in self._fronts:
@@ -248,7 +251,10 @@ class Fronts:
             return None
         pages = make_admin(self, self.registry, self.admin_socket.getsockname()[0])
         admin = Front(pages, most=ADMIN_CONNECTIONS, send_timeout=ADMIN_PATIENCE)
-        admin.listen([self.admin_socket])
+        try:
+            admin.listen([self.admin_socket])
+        except OSError as error:
+            raise ConfigurationError(f"the admin address can't be listened at: {error}") from error
         return admin
 
     @property

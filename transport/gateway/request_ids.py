@@ -34,6 +34,7 @@ class RequestIds(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Add what is known; every record passes."""
-        if request_id := self._ids.get(getattr(record, "job_id", "")):
+        job_id = getattr(record, "job_id", "")
+        if job_id and (request_id := self._ids.get(job_id)):
             record.request_id = request_id
         return True

@@ -29,12 +29,13 @@ def bind_port(host: str, port: int, option: str, where: str = "host", *, v6_only
     """
     try:
         host = host or "127.0.0.1"
-        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        address = next((entry[4] for entry in found if entry[0] == family), (host, port))  # with a scope (RFC 4007)
     except (OSError, UnicodeError, OverflowError) as error:
         raise ConfigurationError(
             f"{host!r} is no address of this machine ({error}): choose another with --{where}"
         ) from error
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With its protocol named asyncio turns Nagle's algorithm off on its connections (TCP_NODELAY, tcp(7)): an answer
     # in two writes would wait for the client's delayed acknowledgement otherwise, 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -47,7 +48,7 @@ def bind_port(host: str, port: int, option: str, where: str = "host", *, v6_only
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
         if v6_only:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((host, port))
+        listener.bind(address)
     except (OSError, OverflowError) as error:
         listener.close()
         raise ConfigurationError(
@@ -67,9 +68,12 @@ def bind_path(path: str, mode: int | None = None, option: str = "uds") -> socket
     try:
         if Path(path).is_socket():
             Path(path).unlink()
-        listener.bind(path)
-        if mode is not None:
-            os.chmod(path, mode)
+        before = None if mode is None else os.umask(0o777 & ~mode)  # the path may be another's to change afterwards
+        try:
+            listener.bind(path)
+        finally:
+            if before is not None:
+                os.umask(before)
     except OSError as error:
         listener.close()
         raise ConfigurationError(f"{path!r} can't be listened at: {error}; choose another with --{option}") from error
@@ -127,6 +131,8 @@ class Listeners:
         return listeners
 
     def _bind(self, addresses: list[str | tuple[str, int]], mode: int | None) -> None:
+        if twice := [address for address in addresses if addresses.count(address) > 1 and address[1] != 0]:
+            raise ConfigurationError(f"bind names {twice[0]!r} twice")
         v4_ports = {address[1] for address in addresses if not isinstance(address, str) and ":" not in address[0]}
         for address in addresses:
             if isinstance(address, str):
@@ -143,7 +149,7 @@ class Listeners:
     def give(self, uid: int, gid: int) -> None:
         """Make unix sockets at paths somebody's own. OSError where that can't be."""
         for path in self._paths:
-            os.chown(path, uid, gid)
+            os.chown(path, uid, gid, follow_symlinks=False)
 
     def unlink(self) -> None:
         """Remove the unix sockets' paths, once."""
@@ -167,8 +173,8 @@ class Listeners:
 def name_of(listener: socket.socket, scheme: str = "http") -> str:
     """The address as a URL, or as unix:PATH."""
     address = listener.getsockname()
-    if isinstance(address, str):
-        return f"unix:{address}"
+    if isinstance(address, (str, bytes)):
+        return f"unix:{address if isinstance(address, str) else '@' + os.fsdecode(address[1:])}"
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     return f"{scheme}://{host}:{address[1]}"
 

@@ -19,6 +19,7 @@ def leave_pid_1() -> None:
     """Go on as a child where this process is pid 1, which ends when the child does, with its exit status."""
     if os.getpid() != 1:
         return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # were it ignored, nobody would be told of the end (wait(2))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGCHLD})
     child = os.fork()
     if child:

@@ -63,6 +63,7 @@ class PidFile:
 
     def __init__(self, path: str) -> None:
         self._path = Path(path).absolute() if path else None
+        self._fd = -1
 
     def __enter__(self) -> Self:
         if self._path is not None:
@@ -72,8 +73,7 @@ class PidFile:
                 raise ConfigurationError(f"pid: {error}") from error
         return self
 
-    @staticmethod
-    def _write(path: Path) -> None:
+    def _write(self, path: Path) -> None:
         pid = 0
         with contextlib.suppress(FileNotFoundError, ValueError):
             pid = int(path.read_text(encoding="ascii"))
@@ -82,16 +82,24 @@ class PidFile:
                 f"pid: {str(path)!r} names process {pid}, which runs: it serves already, or remove the file"
             )
         new = path.with_name(f".{path.name}.{os.getpid()}")
-        new.write_text(f"{os.getpid()}\n", encoding="ascii")
+        self._fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        os.write(self._fd, f"{os.getpid()}\n".encode())
         new.replace(path)  # whoever reads it reads all of it
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._path is not None:
-            with contextlib.suppress(OSError, ValueError):
-                if int(self._path.read_text(encoding="ascii")) == os.getpid():
-                    self._path.unlink()
+        if self._path is None or self._fd < 0:
+            return
+        try:
+            if int(self._path.read_text(encoding="ascii")) == os.getpid():
+                self._path.unlink()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError):  # in a directory of root's, say: at least it names nobody any more
+                os.ftruncate(self._fd, 0)
+        finally:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class Account(msgspec.Struct, frozen=True):

@@ -101,6 +101,7 @@ class Service:
         self._reloading = asyncio.Lock()
         self._background = Background()
         self.front: Front | None = None
+        self._served = ""
         self._drained = asyncio.Event()
         self._retired: set[AnyPool] = set()
         admin = None if self._one_of_several else settings.admin_address
@@ -154,8 +155,10 @@ class Service:
     def stop(self) -> None:
         """Drain, and end; the second time at once. In the event loop's thread."""
         if self.status.draining:
-            logger.warning("stopping at once")
             self._background.spawn(self._end_jobs(0))
+            if self.front is not None:
+                self.front.hurry(SETTLE)
+            logger.warning("stopping at once")
             return
         self.status.draining = True
         self._notifier.stopping()
@@ -164,9 +167,9 @@ class Service:
             logger.info("stopping before the start was over")
             self._background.spawn(self._close_pools())
             return
-        logger.info("draining: requests under way have %g s", self._settings.drain)
         self._drained.set()
         self._background.spawn(self._end_jobs(self._settings.drain))
+        logger.info("draining: requests under way have %g s", self._settings.drain)
 
     async def reload(self) -> bool:
         """Have new pools serve the mounts; whether all could be started. One reload at a time, none at the end."""
@@ -174,15 +177,18 @@ class Service:
             if not self._is_serving():
                 return False
             self._notifier.reloading()
-            whole = self._read_settings_again() and self._read_certificate_again()
-            for path, mount in self._mounts.items():
-                if not self._is_serving():
-                    return False
-                whole &= await self._reload(path, mount)
-            if whole:
-                self.status.reload_error = ""
-            self._notifier.ready(self.status.reload_error or self._served)
-            return whole
+            try:
+                whole = self._read_settings_again() & self._read_certificate_again()
+                for path, mount in self._mounts.items():
+                    if not self._is_serving():
+                        return False
+                    whole &= await self._reload(path, mount)
+                if whole:
+                    self.status.reload_error = ""
+                return whole
+            finally:
+                if self._is_serving():
+                    self._notifier.ready(self.status.reload_error or self._served)
 
     def _is_serving(self) -> bool:
         return self.front is not None and not self.status.draining
@@ -268,8 +274,15 @@ class Service:
             if self.admin_socket is not None:
                 pages = make_admin(self.status, self.registry, self.admin_socket.getsockname()[0])
                 fronts.append(Front(pages, most=ADMIN_CONNECTIONS, send_timeout=ADMIN_PATIENCE))
-                fronts[1].listen([self.admin_socket])
-            fronts[0].listen(self.listeners.sockets)
+                try:
+                    fronts[1].listen([self.admin_socket])
+                except OSError as error:
+                    raise ConfigurationError(f"the admin address can't be listened at: {error}") from error
+            try:
+                fronts[0].listen(self.listeners.sockets)
+            except OSError as error:  # two of its own addresses are one
+                raise ConfigurationError(f"{self.listeners} can't be listened at: {error}") from error
+            self._served = f"serving at {self.listeners}"
             self.front = fronts[0]
             if settings.reload:
                 self._background.spawn(self._reload_on_changes())
@@ -324,10 +337,6 @@ class Service:
         async for changes in awatch(os.getcwd(), watch_filter=PythonFilter()):
             logger.info("changed: %s", ", ".join(sorted({os.path.relpath(path) for _, path in changes})[:5]))
             await self.reload()
-
-    @property
-    def _served(self) -> str:
-        return f"serving at {self.listeners}"
 
     def _log_started(self) -> None:
         kinds = {path: getattr(pool, "kind", "") for path, pool in self.gateway.pools.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ class LoopErrors:
             return
         self._next[kind] = now + 1.0
         short = isinstance(error, OSError)
-        logger.error("%s: %s", message, error, exc_info=None if short or error is None else error)
+        with contextlib.suppress(Exception):  # a handler's: it would come here again
+            logger.error("%s: %s", message, error, exc_info=None if short or error is None else error)
 
 
 def describe(mount: MountSettings, settings: PoolSettings) -> str:
