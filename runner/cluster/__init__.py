@@ -13,5 +13,6 @@ except ImportError as error:
     raise ImportError(missing("runner.cluster", "ray", "cluster")) from error
 
 from .pool import ClusterPool
+from .tls import ClusterTLS
 
-__all__ = ["ClusterPool"]
+__all__ = ["ClusterPool", "ClusterTLS"]

@@ -1,8 +1,7 @@
 """The agent: an actor on each node that owns an ordinary local pool, and runs there what hosts send it.
 
-Its methods run in threads, in groups, so that none waits behind another kind: `run` and `more` bring a response,
-`feed` takes a request's body, `ctl` is for what must always be answered, `life` for what takes long. Each gives bytes
-and raises nothing.
+Hosts find it, join it and leave it by Ray; its methods give bytes and raise nothing. Jobs, and all that both tell each
+other meanwhile, go over connections of their own: see `agent_server`.
 
 Hosts ping their agents. A host that has not been heard of for LEASE seconds is taken for gone, or cut off, and its
 jobs are ended: nobody is left who would. An agent without hosts ends.
@@ -17,31 +16,20 @@ import pickle
 import sys
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final, ParamSpec
 
 import msgspec
 import ray
 
-from ..errors import BlastdoorError, JobClosed
-from ..jobs.job import Job
-from ..model.cancel_scope import CancelScope
-from ..model.request import Request, Upload
+from ..errors import BlastdoorError
 from ..pool import Pool
 from ..pool_options import Environment
-from ..wire.messages import JobContext, RequestHead
 from .agent_outbox import AgentOutbox
-from .messages import (
-    Heartbeat,
-    JobEnd,
-    JoinReply,
-    ResponseChunk,
-    StartJob,
-    encode,
-    ending_of,
-)
-from .upload import FedUpload
+from .agent_server import AgentServer
+from .handshake import make_secret
+from .messages import Heartbeat, JoinReply, encode
+from .tls import ClusterTLS
 
 logger = logging.getLogger("blastdoor")
 
@@ -51,27 +39,7 @@ LEASE: Final = 5.0
 ORPHANED: Final = 5.0
 """Seconds without any host after which an agent ends."""
 
-SOON: Final = 0.002
-"""Seconds that a response's head waits for the first of its body."""
-
-_END_SOON: Final = 0.0002
-"""Seconds that the first of a body waits for the rest: a response that is whole by then costs one call."""
-
-_SMALL: Final = 16 * 1024
-"""Bytes of a body from which on its first piece waits for nothing more."""
-
-_TOMBSTONES: Final = 60.0
-"""Seconds for which a job that was killed, or is over, is remembered: its order, or a part of its body, may be late."""
-
-_ORDER_PATIENCE: Final = 1.0
-"""Seconds that a piece of a body waits for its job's order."""
-
 _LOOK: Final = 0.5
-
-_decode_order = msgspec.msgpack.Decoder(StartJob).decode
-_decode_head = msgspec.msgpack.Decoder(RequestHead).decode
-_OK: Final = JobEnd("ok")
-
 
 P = ParamSpec("P")
 
@@ -96,32 +64,19 @@ def _answers(group: str) -> Callable[[Callable[P, bytes]], Callable[P, bytes]]:
     return decorate
 
 
-class _Running:
-    """A job of this agent."""
-
-    __slots__ = ("host", "job", "scope", "upload")
-
-    def __init__(self, host: str, upload: FedUpload | None) -> None:
-        self.host = host
-        self.scope = CancelScope()
-        self.upload = upload
-        self.job: Job | None = None
-
-
 class Agent:
     """One node's part of a ClusterPool. `payload` is a pickle of the pool: hosts are trusted by their agents.
 
     `cores` is how many workers there are, where that is the node's concern.
     """
 
-    def __init__(self, payload: bytes, cores: int | None = None) -> None:
+    def __init__(self, payload: bytes, cores: int | None = None, tls: ClusterTLS | None = None) -> None:
         self._payload = payload
+        self._tls = tls
         self._cores = cores
         self._lock = threading.Lock()
-        self._arrived = threading.Condition(self._lock)
         self._hosts: dict[str, float] = {}
-        self._jobs: dict[str, _Running] = {}
-        self._over: OrderedDict[str, float] = OrderedDict()
+        self._server: AgentServer | None = None
         self._pool: Pool | None = None
         self._starting = threading.Lock()
         self._ending = False
@@ -146,7 +101,14 @@ class Agent:
                     pool.subscribe(self._news.note_event)
                     pool.start()
                     self._pool = pool
-            answer = JoinReply(self._pool._options.size.most_jobs, self._news.since(0)[2])
+                if self._server is None:
+                    server = AgentServer(self, make_secret())
+                    self._address = ray.util.get_node_ip_address()
+                    server.start(self._address, None if self._tls is None else self._tls.for_agents())
+                    self._server = server
+            capacity, seen = self._pool._options.size.most_jobs, self._news.since(0)[2]
+            server = self._server
+            answer = JoinReply(capacity, seen, address=self._address, port=server.port, secret=server.secret)
         except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
             words = str(error) if isinstance(error, BlastdoorError) else f"{type(error).__name__}: {error}"
             answer = JoinReply(error=words or type(error).__name__)
@@ -154,13 +116,10 @@ class Agent:
             self._hosts[host] = time.monotonic()
         return encode(answer)
 
-    @_answers("ctl")
-    def ping(self, host: str, seen: int, level: int) -> bytes:
-        """A host lives, and has news up to number `seen`, and wants records from `level` on; a Heartbeat."""
+    def heartbeat(self, host: str, seen: int, level: int) -> bytes:
+        """What a host is told that has pinged: a Heartbeat, with the news after number `seen`."""
         with self._lock:
             known = host in self._hosts
-            if known:
-                self._hosts[host] = max(self._hosts[host], time.monotonic())
         if level < logger.getEffectiveLevel():
             logger.setLevel(level)
         records, events, latest = self._news.since(seen)
@@ -184,123 +143,21 @@ class Agent:
         return b"last" if last else b""
 
     @_answers("ctl")
-    def kill(self, job_id: str) -> bytes:
-        """The caller of a job has left: it ends, or never begins."""
-        self._end_job(job_id, "its caller has left")
-        return b""
+    def answer(self) -> bytes:
+        """Say that the actor lives."""
+        return b"yes"
 
-    # -- jobs --------------------------------------------------------------------------------------
+    # -- for its server ----------------------------------------------------------------------------
 
-    @_answers("run")
-    def run(self, data: bytes) -> bytes:
-        """Begin a job; a ResponseChunk, with all of the response where it is whole SOON."""
-        job_id = ""
-        try:
-            order = _decode_order(data)
-            job_id = order.job_id
-            begun = self._begin(order)
-            if isinstance(begun, JobEnd):
-                return encode(ResponseChunk(None, None, [], begun))
-            running, pool = begun, self._pool
-            assert pool is not None
-            request, context = _request_of(_decode_head(order.head), order.body)
-            with running.scope:
-                upload = running.upload or Upload(request.body)
-                timeouts = (order.patience, order.read_timeout, order.write_timeout)
-                job = running.job = pool._open(request, upload, context, job_id, *timeouts)
-        except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
-            self._forget(job_id)
-            return encode(ResponseChunk(None, None, [], ending_of(error)))
-        return self._deliver(job, with_head=True)
+    def pool_for(self, host: str) -> Pool | None:
+        """The pool that runs a host's jobs; None where this agent does not know the host, or is about to end."""
+        return self._pool if host in self._hosts and not self._ending else None
 
-    @_answers("more")
-    def more(self, job_id: str) -> bytes:
-        """What comes next of a job's response; a ResponseChunk. It waits until there is something."""
+    def heard_of(self, host: str) -> None:
+        """A host lives."""
         with self._lock:
-            running = self._jobs.get(job_id)
-        if running is None or running.job is None:
-            return encode(ResponseChunk(None, None, [], JobEnd("closed", "it had ended before")))
-        return self._deliver(running.job)
-
-    @_answers("feed")
-    def feed(self, job_id: str, piece: bytes) -> bytes:
-        """The next piece of a job's request body, b"" for its end; b"more" when it was taken, b"stop" when none is.
-
-        b"again" says that the job's order has not come yet.
-        """
-        running = self._await_order(job_id)
-        if running is None:
-            return b"again" if job_id not in self._over else b"stop"
-        if running.upload is None:
-            return b"stop"
-        return b"more" if running.upload.feed(piece) else b"stop"
-
-    def _deliver(self, job: Job, *, with_head: bool = False) -> bytes:
-        pieces: list[bytes] = []
-        end: JobEnd | None = None
-        try:
-            if with_head and not job.settled:
-                job.read_ready(pieces, SOON)
-                if not job.settled and sum(map(len, pieces)) < _SMALL:
-                    time.sleep(_END_SOON)
-                    job.read_ready(pieces, 0)
-            else:
-                job.read_ready(pieces)
-            if job.settled:
-                job.read()  # raises how it ended, where that was not well
-                end = _OK
-        except BaseException as error:  # noqa: BLE001 - nothing may leave an actor but bytes
-            end = ending_of(error)
-            job.close()
-        if end is not None:
-            self._forget(job.job_id)
-        return encode(ResponseChunk(job.worker_pid, job.head if with_head else None, pieces, end))
-
-    def _begin(self, order: StartJob) -> _Running | JobEnd:
-        """Note a job; how it has ended where it was killed before it came, or nobody here may begin it."""
-        with self._lock:
-            if order.job_id in self._over:
-                return JobEnd("closed", "its caller has left")
-            if order.host not in self._hosts or self._ending or self._pool is None:
-                return JobEnd("busy", "its agent had taken its host for gone")
-            running = _Running(order.host, FedUpload() if order.uploads else None)
-            self._jobs[order.job_id] = running
-            self._arrived.notify_all()
-        return running
-
-    def _await_order(self, job_id: str) -> _Running | None:
-        """A job, whose order may be on its way still; None where it is over."""
-        with self._lock:
-            self._arrived.wait_for(lambda: job_id in self._jobs or job_id in self._over, _ORDER_PATIENCE)
-            return self._jobs.get(job_id)
-
-    def _forget(self, job_id: str) -> None:
-        """A job is over."""
-        with self._lock:
-            running = self._jobs.pop(job_id, None)
-            if running is not None and running.upload is not None:
-                self._mark_over(job_id)
-        if running is not None and running.upload is not None:
-            running.upload.close()
-
-    def _end_job(self, job_id: str, why: str) -> None:
-        with self._lock:
-            running = self._jobs.pop(job_id, None)
-            self._mark_over(job_id)
-        if running is not None:
-            running.scope.cancel(JobClosed(why))
-            if running.upload is not None:
-                running.upload.close()
-
-    def _mark_over(self, job_id: str) -> None:
-        now = time.monotonic()
-        self._over[job_id] = now
-        self._arrived.notify_all()
-        while self._over:
-            oldest = next(iter(self._over))
-            if now - self._over[oldest] < _TOMBSTONES:
-                break
-            del self._over[oldest]
+            if host in self._hosts:
+                self._hosts[host] = max(self._hosts[host], time.monotonic())
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -348,19 +205,11 @@ class Agent:
                 os._exit(0)
 
     def _end_jobs_of(self, host: str, why: str) -> None:
-        with self._lock:
-            ended = [job_id for job_id, running in self._jobs.items() if running.host == host]
-        if ended:
-            logger.warning("%d jobs are ended: %s", len(ended), why)
-        for job_id in ended:
-            self._end_job(job_id, why)
+        server = self._server
+        if server is not None:
+            server.end_lanes_of(host, why)
 
     def _close_pool(self) -> None:
         with self._starting:
             if self._pool is not None:
                 self._pool.close(drain=0)
-
-
-def _request_of(head: RequestHead, body: bytes) -> tuple[Request, JobContext]:
-    request = Request(head.method, head.target, head.headers, body or None, head.scheme, head.server, head.client)
-    return request, head.context

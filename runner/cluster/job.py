@@ -1,153 +1,196 @@
-"""The two drivers of a round trip to an agent: a thread's, and a task's of asyncio or trio."""
+"""Jobs at an agent: a round trip as on one machine, over a connection in the place of pipes."""
 
 from __future__ import annotations
 
-import threading
+import logging
 import time
-from typing import TYPE_CHECKING
-
-from anyio.lowlevel import checkpoint
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from ..errors import LeaseTimeout, WorkersUnavailable
-from ..jobs.job_base import BaseAsyncJob, BaseJob
-from ..supervision.waiters import TaskWaiter
-from .agent_client import ClusterContext
-from .round_trip import ClusterRoundTrip, NotTakenByNode, remaining
+from ..jobs.async_job import AsyncJob
+from ..jobs.dispatch import Dispatch
+from ..jobs.job import Job
+from ..jobs.round_trip import RequestNotTaken, RoundTrip
+from ..wire.frames import Frame
+from .lane import RemoteExchange, RemoteLane
+from .messages import error_of, lost
 
 if TYPE_CHECKING:
-    from ..jobs.prepared import PreparedRequest
+    from .host import ClusterHost
+
+logger = logging.getLogger("blastdoor")
+
+_MOST_TRIES: Final = 1000
 
 
-class ClusterJob(ClusterRoundTrip, BaseJob):
+class RemoteTrip(RoundTrip):
+    """What is different of a round trip to an agent: how it ends where the response does not, and when a body is sent.
+
+    A body that can't be sent twice is not begun before a worker has taken the job: until then it may go elsewhere.
+    """
+
+    __slots__ = ()
+
+    _exchange_type = RemoteExchange
+    _exchange: RemoteExchange
+    _lane: RemoteLane
+
+    @property
+    def _wants_write(self) -> bool:
+        if not self._uploading:
+            return False
+        return not self._channel.flushed or (self._exchange.pid is not None and self._upload.ready)
+
+    def _push_upload(self) -> None:
+        if self._exchange.pid is not None or not self._upload.lazy:
+            super()._push_upload()
+        elif not self._channel.flushed:
+            try:
+                self._channel.flush()
+            except BrokenPipeError:
+                self._channel.drop_unsent()
+
+    def _on_ready(self, ready: tuple[bool, bool, bool], dead: bool) -> list[Frame] | None:
+        """As on one machine; but of a node that was given up nothing more is taken, whatever comes."""
+        return None if dead else super()._on_ready(ready, dead)
+
+    def _receive(self, frames: list[Frame]) -> None:
+        exchange = self._exchange
+        exchange.receive(frames)
+        self._worker.pid = exchange.pid
+        if not exchange.open and not self._settled:
+            self._settle()
+
+    def _settle(self) -> None:
+        exchange = self._exchange
+        end = exchange.outcome
+        if end is None:
+            super()._settle()
+            return
+        if exchange.whole:
+            self._outcome = "ok"
+        elif end.kind == "busy" and exchange.head is None:
+            self._outcome = "not taken"
+            leases = self._lane.link.leases
+            self._end(lambda _: leases.give_back_busy(self._lane))
+            raise RequestNotTaken
+        else:
+            self._outcome = end.fault.kind if end.fault is not None else "lost" if end.kind == "closed" else "left"
+        try:
+            self._stop_upload()
+        except BaseException:
+            self._discard()
+            raise
+        fit = self._channel.flushed and not self._channel.torn
+        self._end(self._supervisor.leases.give_back if fit else self._supervisor.leases.discard)
+
+    def _raise_worker_death(self) -> None:
+        """The connection has ended inside the job."""
+        if self._exchange.complete:
+            self._let_tail_go()
+            return
+        begun = self._channel.written > 0
+        self._outcome = "lost" if begun else "not taken"
+        self._discard()
+        if not begun:
+            raise RequestNotTaken
+        self._close_upload()
+        raise self._lost()
+
+    def _leave_refused_lane(self) -> None:
+        """A connection is not refused: an agent says that it is busy."""
+
+    def _lost(self) -> Exception:
+        return lost(self.job_id, self._lane.link.lost or "the connection to its agent broke")
+
+    def _check_end(self) -> None:
+        end = self._exchange.outcome
+        if end is not None and not self._exchange.whole:
+            raise error_of(end, self.job_id)
+        super()._check_end()
+
+    def _what_went_wrong(self) -> str:
+        end = self._exchange.outcome
+        if end is not None:
+            return end.words if end.fault is None else end.fault.detail
+        if self._outcome == "lost":
+            return str(self._lost())
+        return super()._what_went_wrong()
+
+
+class ClusterJob(RemoteTrip, Job):
     """A request at an agent, and its response, for threads: what `runner.Job` is on one machine."""
 
-    __slots__ = ("_bell",)
-
-    def __init__(self, host: ClusterContext, request: PreparedRequest) -> None:
-        super().__init__(host, request)
-        self._bell = threading.Lock()  # held while nobody has rung: an Event costs several times as much
-        self._bell.acquire()
-
-    @classmethod
-    def open(cls, host: ClusterContext, request: PreparedRequest) -> ClusterJob:
-        """Send the request and wait for the response's head."""
-        job = cls(host, request)
-        until = None if request.lease_timeout is None else time.monotonic() + request.lease_timeout
-        while True:
-            try:
-                job._check_time(until)
-                slot = host.placement.lease(remaining(until), request.scope, request.context.provider)
-            except (LeaseTimeout, WorkersUnavailable) as error:
-                job._refused(error)
-                raise
-            try:
-                job._sit(slot, remaining(until))
-                while job._head is None and job._failure is None:
-                    job._advance()
-                break
-            except NotTakenByNode:
-                continue
-            except BaseException as error:
-                job.close(error)
-                raise
-        job._answered()
-        return job
-
-    def read(self) -> bytes:
-        """The next piece of the body as it comes, b"" at its end. Raises as `runner.Job.read` does, and NodeLost."""
-        while (piece := self._next_piece()) is None:
-            self._advance()
-        return piece
-
-    def _ring(self) -> None:
-        try:
-            self._bell.release()
-        except RuntimeError:
-            pass  # it has been rung already
-
-    def _advance(self) -> None:
-        """Wait for mail and take it, as the one thread that does."""
-        self._begin_use()
-        try:
-            self._push_upload()
-            if not self._mail:
-                patience = self._patience()
-                self._bell.acquire(timeout=-1 if patience is None else patience)
-            self._look()
-        except NotTakenByNode:
-            raise
-        except BaseException as error:
-            self._break_off(error)
-            raise
-        finally:
-            closed = self._end_use()
-        if closed:
-            raise self._closed()
+    __slots__ = ()
 
 
-class ClusterAsyncJob(ClusterRoundTrip, BaseAsyncJob):
+class ClusterAsyncJob(RemoteTrip, AsyncJob):
     """A request at an agent, and its response, for tasks: what `runner.AsyncJob` is on one machine."""
 
-    __slots__ = ("_waiter",)
+    __slots__ = ()
 
-    def __init__(self, host: ClusterContext, request: PreparedRequest) -> None:
-        super().__init__(host, request)
-        self._waiter: TaskWaiter[object] | None = None
 
-    @classmethod
-    async def open(cls, host: ClusterContext, request: PreparedRequest) -> ClusterAsyncJob:
-        """Send the request and wait for the response's head."""
-        job = cls(host, request)
-        until = None if request.lease_timeout is None else time.monotonic() + request.lease_timeout
+class RemoteDispatch(Dispatch):
+    """A request on its way to a worker of some node: placed anew as long as none has taken it, and it has time."""
+
+    __slots__ = ()
+
+    _supervisor: ClusterHost
+
+    def run(self, supervisor: ClusterHost) -> ClusterJob:  # type: ignore[override] # of a cluster
+        """As `Dispatch.run`."""
+        self._supervisor = supervisor
+        left = self._clock()
         while True:
             try:
-                job._check_time(until)
-                slot = await host.placement.lease_async(remaining(until), request.scope, request.context.provider)
-            except (LeaseTimeout, WorkersUnavailable) as error:
-                job._refused(error)
-                raise
-            try:
-                job._sit(slot, remaining(until))
-                while job._head is None and job._failure is None:
-                    await job._advance()
-                break
-            except NotTakenByNode:
+                supervisor.look_for_lost()
+                lane = supervisor.leases.lease(left(), self.scope, self.context.provider, self)
+                return ClusterJob(lane, supervisor, self)
+            except RequestNotTaken:
                 continue
-            except BaseException as error:
-                job.close(error)
+            except (LeaseTimeout, WorkersUnavailable) as error:
+                self._refused(error)
                 raise
-        job._answered()
-        return job
+            except BaseException:
+                self._let_go()
+                raise
 
-    async def read(self) -> bytes:
-        """The next piece of the body as it comes, b"" at its end. Raises as `runner.Job.read` does, and NodeLost."""
-        while (piece := self._next_piece()) is None:
-            await self._advance()
-        return piece
+    async def run_async(self, supervisor: ClusterHost) -> ClusterAsyncJob:  # type: ignore[override]
+        """As `run`, for a task of an event loop."""
+        self._supervisor = supervisor
+        left = self._clock()
+        while True:
+            try:
+                supervisor.look_for_lost()
+                lane = await supervisor.leases.lease_async(left(), self.scope, self.context.provider, self)
+                job = await ClusterAsyncJob.open(lane, supervisor, self)
+                assert isinstance(job, ClusterAsyncJob)
+                return job
+            except RequestNotTaken:
+                continue
+            except (LeaseTimeout, WorkersUnavailable) as error:
+                self._refused(error)
+                raise
+            except BaseException:
+                self._let_go()
+                raise
 
-    def _ring(self) -> None:
-        waiter = self._waiter
-        if waiter is not None:
-            waiter.wake()
+    def _clock(self) -> Callable[[], float | None]:
+        """Gives the seconds that are left to wait for a worker; LeaseTimeout where a later try has none."""
+        timeout = self.lease_timeout
+        until = None if timeout is None else time.monotonic() + timeout
+        first = True
 
-    async def _advance(self) -> None:
-        """Wait for mail and take it, as the one task that does."""
-        self._begin_use()
-        try:
-            self._push_upload()
-            waiter = self._waiter = TaskWaiter("")
-            if self._mail or self._closed_by is not None:
-                await checkpoint()  # a stream that always has more must not keep the loop from its other tasks
-            else:
-                await waiter.wait(self._patience())
-            self._waiter = None
-            self._look()
-        except NotTakenByNode:
-            raise
-        except BaseException as error:
-            self._break_off(error)
-            raise
-        finally:
-            closed = self._end_use()
-        if closed:
-            raise self._closed()
+        def left() -> float | None:
+            nonlocal first
+            seconds = None if until is None else max(until - time.monotonic(), 0.0)
+            if not first and seconds == 0.0:
+                raise LeaseTimeout(
+                    f"no worker became free within {timeout} s, on any node: start the pool with more workers, or wait "
+                    f"longer (lease_timeout; the client's connect or pool timeout)"
+                )
+            first = False
+            return seconds
+
+        return left

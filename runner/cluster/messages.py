@@ -22,23 +22,23 @@ from ..errors import (
 )
 from ..events import WorkerEnded, WorkerInfo, WorkerReady, WorkerStarted
 from ..jobs.failures import failure
-from ..wire.messages import ResponseHead
 
 
-class StartJob(msgspec.Struct, array_like=True, frozen=True):
-    """Host to agent: run this job, if a worker is free within `patience`. `head` is a RequestHead, `body` some of it.
+class Ping(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Host to agent: it lives, has news up to number `seen`, and wants records from `level` on."""
 
-    `uploads` says that more of the body follows by `feed`. Times are in seconds, None for ever.
-    """
+    seen: int
+    level: int
 
-    host: str
-    job_id: str
-    head: bytes
-    body: bytes
-    uploads: bool
-    patience: float
-    read_timeout: float | None
-    write_timeout: float | None
+
+class Cancel(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Host to agent: the caller of the job on this lane has left."""
+
+    lane: int
+
+
+Beside = Ping | Cancel
+"""What a host says beside the jobs."""
 
 
 class JobEnd(msgspec.Struct, array_like=True, frozen=True):
@@ -53,25 +53,20 @@ class JobEnd(msgspec.Struct, array_like=True, frozen=True):
     retry_after: float = 0
 
 
-class ResponseChunk(msgspec.Struct, array_like=True, frozen=True):
-    """What has come of a response since the last one: its head, pieces of its body as they came, its end."""
-
-    worker: int | None
-    head: ResponseHead | None
-    body: list[bytes]
-    end: JobEnd | None
-
-
 class JoinReply(msgspec.Struct, array_like=True, frozen=True):
     """An agent is ready for a host, for so many jobs at once; or can't be, and why; or it is about to end.
 
-    `seen` is the number of its latest news: what was before concerns others.
+    `seen` is the number of its latest news: what was before concerns others. It listens at `address` and `port`, for
+    hosts that show the `secret`.
     """
 
     capacity: int = 0
     seen: int = 0
     error: str = ""
     ending: bool = False
+    address: str = ""
+    port: int = 0
+    secret: bytes = b""
 
 
 class LogEntry(msgspec.Struct, array_like=True, frozen=True):

@@ -24,9 +24,11 @@ from ..errors import PoolClosed, StartError, WorkersUnavailable
 from ..events import WorkerInfo
 from . import ray_connection
 from .agent import Agent
-from .agent_client import AgentClient, ClusterContext
+from .host import ClusterHost
+from .link import AgentLink
 from .messages import JoinReply, decode
 from .placement import Node
+from .tls import ClusterTLS
 
 logger = logging.getLogger("blastdoor")
 
@@ -34,9 +36,6 @@ NAMESPACE: Final = "blastdoor"
 
 LOOK: Final = 0.5
 """Seconds between two looks at the cluster's nodes."""
-
-BEAT: Final = 1.0
-"""Seconds between two pings of an agent."""
 
 _AGAIN: Final = 2.0
 """Seconds after which an agent that could not be made is tried again."""
@@ -55,38 +54,33 @@ _END_PATIENCE: Final = 2.0
 
 _CTL_THREADS: Final = 8
 _LIFE_THREADS: Final = 4
-_EXTRA_THREADS: Final = 8
-MOST_JOBS: Final = 1000
-"""How many jobs one agent runs at most: each has a thread of its own there while it is answered."""
 
 
 class AgentSpec:
     """What a manager's agents are made from.
 
-    `workers` is how many there are at most on each node, None for one per core that Ray counts there; each runs up to
-    `concurrency` jobs at once. `shared` says that other pools may use the same ones.
+    `workers` is how many there are at most on each node, None for one per core that Ray counts there. `shared` says
+    that other pools may use the same ones.
     """
 
-    def __init__(self, name: str, payload: bytes, workers: int | None, concurrency: int, *, shared: bool) -> None:
+    def __init__(self, name: str, payload: bytes, workers: int | None, tls: ClusterTLS | None, *, shared: bool) -> None:
         self.name = name
         self.shared = shared
-        self._concurrency = concurrency
         self._payload = payload
         self._workers = workers
+        self._tls = tls
 
-    def on(self, node: str, cores: int, host: str) -> Any:
+    def on(self, node: str, cores: int) -> Any:
         """The agent of a node, made where there is none: by whichever host comes first. One that is stuck is killed."""
         name = f"{self.name}:{node}"
         with contextlib.suppress(ValueError):
             there: Any = ray.get_actor(name, NAMESPACE)
-            answered, _ = ray.wait([there.ping.remote(host, 0, logging.CRITICAL)], timeout=_STUCK)
+            answered, _ = ray.wait([there.answer.remote()], timeout=_STUCK)
             if not answered:
                 ray.kill(there)
                 raise Unready("it did not answer, and is killed")
             return there
-        workers = cores if self._workers is None else self._workers
-        threads = min(workers * self._concurrency, MOST_JOBS) + _EXTRA_THREADS
-        groups = {"ctl": _CTL_THREADS, "life": _LIFE_THREADS, "run": threads, "more": threads, "feed": threads}
+        groups = {"ctl": _CTL_THREADS, "life": _LIFE_THREADS}
         remote: Any = ray.remote(num_cpus=0, concurrency_groups=groups)  # type: ignore[call-overload]
         return (
             remote(Agent)
@@ -99,21 +93,20 @@ class AgentSpec:
                 max_task_retries=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
-            .remote(self._payload, cores if self._workers is None else None)
+            .remote(self._payload, cores if self._workers is None else None, self._tls)
         )
 
 
 class NodeManager:
     """Finds the nodes, has an agent on each, and knows which of them answer."""
 
-    def __init__(self, host: ClusterContext, agents: AgentSpec, start_timeout: float) -> None:
+    def __init__(self, host: ClusterHost, agents: AgentSpec, start_timeout: float) -> None:
         self._host = host
         self._agents = agents
         self._start_timeout = start_timeout
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._notify = threading.Event()
-        self._pulse = threading.Event()
         self._ended = False
         self._looked = False
         self._alive: set[str] = set()
@@ -130,8 +123,8 @@ class NodeManager:
         """Begin to follow the cluster. StartError where the system gives no thread."""
         try:
             self._spawn(self._follow_nodes, "blastdoor-nodes")
-            self._spawn(self._beat, "blastdoor-heartbeat")
-        except RuntimeError as error:
+            self._host.begin()
+        except (RuntimeError, OSError) as error:
             self.end()
             raise StartError(f"the pool can't start its threads: {error}") from error
 
@@ -164,7 +157,6 @@ class NodeManager:
             threads = list(self._threads)
             self._changed.notify_all()
         self._notify.set()
-        self._pulse.set()
         until = time.monotonic() + _END_PATIENCE
         for thread in threads:
             if thread is not threading.current_thread():
@@ -172,7 +164,8 @@ class NodeManager:
         with self._lock:
             links = list(self._host.links.values())
             unsure = [*self._lost_actors.values(), *self._joining.values()]
-            self._host.links.clear()
+        self._host.end()
+        self._host.links.clear()
         for node in self._host.placement.nodes():
             self._host.placement.remove(node)
         if ray_connection.is_connected():
@@ -257,15 +250,14 @@ class NodeManager:
         error = failure = ""
         actor = None
         try:
-            actor = self._joining[name] = self._agents.on(name, cores, self._host.name)
+            actor = self._joining[name] = self._agents.on(name, cores)
             joined = decode(self._await(actor.join.remote(self._host.name)), JoinReply)
             if joined.ending:
                 raise Unready("it is about to end")
             if joined.error:
                 error = joined.error
                 raise Unready(f"no worker can be started there: {joined.error}")
-            heartbeat = self._await(actor.ping.remote(self._host.name, joined.seen, logger.getEffectiveLevel()))
-            self._add(actor, Node(name, address, min(joined.capacity, MOST_JOBS)), heartbeat)
+            self._add(actor, Node(name, address, joined.capacity), joined)
         except Exception as why:  # noqa: BLE001 - Ray has no one root for what it raises here
             failure = f"no agent on node {address}: {why}"
             if not self._ended:
@@ -300,18 +292,26 @@ class NodeManager:
                 raise Unready("it was not ready in time")
         raise Unready("the pool is closed")
 
-    def _add(self, actor: Any, node: Node, heartbeat: object) -> None:
-        link = AgentClient(actor, node, self._host, notify=self._pulse.set)
+    def _add(self, actor: Any, node: Node, joined: JoinReply) -> None:
+        link = AgentLink(actor, node, joined, self._host)
         link.on_lost = self._lost
-        link.pulsed(time.monotonic(), heartbeat)
-        with self._lock:
-            if self._ended:
-                raise Unready("the pool is closed")
-            self._host.links[node.name] = link
-            self._host.placement.add(node)
+        try:
+            link.begin()
+            with self._lock:
+                if self._ended:
+                    raise Unready("the pool is closed")
+                self._host.links[node.name] = link
+                self._host.placement.add(node)
+            self._host.make_room()
+        except OSError as error:
+            link.close()
+            raise Unready(f"its agent can't be reached at {joined.address}:{joined.port}: {error}") from error
+        except BaseException:
+            link.close()
+            raise
         logger.info("node %s takes part, with %d jobs at once", node.address, node.capacity)
 
-    def _lost(self, link: AgentClient) -> None:
+    def _lost(self, link: AgentLink) -> None:
         """A link's agent is gone, or cut off: have another one made, where its node still lives."""
         with self._lock:
             self._deaths += link.heartbeat.deaths
@@ -320,25 +320,6 @@ class NodeManager:
             if not self._ended:
                 self._lost_actors[link.node.name] = link.actor
         self._notify.set()
-
-    # -- the heartbeat's thread ------------------------------------------------------------------------
-
-    def _beat(self) -> None:
-        next_beat = 0.0
-        while not self._ended:
-            links = list(self._host.links.values())
-            now = time.monotonic()
-            for link in links:
-                try:
-                    link.tell_news()
-                    if now >= next_beat:
-                        link.beat()
-                except Exception:
-                    logger.exception("looking after the agent on node %s failed", link.node.address)
-            if now >= next_beat:
-                next_beat = now + BEAT
-            self._pulse.wait(max(next_beat - time.monotonic(), 0.01))
-            self._pulse.clear()
 
     def _spawn(self, work: Callable[[], object], name: str) -> None:
         thread = threading.Thread(target=work, name=name, daemon=True)

@@ -19,7 +19,6 @@ import msgspec
 from ..call_checks import check_timeouts, endless, sized_body
 from ..errors import ConfigurationError, PoolClosed, PoolForked, StartError
 from ..events import Events, PoolStats, WorkerInfo
-from ..jobs.prepared import PreparedRequest
 from ..model.request import Request, Upload
 from ..pool import Pool, restore_pool
 from ..pool_base import Startable
@@ -27,10 +26,11 @@ from ..pool_options import PoolConfig, PoolOptions, Queueing
 from ..supervision.scaling import Size
 from ..wire.messages import JobContext
 from . import ray_connection
-from .agent_client import ClusterContext
-from .job import ClusterAsyncJob, ClusterJob
+from .host import ClusterHost
+from .job import ClusterAsyncJob, ClusterJob, RemoteDispatch
 from .nodes import AgentSpec, NodeManager
 from .placement import Placement
+from .tls import ClusterTLS
 
 _NO_CONTEXT: Final = JobContext()
 
@@ -46,6 +46,9 @@ class ClusterPool(Startable):
     "local" starts one here. Pools of several processes that have the same `name`, handler and settings share their
     agents and workers; without a name a pool has its own.
 
+    Jobs go over connections between this process and the nodes, which show each other a secret that Ray has carried;
+    with `tls` what is said there is encrypted.
+
     A job goes to the least loaded node. One whose worker dies fails as on one machine; one whose node is lost fails
     with NodeLost, which clients see as a 502, and is not run again. A node that joins is used as soon as its workers
     are ready; one that drains gets no more jobs, and finishes those that it has.
@@ -60,6 +63,7 @@ class ClusterPool(Startable):
         *,
         address: str | None = None,
         name: str | None = None,
+        tls: ClusterTLS | None = None,
         **options: Unpack[PoolOptions],
     ) -> None:
         if name is not None and (not isinstance(name, str) or not name or ":" in name):
@@ -67,11 +71,15 @@ class ClusterPool(Startable):
         if address is not None and (not isinstance(address, str) or not address):
             raise ConfigurationError(f"address is that of a Ray cluster, such as 'auto', or None, not {address!r}")
         template = Pool(handler, **options)
-        self._set_up(template, options.get("workers") is None, address, name)
+        if tls is not None and not isinstance(tls, ClusterTLS):
+            raise ConfigurationError(f"tls is a ClusterTLS, not {type(tls).__name__}")
+        self._set_up(template, options.get("workers") is None, address, name, tls)
 
-    def _set_up(self, template: Pool, by_cores: bool, address: str | None, name: str | None) -> None:
+    def _set_up(
+        self, template: Pool, by_cores: bool, address: str | None, name: str | None, tls: ClusterTLS | None
+    ) -> None:
         options = template._options
-        self._made_from = template.__reduce__()[1][1:], by_cores, address, name
+        self._made_from = template.__reduce__()[1][1:], by_cores, address, name, tls
         self.debug = template.debug
         self.overload = template.overload
         self._times = options.times
@@ -85,12 +93,12 @@ class ClusterPool(Startable):
             f"pool-{token}" if name is None else f"{name}-{_digest(template, per_node, workers)}",
             pickle.dumps((_pool_of(template, per_node), _path())),
             workers,
-            self._concurrency,
+            tls,
             shared=name is not None,
         )
         self._placement = Placement(options.queueing.queue, options.queueing.per_provider)
         self._events = Events()
-        self._host = ClusterContext(token, self._placement, self._events, {})
+        self._host = ClusterHost(token, self._placement, self._events, tls)
         self._node_manager: NodeManager | None = None
         self._start_lock = threading.Lock()
         self._closed = False
@@ -166,10 +174,8 @@ class ClusterPool(Startable):
         try:
             self._placement.wait_drained(drain)
         finally:
-            for link in list(self._host.links.values()):
-                for reference in list(link.jobs.values()):
-                    if (job := reference()) is not None:
-                        job.close(PoolClosed("the pool was closed before the job's end"))
+            for job in self._host.leases.jobs():
+                job.close(PoolClosed("the pool was closed before the job's end"))
             try:
                 manager.end()
             finally:
@@ -188,7 +194,7 @@ class ClusterPool(Startable):
         self._start_lock = threading.Lock()
         if self._node_manager is not None:
             self._forked = True
-            self._host.in_forked_child = True
+            self._host.after_fork_in_child()
             self._placement.after_fork_in_child()
             self._events.after_fork_in_child()
 
@@ -232,9 +238,8 @@ class ClusterPool(Startable):
         upload = Upload(sized_body(request))
         try:
             self._start_if_needed()
-            return ClusterJob.open(
-                self._host, self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
-            )
+            call = self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
+            return call.run(self._host)
         except BaseException:
             upload.close()
             raise
@@ -256,9 +261,8 @@ class ClusterPool(Startable):
         try:
             if self._node_manager is None or self._forked:
                 await in_thread(self._start_if_needed)
-            return await ClusterAsyncJob.open(
-                self._host, self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
-            )
+            call = self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
+            return await call.run_async(self._host)
         except BaseException:
             upload.close()
             raise
@@ -275,13 +279,13 @@ class ClusterPool(Startable):
         lease_timeout: float | None,
         read_timeout: float | None,
         write_timeout: float | None,
-    ) -> PreparedRequest:
+    ) -> RemoteDispatch:
         check_timeouts(lease_timeout, read_timeout, write_timeout)
         if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
             lease_timeout = self._queue_timeout
         timeouts = endless(read_timeout), endless(read_timeout if write_timeout is None else write_timeout)
         job_id = f"{self.job_prefix}-{next(self._numbers)}"
-        return PreparedRequest(request, upload, context, job_id, endless(lease_timeout), timeouts)
+        return RemoteDispatch(request, upload, context, job_id, endless(lease_timeout), timeouts)
 
 
 def _path() -> list[str]:
@@ -306,12 +310,17 @@ _pools: weakref.WeakValueDictionary[str, ClusterPool] = weakref.WeakValueDiction
 
 
 def _restore(
-    token: str, template: tuple[bytes, PoolConfig], by_cores: bool, address: str | None, name: str | None
+    token: str,
+    template: tuple[bytes, PoolConfig],
+    by_cores: bool,
+    address: str | None,
+    name: str | None,
+    tls: ClusterTLS | None = None,
 ) -> ClusterPool:
     pool = _pools.get(token)
     if pool is None:
         pool = ClusterPool.__new__(ClusterPool)
-        pool._set_up(restore_pool("", *template), by_cores, address, name)
+        pool._set_up(restore_pool("", *template), by_cores, address, name, tls)
     return pool
 
 

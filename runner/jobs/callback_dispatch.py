@@ -71,6 +71,11 @@ class CallbackDispatch(Dispatch):
         """The job's id in logs and events."""
         return self.context.job_id
 
+    @property
+    def worker_pid(self) -> int | None:
+        """The process that does the job, once one has it."""
+        return None if self._job is None else self._job.worker_pid
+
     def begin(self) -> None:
         """Lease a worker, now or once there is one, and have it do the job. The listener is told what becomes of it."""
         self._lease()

@@ -90,6 +90,8 @@ class RoundTrip(Sending):
         "target",
     )
 
+    _exchange_type = ResponseExchange
+
     head: ResponseHead
 
     def __init__(
@@ -121,7 +123,7 @@ class RoundTrip(Sending):
         lane.name_job(job_id, self._number)
         self._expires = None if wall_seconds is None else self.began + wall_seconds
         self._wall_seconds = wall_seconds or 0.0
-        self._exchange = ResponseExchange(self._number, request.method)
+        self._exchange = self._exchange_type(self._number, request.method)
         if sent_at is None:
             self._channel.begin()
             self._uploading = False

@@ -1,8 +1,10 @@
 """A thousand nodes on paper: the placement that ClusterPool uses, driven by simulated hosts, agents, jobs and failures.
 
-Real is `runner.cluster.placement.Placement`, with its times of decision; simulated are the clock, the network's delays,
-the agents with their workers and queues, the pings, and nodes that are lost or join. What is shown: how long jobs wait,
-how many are lost with their nodes, how soon nobody places there any more, and how soon new nodes are used.
+Real is `runner.cluster.placement.Placement`, with its times of decision, and what a heartbeat costs its host; simulated
+are the clock, the network's delays, the agents with their workers and queues, the pings, and nodes that are lost or
+join. What is shown: how long jobs wait, how many are lost with their nodes, how soon nobody places there any more, how
+soon new nodes are used, how many connections there are (one for each host and agent, and one for each job that ever ran
+there beside another), and how often the head is asked which nodes there are.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from runner.cluster.agent_client import GIVE_UP, SILENT
-from runner.cluster.nodes import BEAT
+from runner.cluster.host import BEAT
+from runner.cluster.link import GIVE_UP, SILENT, decode_heartbeat
+from runner.cluster.messages import Heartbeat, Ping, encode
+from runner.cluster.nodes import LOOK
 from runner.cluster.placement import PATIENCE, Node, Placement, Slot
+from runner.events import WorkerInfo
 from runner.supervision.waiters import Waiter
 
 ONE_WAY: Final = 0.0005
@@ -143,6 +148,7 @@ class Host:
         self.jobs: dict[int, Job] = {}
         self.nodes: dict[str, Node] = {}
         self.heard: dict[str, float] = {}
+        self.lanes: dict[str, int] = {}
 
     def joins(self, agent: Agent) -> None:
         node = self.nodes[agent.name] = Node(agent.name, agent.name, agent.workers)
@@ -177,7 +183,9 @@ class Host:
     def place(self, job: Job, slot: Slot) -> None:
         job.slot = slot
         agent = self.agents[slot.node.name]
-        self.under_way.setdefault(agent.name, set()).add(id(job))
+        there = self.under_way.setdefault(agent.name, set())
+        there.add(id(job))
+        self.lanes[agent.name] = max(self.lanes.get(agent.name, 0), len(there))
         self.jobs[id(job)] = job
         if not agent.alive:
             world.last_to_the_lost = self.clock.now
@@ -238,7 +246,7 @@ class Case:
     share: float = 0.05
 
 
-def simulate(case: Case, seed: int) -> tuple[World, list[float]]:
+def simulate(case: Case, seed: int) -> tuple[World, list[Host]]:
     """Let the hosts run; a twentieth of the nodes is lost at one moment, and as many join later."""
     global world
     world = World()
@@ -272,7 +280,23 @@ def simulate(case: Case, seed: int) -> tuple[World, list[float]]:
     clock.after(case.lose_at, lose)
     clock.after(case.join_at, join)
     clock.run(case.seconds)
-    return world, [seconds for host in hosts for seconds in host.placement.decisions]
+    return world, hosts
+
+
+def heartbeat_cost(workers: int) -> float:
+    """Seconds of a host's processor that a ping and its answer take: made, read, and noted in a placement."""
+    infos = [WorkerInfo(n, "idle", "", n, 1.0, 20 << 20, 1.0) for n in range(workers)]
+    data = encode(Heartbeat(True, 0, workers, 0, 0, 0, 0, infos, [], [], 1))
+    placement = Placement()
+    nodes = [Node(f"node-{n}", "", workers) for n in range(1000)]
+    for node in nodes:
+        placement.add(node)
+    began = time.process_time()
+    for node in nodes:
+        encode(Ping(1, 30))
+        heartbeat = decode_heartbeat(data)
+        placement.update(node, silent=False, others=heartbeat.running)
+    return (time.process_time() - began) / len(nodes)
 
 
 def main() -> None:
@@ -282,17 +306,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     given = parser.parse_args()
     print("seed", given.seed)
+    cost = heartbeat_cost(given.workers)  # first: what is simulated is a burden to the garbage collector
     table = Table(
         title=f"{given.nodes} nodes of {given.workers} workers; jobs of 2 s; 5 % of the nodes lost, then as many new"
     )
     for column in (
         *("hosts", "load", "jobs ended", "lost", "wait\np50", "wait\np99", "placed\nanew", "last placed\non the lost"),
         *("first placed\non the new", "decision\np50", "decision\np99", "pings/s\na node"),
+        *("connections\na host", "connections\nan agent", "calls/s\nof the head"),
     ):
         table.add_column(column, justify="right")
     for hosts, load in ((1, 0.9), (20, 0.5), (20, 0.9)):
         case = Case(hosts, given.nodes, given.workers, load)
-        found, decisions = simulate(case, given.seed)
+        found, simulated = simulate(case, given.seed)
+        decisions = [seconds for host in simulated for seconds in host.placement.decisions]
+        connections = sum(1 + host.lanes.get(name, 0) for host in simulated for name in host.agents)
         waits = statistics.quantiles(found.waits, n=100)
         took = statistics.quantiles(decisions, n=100)
         table.add_row(
@@ -308,8 +336,14 @@ def main() -> None:
             f"{took[49] * 1e6:.1f} µs",
             f"{took[98] * 1e6:.0f} µs",
             f"{found.pings / given.nodes / case.seconds:.1f}",
+            f"{connections / hosts:,.0f}",
+            f"{connections / given.nodes:,.0f}",
+            f"{hosts / LOOK:.0f}",
         )
-    Console(width=150).print(table)
+    console = Console(width=180)
+    console.print(table)
+    share = cost * given.nodes / BEAT
+    console.print(f"a heartbeat costs its host {cost * 1e6:.0f} µs: of {given.nodes} nodes {share:.1%} of a core")
 
 
 if __name__ == "__main__":

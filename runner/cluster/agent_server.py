@@ -1,0 +1,535 @@
+"""What an agent serves its hosts over: connections of the pool's own, in one event loop, in a thread of the agent's.
+
+Who connects has to show the secret before a frame of his is looked at, within seconds, and no more than a few may be on
+their way at once. A connection is then a lane, which has one job after the other, as a worker's pipes have; or it is
+for what is beside the jobs: pings, and cancels, which must not wait behind a body that nobody reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import ssl
+import struct
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol
+
+import msgspec
+
+from ..errors import JobClosed
+from ..jobs.callback_dispatch import CallbackDispatch
+from ..jobs.poller import Poller
+from ..jobs.pushed_upload import PushedUpload
+from ..model.request import INLINE, Request, Upload
+from ..wire.frames import (
+    BODY,
+    END,
+    HEAD,
+    INVALID,
+    MAX_BODY,
+    REQUEST,
+    STOP,
+    TO_WORKER,
+    Frame,
+    FrameDecoder,
+    encode,
+    pack_header,
+)
+from ..wire.messages import RequestHead, ResponseHead
+from .handshake import CONTROL, HELLO_SIZE, NONCE, Stranger, greeting, read_hello, welcome
+from .lane import OUTCOME, TAKEN
+from .messages import Beside, Cancel, JobEnd, ending_of
+from .messages import encode as encode_message
+from .placement import PATIENCE
+
+if TYPE_CHECKING:
+    from ..pool import Pool
+
+logger = logging.getLogger("blastdoor")
+
+STRANGERS: Final = 64
+"""Connections at once that have not shown the secret yet; more are dropped."""
+
+HELLO_SECONDS: Final = 5.0
+"""Seconds that a connection has for that."""
+
+AHEAD: Final = 256 * 1024
+"""Bytes of a request's body that may wait for its worker; then nothing more is read from its host."""
+
+MOST_BESIDE: Final = 64 * 1024
+"""The cap on a message of a host's that is beside the jobs, in bytes."""
+
+_LENGTH: Final = struct.Struct("<I")
+_decode_head = msgspec.msgpack.Decoder(RequestHead).decode
+_decode_beside = msgspec.msgpack.Decoder(Beside).decode
+
+
+class AgentProtocol(Protocol):
+    """What the server knows of its agent."""
+
+    def pool_for(self, host: str) -> Pool | None:
+        """The pool that runs a host's jobs; None where this agent does not know the host."""
+
+    def heard_of(self, host: str) -> None:
+        """A host lives."""
+
+    def heartbeat(self, host: str, seen: int, level: int) -> bytes:
+        """What a host is told that has pinged."""
+
+
+class AgentServer:
+    """Serves hosts at a port of this node's own address."""
+
+    def __init__(self, agent: AgentProtocol, secret: bytes) -> None:
+        self.agent = agent
+        self.secret = secret
+        self.lanes: dict[int, LaneServer] = {}
+        self.strangers = 0
+        self.connections: set[_Connection] = set()
+        self._numbers = 0
+        self._ready = threading.Event()
+        self._error: BaseException | None = None
+        self.port = 0
+
+    def start(self, address: str, tls: ssl.SSLContext | None = None) -> int:
+        """Listen at this address, by TLS where that is given; gives the port. OSError where that can't be."""
+        self._tls = tls
+        self._thread = threading.Thread(target=self._run, args=(address,), name="blastdoor-wire", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._error is not None:
+            raise self._error
+        return self.port
+
+    def close(self) -> None:
+        """Listen no more, and end all connections and the thread."""
+        self.call(self._over.set)
+        self._thread.join()
+
+    def call(self, step: Callable[[], object]) -> None:
+        """Have something done in the loop's thread."""
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self.loop.call_soon_threadsafe(step)
+
+    def end_lanes_of(self, host: str, why: str) -> None:
+        """End the jobs of a host, and its connections; from any thread."""
+
+        def end() -> None:
+            for lane in [lane for lane in self.lanes.values() if lane.host == host]:
+                lane.end(why)
+
+        self.call(end)
+
+    def next_number(self) -> int:
+        """A number for one more connection."""
+        self._numbers += 1
+        return self._numbers
+
+    def in_thread(self, work: Callable[[], bytes], then: Callable[[bytes], object]) -> None:
+        """Have something made in another thread, and go on with it in the loop's."""
+
+        async def run() -> None:
+            then(await asyncio.to_thread(work))
+
+        task = self.loop.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _run(self, address: str) -> None:
+        try:
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                runner.run(self._serve(address))
+        except BaseException as error:
+            if self._ready.is_set():
+                logger.exception("the agent can't serve its hosts any more, and ends")
+                os._exit(1)
+            self._error = error
+            self._ready.set()
+
+    async def _serve(self, address: str) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.poller = Poller(self.loop)
+        server = await self.loop.create_server(
+            lambda: _Connection(self),
+            address,
+            0,
+            backlog=1024,
+            ssl=self._tls,
+            ssl_handshake_timeout=None if self._tls is None else HELLO_SECONDS,
+        )
+        self.port = server.sockets[0].getsockname()[1]
+        self._over = asyncio.Event()
+        self._ready.set()
+        try:
+            await self._over.wait()
+        finally:
+            server.close()
+            for connection in list(self.connections):
+                connection.abort()
+            await asyncio.sleep(0)
+            self.poller.close()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    make: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return make
+
+
+class _Connection(asyncio.Protocol):
+    """A connection, before it is known what it is for and afterwards."""
+
+    def __init__(self, server: AgentServer) -> None:
+        self._server = server
+        self._nonce = os.urandom(NONCE)
+        self._hello = b""
+        self._known: LaneServer | _ControlServer | None = None
+        self._late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # of a stream
+        """Somebody has connected."""
+        self._transport = transport
+        server = self._server
+        server.strangers += 1
+        server.connections.add(self)
+        if server.strangers > STRANGERS:
+            transport.abort()
+            return
+        self._late = server.loop.call_later(HELLO_SECONDS, transport.abort)
+        transport.write(greeting(self._nonce))
+
+    def data_received(self, data: bytes) -> None:
+        """What has come."""
+        if self._known is not None:
+            self._known.take(data)
+            return
+        self._hello += data
+        if len(self._hello) < HELLO_SIZE:
+            return
+        try:
+            if len(self._hello) > HELLO_SIZE:
+                raise Stranger("a connection has said more than a hello")
+            kind, host, nonce = read_hello(self._server.secret, self._nonce, self._hello)
+        except (Stranger, UnicodeDecodeError) as stranger:
+            peer = self._transport.get_extra_info("peername")
+            logger.warning("a connection from %s is dropped: %s", peer, stranger)
+            self._transport.abort()
+            return
+        self._no_stranger()
+        number = self._server.next_number()
+        known = _ControlServer if kind == CONTROL else LaneServer
+        self._known = known(self._server, self._transport, host, number)
+        self._transport.write(welcome(self._server.secret, nonce, number))
+
+    def abort(self) -> None:
+        """End it."""
+        self._transport.abort()
+
+    def eof_received(self) -> bool:
+        """The host sends nothing more: so it has left."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is over."""
+        self._server.connections.discard(self)
+        self._no_stranger()
+        if self._known is not None:
+            self._known.lost()
+
+    def pause_writing(self) -> None:
+        """The host does not take what was sent."""
+        if self._known is not None:
+            self._known.hold()
+
+    def resume_writing(self) -> None:
+        """It has taken it."""
+        if self._known is not None:
+            self._known.go_on()
+
+    def _no_stranger(self) -> None:
+        late, self._late = self._late, None
+        if self._known is None and self._hello is not None:
+            self._server.strangers -= 1
+            self._hello = None  # type: ignore[assignment] # it was counted once
+        if late is not None:
+            late.cancel()
+
+
+class _ControlServer:
+    """What is beside the jobs, for one host: each message has its length before it."""
+
+    def __init__(self, server: AgentServer, transport: asyncio.Transport, host: str, number: int) -> None:
+        self._server = server
+        self._transport = transport
+        self._host = host
+        self._buffer = bytearray()
+
+    def take(self, data: bytes) -> None:
+        """What has come."""
+        buffer = self._buffer
+        buffer += data
+        while len(buffer) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(buffer)
+            if size > MOST_BESIDE:
+                logger.warning("host %s has sent a message of %d bytes, over its cap", self._host[:8], size)
+                self._transport.abort()
+                return
+            if len(buffer) < _LENGTH.size + size:
+                return
+            message = bytes(buffer[_LENGTH.size : _LENGTH.size + size])
+            del buffer[: _LENGTH.size + size]
+            try:
+                self._on_message(_decode_beside(message))
+            except msgspec.MsgspecError as error:
+                logger.warning("host %s has sent a message that can't be read: %s", self._host[:8], error)
+                self._transport.abort()
+                return
+
+    def _on_message(self, message: Beside) -> None:
+        if isinstance(message, Cancel):
+            lane = self._server.lanes.get(message.lane)
+            if lane is not None and lane.host == self._host:
+                lane.end("its caller has left")
+            return
+        agent, host = self._server.agent, self._host
+        agent.heard_of(host)
+        self._server.in_thread(lambda: agent.heartbeat(host, message.seen, message.level), self._send)
+
+    def _send(self, data: bytes) -> None:
+        self._transport.write(_LENGTH.pack(len(data)) + data)
+
+    def lost(self) -> None:
+        """The connection is over: the host makes another, or its lease will end."""
+
+    def hold(self) -> None:
+        """Heartbeats are small, and asked for one by one."""
+
+    def go_on(self) -> None:
+        """Nothing was held."""
+
+
+class LaneServer:
+    """A lane of a host's: the listener of one job after the other (`runner.jobs.callback_job.Listener`)."""
+
+    def __init__(self, server: AgentServer, transport: asyncio.Transport, host: str, number: int) -> None:
+        self.host = host
+        self._server = server
+        self._transport = transport
+        self._number = number
+        self._decoder = FrameDecoder(TO_WORKER)
+        self._job = 0
+        self._head: RequestHead | None = None
+        self._pieces: list[bytes] = []
+        self._whole = True
+        self._running: CallbackDispatch | None = None
+        self._upload: PushedUpload | None = None
+        self._reading = True
+        self._held = self._taken = False
+        server.lanes[number] = self
+
+    # -- what comes from the host ------------------------------------------------------------------
+
+    def take(self, data: bytes) -> None:
+        """What has come."""
+        for frame in self._decoder.feed(data):
+            if not self._on_frame(frame):
+                self._transport.abort()
+                return
+        if self._head is not None and (self._whole or sum(map(len, self._pieces)) > INLINE or not self._is_short):
+            self._begin()
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether the rest of the request may be in this very packet, and is waited for: it was sent in one write."""
+        return bool(self._pieces) or not self._decoder.clean
+
+    def _on_frame(self, frame: Frame) -> bool:
+        kind, job, payload = frame
+        if kind == INVALID:
+            logger.warning("host %s has broken the protocol: %s", self.host[:8], payload.decode(errors="replace"))
+            return False
+        if kind == REQUEST:
+            return self._on_request(job, payload)
+        if job != self._job or self._whole:
+            logger.warning("host %s has sent a part of a body that no request has", self.host[:8])
+            return False
+        if kind == BODY:
+            if self._upload is not None:
+                self._upload.push(payload)
+                if self._upload.waiting > AHEAD and self._reading:
+                    self._reading = False
+                    self._transport.pause_reading()
+            elif self._head is not None:
+                self._pieces.append(payload)
+            return True
+        self._whole = True
+        if self._upload is not None:
+            if kind == END:
+                self._upload.end()
+            else:
+                self._leave("its request was cut off")
+        elif kind == STOP and self._head is not None:
+            self._head = None
+            self._finish(JobEnd("closed", "its request was cut off"))
+        return True
+
+    def _on_request(self, job: int, payload: bytes) -> bool:
+        if self._running is not None or self._head is not None:
+            logger.warning("host %s has sent a request in the middle of another", self.host[:8])
+            return False
+        try:
+            self._head = _decode_head(payload)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            logger.warning("host %s has sent a request that can't be read: %s", self.host[:8], error)
+            return False
+        self._job = job
+        self._whole = not self._head.has_body
+        self._taken = False
+        self._pieces = []
+        return True
+
+    def _begin(self) -> None:
+        """Have a worker take the request."""
+        head, self._head = self._head, None
+        assert head is not None
+        pool = self._server.agent.pool_for(self.host)
+        if pool is None:
+            self._finish(JobEnd("busy", "its agent had taken its host for gone"))
+            return
+        upload: Upload
+        if self._whole:
+            upload = Upload(b"".join(self._pieces) or None)
+        else:
+            upload = self._upload = PushedUpload(self._on_starved)
+            for piece in self._pieces:
+                upload.push(piece)
+        self._pieces = []
+        try:
+            self._running = running = self._dispatch(pool, head, upload)
+            if self._held:
+                running.pause()
+            running.begin()
+            if self._running is running and running.begun and not self._whole:
+                self._tell_taken()  # the rest of its body is sent to no other worker any more
+        except BaseException as error:  # noqa: BLE001 - it is the host's
+            self.on_failure(error)
+
+    def _dispatch(self, pool: Pool, head: RequestHead, upload: Upload) -> CallbackDispatch:
+        request = Request(head.method, head.target, head.headers, None, head.scheme, head.server, head.client)
+        supervisor = pool._begin()
+        context, poller = head.context, self._server.poller
+        return CallbackDispatch(
+            request,
+            upload,
+            context,
+            context.job_id,
+            PATIENCE,
+            poller,
+            self,
+            supervisor,
+            lambda: None,
+        )
+
+    def _on_starved(self) -> None:
+        """The worker wants more of the body."""
+        self._tell_taken()
+        if not self._reading and not self._transport.is_closing():
+            self._reading = True
+            self._transport.resume_reading()
+
+    # -- what goes to the host ---------------------------------------------------------------------
+
+    def _tell_taken(self) -> None:
+        if not self._taken:
+            self._transport.write(self._taken_frame())
+
+    def _taken_frame(self) -> bytes:
+        self._taken = True
+        running = self._running
+        pid = None if running is None else running.worker_pid
+        return encode(TAKEN, self._job, encode_message(pid or 0))
+
+    def on_head(self, head: ResponseHead, data: bytes, *, ended: bool) -> None:
+        """The head of a job's response is there."""
+        frames = [] if self._taken else [self._taken_frame()]
+        frames += (encode(HEAD, self._job, encode_message(head)), *self._body(data))
+        if ended:
+            self._end_job()
+            frames.append(encode(END, self._job))
+        self._transport.write(b"".join(frames))
+
+    def on_body(self, data: bytes, *, ended: bool) -> None:
+        """More of its body, or its end."""
+        frames = self._body(data)
+        if ended:
+            self._end_job()
+            frames.append(encode(END, self._job))
+        self._transport.write(frames[0] if len(frames) == 1 else b"".join(frames))
+
+    def on_failure(self, error: BaseException) -> None:
+        """There is no more, and it is not whole."""
+        self._finish(ending_of(error))
+
+    def _body(self, data: bytes) -> list[bytes]:
+        if not data:
+            return []
+        job = self._job
+        if len(data) <= MAX_BODY:
+            return [pack_header(BODY, job, len(data)), data]
+        parts = [data[at : at + MAX_BODY] for at in range(0, len(data), MAX_BODY)]
+        return [piece for part in parts for piece in (pack_header(BODY, job, len(part)), part)]
+
+    def _finish(self, end: JobEnd) -> None:
+        self._end_job()
+        if not self._transport.is_closing():
+            self._transport.write(encode(OUTCOME, self._job, encode_message(end)))
+
+    def _end_job(self) -> None:
+        """The job is over. What is still to come of its body is for nobody."""
+        upload, self._upload = self._upload, None
+        self._running = None
+        if upload is not None:
+            upload.close()
+        if not self._reading and not self._transport.is_closing():
+            self._reading = True
+            self._transport.resume_reading()
+
+    def hold(self) -> None:
+        """The host takes no more for now."""
+        self._held = True
+        if self._running is not None:
+            self._running.pause()
+
+    def go_on(self) -> None:
+        """It takes more."""
+        self._held = False
+        if self._running is not None:
+            self._running.resume()
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def end(self, why: str) -> None:
+        """End the job, if there is one, and the lane."""
+        self._leave(why)
+        self._transport.abort()
+
+    def lost(self) -> None:
+        """The connection is over."""
+        self._server.lanes.pop(self._number, None)
+        self._leave("its host has left")
+
+    def _leave(self, why: str) -> None:
+        running, self._running = self._running, None
+        self._head = None
+        if running is not None:
+            running.leave(JobClosed(why))
+        if self._upload is not None:
+            self._upload.close()
+            self._upload = None
