@@ -377,9 +377,10 @@ def test_a_slow_reader_holds_up_only_itself(wires: Callable[..., Wire]) -> None:
         assert sum(map(len, job)) > 290_000_000
 
 
-def test_an_upload_that_nobody_reads(wire: Wire) -> None:
-    """D4, D9: the cancel does not wait behind the body that fills the connection."""
-    wire.join()
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_upload_that_nobody_reads(wire: Wire, broken: bool) -> None:
+    """D4, D9: the cancel does not wait behind the body that fills the connection, and is said until it is heard."""
+    made = wire.join()
     pulled = 0
 
     def endless() -> Iterator[bytes]:
@@ -408,10 +409,13 @@ def test_an_upload_that_nobody_reads(wire: Wire) -> None:
         seen = pulled
         time.sleep(0.2)
     assert pulled < 32 << 20
+    if broken:
+        assert made._beside is not None
+        made._beside.sock.shutdown(socket.SHUT_RDWR)
     found[0].cancel()  # type: ignore[attr-defined]
     thread.join()
     assert isinstance(found[1], JobClosed)
-    wait_until(lambda: wire.pool.stats().running == 0, 3)
+    wait_until(lambda: wire.pool.stats().running == 0, 6)
     wait_until(lambda: wire.placement.numbers() == (0, 0))
     assert wire.get("/hello") == b"hello"
 

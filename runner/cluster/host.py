@@ -45,6 +45,9 @@ _TELL: Final = 2.0
 _PER_LANE: Final = 4
 """Descriptors of a lane: its socket, by two, what wakes it, and what an event loop waits for."""
 
+_AGAIN: Final = 1.0
+"""Seconds after which a cancel is said again that its agent has not acknowledged by closing the lane."""
+
 _LEFT: Final = 10.0
 """Seconds that an agent has to end what a caller has left; then its connection is closed all the same."""
 
@@ -357,8 +360,15 @@ class Pulse:
                 del self._leaving[fd]
                 self._host.leases.discard(lane)
 
+        def again() -> None:
+            if self._leaving.get(fd) is lane:
+                lane.link.cancel(lane)  # the connection that was to tell it may have broken
+                self.after(_AGAIN, again)
+
         self.watch(fd, look)
         self.after(_LEFT, give_up)
+        if not tail:
+            self.after(_AGAIN, again)
         look()
 
     def after_fork_in_child(self) -> None:
