@@ -6,7 +6,6 @@ import contextlib
 import errno
 import logging
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from .handshake import CONTROL, LANE, connect
 from .lane import LaneChannel, LeasesProtocol, RemoteLane
 from .messages import Beside, Cancel, Heartbeat, JoinReply, Ping, decode_event, encode
 from .placement import Node
+from .side import PulseProtocol, SideConnection
 
 if TYPE_CHECKING:
     from ..events import Events
@@ -40,34 +40,9 @@ CONNECT_SECONDS: Final = 2.0
 _PAUSES: Final = (0.05, 1.0)
 """Seconds until a connection that broke is tried again: at first, and at most."""
 
-MOST_BESIDE: Final = 16 * 1024 * 1024
-"""The cap on a message of an agent's, in bytes: it tells of all its workers, and of what they have logged."""
-
 _OWN_TROUBLE: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
-_MOST_UNSENT: Final = 1024 * 1024
-_READ_SIZE: Final = 256 * 1024
-_LENGTH: Final = struct.Struct("<I")
 _NO_HEARTBEAT: Final = Heartbeat(True, 0, 0, 0, 0, 0, 0, [], [], [], 0)
 decode_heartbeat = msgspec.msgpack.Decoder(Heartbeat).decode
-
-
-class PulseProtocol(Protocol):
-    """The thread that looks after links: see `runner.cluster.host.Pulse`."""
-
-    def call(self, step: Callable[[], object]) -> None:
-        """Have something done in the thread."""
-
-    def tell(self, step: Callable[[], object]) -> None:
-        """Have subscribers told of something."""
-
-    def after(self, seconds: float, step: Callable[[], object]) -> None:
-        """Have something done later."""
-
-    def watch(self, fd: int, step: Callable[[], object], *, write: bool = False) -> None:
-        """Have something done whenever there is something to read, or room to write."""
-
-    def unwatch(self, fd: int) -> None:
-        """Look at it no more."""
 
 
 class HostProtocol(Protocol):
@@ -113,7 +88,7 @@ class AgentLink:
         self._seen = joined.seen
         self._news: deque[Heartbeat] = deque()
         self._first = threading.Event()
-        self._beside: _Beside | None = None
+        self._beside: SideConnection | None = None
         self._connecting = False
         self._pause = _PAUSES[0]
         self._not_before = 0.0
@@ -229,7 +204,7 @@ class AgentLink:
         if self.lost or self._beside is not None:
             sock.close()
             return
-        self._beside = _Beside(sock, self._host, self._on_message, self._on_broken)
+        self._beside = SideConnection(sock, self._host.pulse, self._on_message, self._on_broken)
         self._say(Ping(self._seen, logger.getEffectiveLevel()))
 
     def _say(self, message: Beside) -> None:
@@ -328,84 +303,3 @@ class AgentLink:
         beside, self._beside = self._beside, None
         if beside is not None:
             beside.close()
-
-
-class _Beside:
-    """A connection for what is beside the jobs: messages, each with its length before it. In the pulse's thread."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        host: HostProtocol,
-        on_message: Callable[[bytes], object],
-        on_broken: Callable[[str], object],
-    ) -> None:
-        sock.setblocking(False)
-        self.sock = sock
-        self._pulse = host.pulse
-        self._on_message = on_message
-        self._on_broken = on_broken
-        self._received = bytearray()
-        self._unsent = bytearray()
-        self._pulse.watch(sock.fileno(), self._on_ready)
-
-    def send(self, data: bytes) -> None:
-        """Send a message, now or as soon as there is room."""
-        if len(self._unsent) > _MOST_UNSENT:
-            self._break("it takes nothing of what it is told")
-            return
-        self._unsent += _LENGTH.pack(len(data)) + data
-        self._flush()
-
-    def close(self) -> None:
-        """End it."""
-        if self.sock.fileno() >= 0:
-            self._pulse.unwatch(self.sock.fileno())
-            self.sock.close()
-
-    def _flush(self) -> None:
-        try:
-            while self._unsent:
-                sent = self.sock.send(self._unsent)
-                del self._unsent[:sent]
-        except BlockingIOError:
-            self._pulse.watch(self.sock.fileno(), self._on_ready, write=True)
-            return
-        except OSError as error:
-            self._break(str(error))
-            return
-        self._pulse.watch(self.sock.fileno(), self._on_ready)
-
-    def _on_ready(self) -> None:
-        if self._unsent:
-            self._flush()
-            if self.sock.fileno() < 0:
-                return
-        try:
-            data = self.sock.recv(_READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._break(str(error))
-            return
-        if not data:
-            self._break("it was closed")
-            return
-        received = self._received
-        received += data
-        while len(received) >= _LENGTH.size:
-            (size,) = _LENGTH.unpack_from(received)
-            if size > MOST_BESIDE:
-                self._break(f"a message of {size} bytes is over the cap of {MOST_BESIDE}")
-                return
-            if len(received) < _LENGTH.size + size:
-                return
-            message = bytes(received[_LENGTH.size : _LENGTH.size + size])
-            del received[: _LENGTH.size + size]
-            self._on_message(message)
-            if self.sock.fileno() < 0:
-                return
-
-    def _break(self, why: str) -> None:
-        self.close()
-        self._on_broken(why)

@@ -23,11 +23,11 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
-from runner.cluster.host import BEAT
 from runner.cluster.link import GIVE_UP, SILENT, decode_heartbeat
 from runner.cluster.messages import Heartbeat, Ping, encode
 from runner.cluster.nodes import LOOK
 from runner.cluster.placement import PATIENCE, Node, Placement, Slot
+from runner.cluster.pulse import BEAT
 from runner.events import WorkerInfo
 from runner.supervision.waiters import Waiter
 
