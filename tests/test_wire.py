@@ -7,6 +7,8 @@ import hashlib
 import hmac
 import logging
 import os
+import resource
+import signal
 import socket
 import ssl
 import struct
@@ -33,6 +35,7 @@ from runner import (
     WorkerMisbehaved,
 )
 from runner.cluster import ClusterTLS, agent_server, link
+from runner.cluster.agent_outbox import AgentOutbox
 from runner.cluster.agent_server import AgentServer
 from runner.cluster.handshake import CONTROL, GREETING_SIZE, LANE, NAME, NONCE, Stranger, connect, greeting, make_secret
 from runner.cluster.host import ClusterHost
@@ -567,3 +570,145 @@ def test_messages_are_what_they_are() -> None:
     with pytest.raises(msgspec.ValidationError):
         link.decode_heartbeat(encode((1, 2, 3)))
     logging.getLogger("blastdoor").debug("done")
+
+
+def test_a_fork_ends_no_job_of_its_parent(wire: Wire) -> None:
+    """W11, D9: the child closes its copies of the connections, and says nothing on them."""
+    wire.join()
+    with wire.open("/stream?count=100&pause=0.01") as job:
+        assert job.read()
+        child = os.fork()
+        if not child:
+            wire.host.after_fork_in_child()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert sum(1 for _ in job) > 10
+
+
+def test_a_body_is_never_sent_in_part(wires: Callable[..., Wire], tmp_path: Path) -> None:
+    """D4, D9: where a worker is gone before it read a body that was begun, nobody else gets the rest of it."""
+    wire = wires(workers=1)
+    wire.join()
+    wire.get("/hello")
+    (worker,) = wire.pool.workers()
+    os.kill(worker.pid, signal.SIGSTOP)
+    pulled = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        for number in range(200):
+            yield b"%d," % number
+            pulled.set()
+        yield b"end"
+
+    outcomes: list[object] = []
+
+    def call() -> None:
+        try:
+            outcomes.append(wire.get("/mirror", body()))
+        except Exception as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    pulled.wait(10)
+    with contextlib.suppress(ProcessLookupError):  # the pool itself ends one that is stopped, sooner or later
+        os.kill(worker.pid, signal.SIGKILL)
+    thread.join()
+    (outcome,) = outcomes
+    whole = b"".join(b"%d," % number for number in range(200)) + b"end"
+    assert isinstance(outcome, Exception) or outcome == whole, outcome
+
+
+def test_without_descriptors_nothing_leaks(wire: Wire) -> None:
+    """W11, D9: a job that is left where no descriptor is to be had gives its slot and its lane back all the same."""
+    wire.join()
+    job = wire.open("/endless")
+    assert job.read()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limits[1]))
+    try:
+        job.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    wait_until(lambda: wire.placement.numbers() == (0, 0))
+    assert wire.get("/hello") == b"hello"
+
+
+def test_a_lane_that_was_left_is_seen_out(wire: Wire) -> None:
+    """D4, D9: its slot is given back once the agent has done with it, and nothing of it stays watched."""
+    wire.join()
+    jobs = [wire.open("/endless") for _ in range(2)]
+    held = threading.Event()
+    wire.server.call(lambda: held.wait(2.5))  # the agent hears nothing for more than two beats
+    for job in jobs:
+        job.close()
+    time.sleep(1.5)
+    assert wire.placement.numbers()[0] == 2
+    held.set()
+    wait_until(lambda: wire.placement.numbers() == (0, 0))
+    wait_until(lambda: not wire.host.pulse._leaving)
+    made = wire.host.links["node"]
+    assert made._beside is not None
+    assert set(wire.host.pulse._watched) == {made._beside.sock.fileno()}
+
+
+def test_news_in_parts() -> None:
+    """D8: what is too much for one message is told in the next ones, all of it, in its order."""
+    outbox = AgentOutbox()
+    try:
+        for number in range(1500):
+            outbox.emit(logging.makeLogRecord({"msg": f"{number} " + "x" * 9000, "levelno": logging.INFO}))
+        told: list[int] = []
+        seen = rounds = 0
+        while len(told) < 1500:
+            records, _, seen = outbox.since(seen)
+            assert sum(len(record.message) for record in records) < 5 << 20
+            told += [int(record.message.split()[0]) for record in records]
+            rounds += 1
+        assert told == list(range(1500))
+        assert rounds > 2
+    finally:
+        logging.getLogger("blastdoor").removeHandler(outbox)
+
+
+def test_strangers_before_tls(wires: Callable[..., Wire], tls: ClusterTLS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D9: who does not even speak TLS is counted, and has some seconds, as any other."""
+    monkeypatch.setattr(agent_server, "HELLO_SECONDS", 1.0)
+    wire = wires(tls=tls)
+    silent = [wire.dial() for _ in range(agent_server.STRANGERS + 20)]
+    try:
+        wait_until(lambda: wire.server.strangers == agent_server.STRANGERS)
+        assert all(is_closed(sock) for sock in silent)
+    finally:
+        for sock in silent:
+            sock.close()
+    wait_until(lambda: wire.server.strangers == 0)
+    wire.join()
+    assert wire.get("/hello") == b"hello"
+
+
+def test_a_relay_that_ends_while_it_dials(tls: ClusterTLS) -> None:
+    """W11, D9: who waits for a connection is told that there will be none."""
+    host = ClusterHost(HOST, Placement(), Events(), tls)
+    host.begin()
+    dial = host.dial
+    assert dial is not None
+    found: list[BaseException] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+
+        def call() -> None:
+            try:
+                dial(address, 10)
+            except OSError as error:
+                found.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        wait_until(lambda: bool(host._relay and host._relay._tasks))
+        host.end()
+        thread.join(5)
+        assert not thread.is_alive()
+        with pytest.raises(OSError, match="closed"):
+            dial(address, 1)
+    assert found

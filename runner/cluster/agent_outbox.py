@@ -10,6 +10,11 @@ from typing import Final
 from .messages import LogEntry, encode_event
 
 _MOST_NEWS: Final = 2000
+_MOST_TOLD: Final = 4 * 1024 * 1024
+"""Bytes, about, that are told at once."""
+
+_LONGEST: Final = 256 * 1024
+"""Characters of a record."""
 
 logger = logging.getLogger("blastdoor")
 
@@ -33,7 +38,7 @@ class AgentOutbox(logging.Handler):
         message = record.getMessage()
         if record.exc_info:
             message = f"{message}\n{logging.Formatter().formatException(record.exc_info)}"
-        self._note(LogEntry(record.levelno, message, extra))
+        self._note(LogEntry(record.levelno, message[:_LONGEST], extra))
 
     def note_event(self, event: object) -> None:
         """An event of the pool."""
@@ -43,9 +48,17 @@ class AgentOutbox(logging.Handler):
 
     def since(self, seen: int) -> tuple[list[LogEntry], list[bytes], int]:
         """The records and events after number `seen`, and the number of the latest."""
+        kept: list[LogEntry | bytes] = []
+        room = _MOST_TOLD
         with self._mutex:
-            kept = [what for number, what in self._kept if number > seen]
             latest = self._number
+            for number, what in self._kept:
+                if number > seen:
+                    room -= len(what) if isinstance(what, bytes) else 4 * len(what.message) + 200
+                    if room < 0 and kept:
+                        latest = number - 1  # the rest is told next time
+                        break
+                    kept.append(what)
         records = [what for what in kept if isinstance(what, LogEntry)]
         return records, [what for what in kept if isinstance(what, bytes)], latest
 

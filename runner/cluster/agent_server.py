@@ -11,11 +11,12 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -38,6 +39,7 @@ HELLO_SECONDS: Final = 5.0
 MOST_BESIDE: Final = 64 * 1024
 """The cap on a message of a host's that is beside the jobs, in bytes."""
 
+_ACCEPT_PAUSE: Final = 0.2
 _LENGTH: Final = struct.Struct("<I")
 _decode_beside = msgspec.msgpack.Decoder(Beside).decode
 
@@ -52,6 +54,7 @@ class AgentServer:
         self.strangers = 0
         self.connections: set[_Connection] = set()
         self._numbers = 0
+        self._tell_again = 0.0
         self._ready = threading.Event()
         self._error: BaseException | None = None
         self.port = 0
@@ -70,6 +73,13 @@ class AgentServer:
         """Listen no more, and end all connections and the thread."""
         self.call(self._over.set)
         self._thread.join()
+
+    def tell_stranger(self, words: str) -> None:
+        """Log that somebody was dropped, no more than once a second: hosts hear of it, and have to hear of others."""
+        now = self.loop.time()
+        if now >= self._tell_again:
+            self._tell_again = now + 1.0
+            logger.warning("a connection is dropped: %s", words)
 
     def call(self, step: Callable[[], object]) -> None:
         """Have something done in the loop's thread."""
@@ -96,7 +106,11 @@ class AgentServer:
         async def run() -> None:
             then(await asyncio.to_thread(work))
 
-        task = self.loop.create_task(run())
+        self.begin(run())
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done that nobody waits for. In the loop's thread."""
+        task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -115,25 +129,55 @@ class AgentServer:
         self.loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self.poller = Poller(self.loop)
-        server = await self.loop.create_server(
-            lambda: _Connection(self),
-            address,
-            0,
-            backlog=1024,
-            ssl=self._tls,
-            ssl_handshake_timeout=None if self._tls is None else HELLO_SECONDS,
-        )
-        self.port = server.sockets[0].getsockname()[1]
+        listener = socket.create_server((address, 0), backlog=1024)
+        listener.setblocking(False)
+        self.port = listener.getsockname()[1]
+        accepting = self.loop.create_task(self._accept(listener))
         self._over = asyncio.Event()
         self._ready.set()
         try:
             await self._over.wait()
         finally:
-            server.close()
+            accepting.cancel()
+            await asyncio.gather(accepting, return_exceptions=True)
+            listener.close()
             for connection in list(self.connections):
                 connection.abort()
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             await asyncio.sleep(0)
             self.poller.close()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = await self.loop.sock_accept(listener)
+            except OSError as error:  # no descriptor is left, say
+                self.tell_stranger(str(error))
+                await asyncio.sleep(_ACCEPT_PAUSE)
+                continue
+            if self.strangers >= STRANGERS:
+                sock.close()
+                continue
+            self.strangers += 1
+            self.begin(self._take_in(sock))
+
+    async def _take_in(self, sock: socket.socket) -> None:
+        """A connection has come: it is a stranger's until it has shown the secret."""
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self.loop.connect_accepted_socket(
+                lambda: _Connection(self),
+                sock,
+                ssl=self._tls,
+                ssl_handshake_timeout=None if self._tls is None else HELLO_SECONDS,
+            )
+        except OSError as error:  # ssl.SSLError is one
+            self.strangers -= 1
+            self.tell_stranger(f"no TLS: {error}")
+            sock.close()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -159,11 +203,7 @@ class _Connection(asyncio.Protocol):
         """Somebody has connected."""
         self._transport = transport
         server = self._server
-        server.strangers += 1
         server.connections.add(self)
-        if server.strangers > STRANGERS:
-            transport.abort()
-            return
         self._late = server.loop.call_later(HELLO_SECONDS, transport.abort)
         transport.write(greeting(self._nonce))
 
@@ -180,8 +220,7 @@ class _Connection(asyncio.Protocol):
                 raise Stranger("a connection has said more than a hello")
             kind, host, nonce = read_hello(self._server.secret, self._nonce, self._hello)
         except (Stranger, UnicodeDecodeError) as stranger:
-            peer = self._transport.get_extra_info("peername")
-            logger.warning("a connection from %s is dropped: %s", peer, stranger)
+            self._server.tell_stranger(f"{self._transport.get_extra_info('peername')}: {stranger}")
             self._transport.abort()
             return
         self._no_stranger()
@@ -265,7 +304,8 @@ class _ControlServer:
         self._server.in_thread(lambda: agent.heartbeat(host, message.seen, message.level), self._send)
 
     def _send(self, data: bytes) -> None:
-        self._transport.write(_LENGTH.pack(len(data)) + data)
+        if not self._transport.is_closing():
+            self._transport.write(_LENGTH.pack(len(data)) + data)
 
     def lost(self) -> None:
         """The connection is over: the host makes another, or its lease will end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Final
@@ -12,10 +13,10 @@ from ..events import Events
 from ..model.limits import Limits
 from ..platform import descriptors
 from ..supervision.waiters import in_thread
-from .lane import LaneWorker, RemoteLane
+from .lane import LaneChannel, LaneWorker, RemoteLane
 from .link import Unreachable
 from .placement import Placement, Slot
-from .pulse import Pulse
+from .pulse import LeftJob, Pulse
 
 if TYPE_CHECKING:
     from ..model.cancel_scope import CancelScope
@@ -43,6 +44,7 @@ class RemoteLeases:
         self._host = host
         self._placement = host.placement
         self._leased: set[RemoteLane] = set()
+        self._lock = threading.RLock()  # reentrant: a finalizer may close a job in the middle of anything
 
     def lease(self, timeout: float | None, scope: CancelScope | None, provider: str, caller: object) -> RemoteLane:
         """A lane to the least loaded node. Raises as `Placement.lease`, and WorkersUnavailable."""
@@ -98,8 +100,9 @@ class RemoteLeases:
         return link
 
     def _give(self, lane: RemoteLane, slot: Slot, caller: object) -> RemoteLane:
-        lane.slot, lane.caller, lane.job = slot, weakref.ref(caller), None
-        self._leased.add(lane)
+        with self._lock:
+            lane.slot, lane.caller, lane.job = slot, weakref.ref(caller), None
+            self._leased.add(lane)
         return lane
 
     def _take_back(self, slot: Slot) -> None:
@@ -129,9 +132,11 @@ class RemoteLeases:
     def discard(self, lane: RemoteLane) -> None:
         """A lane is of no use any more."""
         slot = self._release(lane)
-        lane.link.close_lane(lane)
-        if slot is not None:
-            self._placement.give_back(slot)
+        try:
+            lane.link.close_lane(lane)
+        finally:
+            if slot is not None:
+                self._placement.give_back(slot)
 
     def refuse_lane(self, lane: RemoteLane) -> None:
         """An agent does not refuse lanes."""
@@ -150,15 +155,17 @@ class RemoteLeases:
     def reclaim(self) -> None:
         """Give up the lanes of callers that are gone without a word."""
         for lane in list(self._leased):
-            if lane.forgotten:
-                self.discard(lane)
+            with self._lock:
+                if lane in self._leased and lane.forgotten:
+                    self.discard(lane)
 
     def _release(self, lane: RemoteLane) -> Slot | None:
         """It is nobody's now; gives its slot, once."""
-        self._leased.discard(lane)
-        slot, lane.slot = lane.slot, None
-        lane.caller = lane.job = None
-        return slot
+        with self._lock:
+            self._leased.discard(lane)
+            slot, lane.slot = lane.slot, None
+            lane.caller = lane.job = None
+            return slot
 
 
 class ClusterHost:
@@ -210,14 +217,21 @@ class ClusterHost:
         """A job has left this lane: have its agent end it, or wait for the little that is to come."""
         assert isinstance(lane, RemoteLane)
         tail = remainder.exchange.background
-        if not tail:
-            lane.channel.end_requests()
-            lane.link.cancel(lane)
-        self.pulse.call(lambda: self.pulse.see_out(lane, remainder, tail=tail))
+        left = LeftJob(remainder)
+        lane.job = weakref.ref(left)  # first: a lane without a job is taken for forgotten
+        try:
+            if not tail:
+                assert isinstance(lane.channel, LaneChannel)
+                lane.channel.leave()
+                lane.link.cancel(lane)
+        finally:
+            self.pulse.call(lambda: self.pulse.see_out(lane, left, tail=tail))
 
     def after_fork_in_child(self) -> None:
         """This is a forked child now: the connections are the parent's."""
         self.in_forked_child = True
+        if self._relay is not None:
+            self._relay.after_fork_in_child()
         for link in self.links.values():
             link.after_fork_in_child()
         self.pulse.after_fork_in_child()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from ..errors import LeaseTimeout, WorkersUnavailable
+from ..errors import LeaseTimeout, WorkersUnavailable, WriteTimeout
 from ..jobs.async_job import AsyncJob
 from ..jobs.dispatch import Dispatch
 from ..jobs.job import Job
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from .host import ClusterHost
 
 logger = logging.getLogger("blastdoor")
-
-_MOST_TRIES: Final = 1000
 
 
 class RemoteTrip(RoundTrip):
@@ -70,10 +68,12 @@ class RemoteTrip(RoundTrip):
             return
         if exchange.whole:
             self._outcome = "ok"
-        elif end.kind == "busy" and exchange.head is None:
+        elif end.kind == "busy" and exchange.head is None and not (self._upload.pulled or self._upload.closed):
             self._outcome = "not taken"
             leases = self._lane.link.leases
-            self._end(lambda _: leases.give_back_busy(self._lane))
+            self._end(
+                (lambda _: leases.give_back_busy(self._lane)) if self._is_fit else self._supervisor.leases.discard
+            )
             raise RequestNotTaken
         else:
             self._outcome = end.fault.kind if end.fault is not None else "lost" if end.kind == "closed" else "left"
@@ -82,8 +82,30 @@ class RemoteTrip(RoundTrip):
         except BaseException:
             self._discard()
             raise
-        fit = self._channel.flushed and not self._channel.torn
-        self._end(self._supervisor.leases.give_back if fit else self._supervisor.leases.discard)
+        self._end(self._supervisor.leases.give_back if self._is_fit else self._supervisor.leases.discard)
+
+    @property
+    def _is_fit(self) -> bool:
+        """Whether the lane can have another job: nothing is still to be sent, and nothing to come."""
+        return self._channel.ready_for_next and not self._exchange.violation
+
+    @property
+    def _awaits_worker(self) -> bool:
+        """Whether a body waits until a worker has taken the job."""
+        return self._uploading and self._channel.flushed and self._exchange.pid is None
+
+    def _patience(self) -> float | None:
+        patience = super()._patience()
+        if self._awaits_worker and self._write_timeout is not None:
+            return self._write_timeout if patience is None else min(patience, self._write_timeout)
+        return patience
+
+    def _time_is_up(self) -> None:
+        super()._time_is_up()
+        if self._awaits_worker and self._write_timeout is not None and self._closed_by is None:
+            raise WriteTimeout(
+                f"no worker took job {self.job_id} for {self._write_timeout} s, and it was ended: allow more time"
+            )
 
     def _raise_worker_death(self) -> None:
         """The connection has ended inside the job."""

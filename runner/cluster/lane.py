@@ -33,7 +33,7 @@ FROM_AGENT: Final[Mapping[int, int]] = {
     HEAD: MAX_HEAD,
     BODY: MAX_BODY,
     END: 1,
-    OUTCOME: MAX_FAULT + 4096,
+    OUTCOME: 4 * MAX_FAULT + 4096,  # what a worker says may grow as it is made fit to be shown
 }
 """What an agent sends: for each job TAKEN, then a worker's head and body, and END or OUTCOME."""
 
@@ -103,15 +103,17 @@ class LaneChannel(Channel):
         """What an agent has not taken is not known here."""
         return 0
 
-    def end_requests(self) -> None:
-        """Send nothing more: the agent ends the job, if it has one."""
+    def leave(self) -> None:
+        """Send nothing more: the agent ends the job, if it has one. Closing must not say so: a fork does that too."""
         if self.request_fd >= 0:
-            with socket.socket(fileno=os.dup(self.request_fd)) as sock:
-                try:
-                    sock.shutdown(socket.SHUT_WR)
-                except OSError:
-                    pass  # it was reset
-        super().end_requests()
+            sock = socket.socket(fileno=self.request_fd)
+            try:
+                sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # it was reset
+            finally:
+                sock.detach()
+        self.end_requests()
 
     @property
     def stale(self) -> bool:
@@ -176,6 +178,9 @@ class LeasesProtocol(Protocol):
 
     def give_back_busy(self, lane: RemoteLane) -> None:
         """No worker of the node was free."""
+
+    def discard(self, lane: RemoteLane) -> None:
+        """A lane is of no use any more."""
 
 
 class RemoteLane(Lane):

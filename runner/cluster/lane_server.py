@@ -169,6 +169,9 @@ class LaneServer:
             if self._running is running and running.begun and not self._whole:
                 self._tell_taken()  # the rest of its body is sent to no other worker any more
         except BaseException as error:  # noqa: BLE001 - it is the host's
+            begun = self._running
+            if begun is not None:
+                begun.leave(error)
             self.on_failure(error)
 
     def _dispatch(self, pool: Pool, head: RequestHead, upload: Upload) -> CallbackDispatch:
@@ -225,7 +228,10 @@ class LaneServer:
 
     def on_failure(self, error: BaseException) -> None:
         """There is no more, and it is not whole."""
-        self._finish(ending_of(error))
+        end = ending_of(error)
+        if end.kind == "busy" and self._taken:  # a part of its body is here: nobody else can have all of it
+            end = JobEnd("closed", "its worker was gone before it read the request, and no other was free")
+        self._finish(end)
 
     def _body(self, data: bytes) -> list[bytes]:
         if not data:

@@ -8,7 +8,6 @@ import logging
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -86,7 +85,6 @@ class AgentLink:
         self._secret = joined.secret
         self._heard = time.monotonic()
         self._seen = joined.seen
-        self._news: deque[Heartbeat] = deque()
         self._first = threading.Event()
         self._beside: SideConnection | None = None
         self._connecting = False
@@ -279,7 +277,7 @@ class AgentLink:
         idle, self._idle = self._idle, []
         for lane in idle:
             self.close_lane(lane)
-        for lane in self.lanes if wake else ():
+        for lane in list(self.lanes) if wake else ():
             lane.worker.dead = True
             lane.worker.exited.set()
             lane.channel.wake()

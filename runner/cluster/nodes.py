@@ -298,8 +298,8 @@ class NodeManager:
         try:
             link.begin()
             with self._lock:
-                if self._ended:
-                    raise Unready("the pool is closed")
+                if self._ended or link.lost:
+                    raise Unready(link.lost or "the pool is closed")
                 self._host.links[node.name] = link
                 self._host.placement.add(node)
             self._host.make_room()

@@ -45,6 +45,23 @@ class LinkedProtocol(Protocol):
     def leases(self) -> Any: ...
 
 
+class LeftJob:
+    """What holds a lane that its job has left, until the agent has done with it."""
+
+    method = target = job_id = ""
+    began = 0.0
+    settled = over = False
+
+    def __init__(self, remainder: Remainder) -> None:
+        self.remainder = remainder
+
+    def close(self, cause: BaseException | None = None) -> None:
+        """It is being ended."""
+
+    def over_time(self, detail: str) -> None:
+        """It is being ended."""
+
+
 class Pulse:
     """A thread that pings the agents, hears them, and sees out the lanes that were left."""
 
@@ -56,7 +73,7 @@ class Pulse:
         self._watched: dict[int, Callable[[], object]] = {}
         self._timers: list[tuple[float, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
-        self._leaving: dict[int, RemoteLane] = {}
+        self._leaving: dict[int, tuple[RemoteLane, LeftJob]] = {}
         self._ended = False
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -65,12 +82,13 @@ class Pulse:
 
     def start(self) -> None:
         """Begin. RuntimeError where the system gives no thread, OSError where it gives no descriptor."""
+        self._news = queue.SimpleQueue()
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._ended = False
         self._closed = False
-        self._teller = threading.Thread(target=self._tell_all, name="blastdoor-news", daemon=True)
+        self._teller = threading.Thread(target=self._tell_all, args=(self._news,), name="blastdoor-news", daemon=True)
         self._teller.start()
         self._thread = threading.Thread(target=self._run, name="blastdoor-pulse", daemon=True)
         self._thread.start()
@@ -91,7 +109,7 @@ class Pulse:
         self._closed = True
         while self._calls:
             self._calls.popleft()()
-        for lane in list(self._leaving.values()):
+        for lane, _ in list(self._leaving.values()):
             self._host.leases.discard(lane)
         self._leaving.clear()
         self._watched.clear()
@@ -104,11 +122,15 @@ class Pulse:
 
     def call(self, step: Callable[[], object]) -> None:
         """Have something done in the thread. It never waits."""
-        if self._closed:
-            step()  # there is nothing left that it could disturb
-            return
         self._calls.append(step)
         self._wake()
+        self._do_late()
+
+    def _do_late(self) -> None:
+        """Once it has ended there is nothing left that a step could disturb: whoever comes then does it himself."""
+        while self._closed and self._calls:
+            with contextlib.suppress(IndexError):
+                self._calls.popleft()()
 
     def tell(self, step: Callable[[], object]) -> None:
         """Have subscribers told of something, in a thread where they may take their time."""
@@ -122,9 +144,9 @@ class Pulse:
         """Have something done whenever there is something to read, or room to write. In the thread."""
         assert self._epoll is not None
         events = select.EPOLLIN | (select.EPOLLOUT if write else 0)
-        if fd in self._watched:
+        try:
             self._epoll.modify(fd, events)
-        else:
+        except FileNotFoundError:
             self._epoll.register(fd, events)
         self._watched[fd] = step
 
@@ -134,7 +156,7 @@ class Pulse:
             with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
 
-    def see_out(self, lane: RemoteLane, remainder: Remainder, *, tail: bool) -> None:
+    def see_out(self, lane: RemoteLane, left: LeftJob, *, tail: bool) -> None:
         """Take what is still to come on a lane, for nobody. In the thread."""
         fd = lane.channel.response_fd
         if fd < 0:
@@ -142,11 +164,14 @@ class Pulse:
         if self._closed:
             self._host.leases.discard(lane)
             return
-        self._leaving[fd] = lane
+        self._leaving[fd] = lane, left
+
+        def is_leaving() -> bool:
+            return self._leaving.get(fd) == (lane, left)
 
         def look() -> None:
             frames = lane.channel.receive()
-            exchange = remainder.exchange
+            exchange = left.remainder.exchange
             if frames:
                 exchange.receive(frames)
                 exchange.body.clear()
@@ -157,13 +182,13 @@ class Pulse:
                 (self._host.leases.give_back if fit else self._host.leases.discard)(lane)
 
         def give_up() -> None:
-            if self._leaving.get(fd) is lane:
+            if is_leaving():
                 self.unwatch(fd)
                 del self._leaving[fd]
                 self._host.leases.discard(lane)
 
         def again() -> None:
-            if self._leaving.get(fd) is lane:
+            if is_leaving():
                 lane.link.cancel(lane)  # the connection that was to tell it may have broken
                 self.after(_AGAIN, again)
 
@@ -187,8 +212,8 @@ class Pulse:
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._wake_fd, 1)
 
-    def _tell_all(self) -> None:
-        while (step := self._news.get()) is not None:
+    def _tell_all(self, news: queue.SimpleQueue[Callable[[], object] | None]) -> None:
+        while (step := news.get()) is not None:
             try:
                 step()
             except Exception:

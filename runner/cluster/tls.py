@@ -12,8 +12,9 @@ import os
 import socket
 import ssl
 import threading
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from ..errors import ConfigurationError
 
@@ -62,14 +63,21 @@ class Relay:
         """OSError where the certificate of `ca` can't be read."""
         self._context = tls.for_hosts()
         self._loop = asyncio.new_event_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._fds: set[int] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="blastdoor-tls", daemon=True)
         self._thread.start()
 
     def dial(self, address: tuple[str, int], timeout: float) -> socket.socket:
         """A connection to this address. OSError where none can be had in time."""
-        made = asyncio.run_coroutine_threadsafe(self._dial(address, timeout), self._loop)
-        return made.result()
+        dialing = self._dial(address, timeout)
+        try:
+            return asyncio.run_coroutine_threadsafe(dialing, self._loop).result(timeout + 1)
+        except RuntimeError as error:
+            dialing.close()
+            raise ConnectionError("the pool is closed") from error
+        except CancelledError as error:
+            raise ConnectionError("the pool was closed meanwhile") from error
 
     def close(self) -> None:
         """End all of them."""
@@ -78,9 +86,21 @@ class Relay:
         self._thread.join()
         self._loop.close()
 
+    def after_fork_in_child(self) -> None:
+        """In a forked child: close the inherited descriptors."""
+        for fd in self._fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
     async def _dial(self, address: tuple[str, int], timeout: float) -> socket.socket:
-        async with asyncio.timeout(timeout):
-            outer = await asyncio.open_connection(*address, ssl=self._context, limit=_PIECE)
+        dialing = asyncio.current_task()
+        assert dialing is not None
+        self._tasks.add(dialing)
+        try:
+            async with asyncio.timeout(timeout):
+                outer = await asyncio.open_connection(*address, ssl=self._context, limit=_PIECE)
+        finally:
+            self._tasks.discard(dialing)
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         inner = await asyncio.open_connection(sock=theirs, limit=_PIECE)
@@ -95,6 +115,8 @@ class Relay:
         outer: tuple[asyncio.StreamReader, asyncio.StreamWriter],
     ) -> None:
         """Both ways, until one of the two ends: TLS has no half-closed connections here."""
+        fds = {end[1].get_extra_info("socket").fileno() for end in (inner, outer)}
+        self._fds |= fds
         pumps = [self._loop.create_task(_pump(inner[0], outer[1])), self._loop.create_task(_pump(outer[0], inner[1]))]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -102,6 +124,7 @@ class Relay:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
+            self._fds -= fds
             outer[1].transport.abort()
             inner[1].close()
 
