@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import logging
 import os
+import random
 import resource
 import signal
 import socket
@@ -230,10 +231,9 @@ def test_an_agent_that_is_none(wire: Wire) -> None:
         thread.join()
 
 
-def test_floods_and_silence(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D9: who says nothing has some seconds, there are so many of them at once, and hosts get through all the same."""
-    monkeypatch.setattr(agent_server, "HELLO_SECONDS", 1.0)
-    silent = [wire.dial() for _ in range(agent_server.STRANGERS * 2)]
+def dial_and_be_silent(wire: Wire, count: int) -> None:
+    """Connect so often, say nothing, and wait until each has been closed."""
+    silent = [wire.dial() for _ in range(count)]
     try:
         wait_until(lambda: wire.server.strangers == agent_server.STRANGERS)
         assert all(is_closed(sock) for sock in silent)
@@ -241,6 +241,12 @@ def test_floods_and_silence(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None
         for sock in silent:
             sock.close()
     wait_until(lambda: wire.server.strangers == 0)
+
+
+def test_floods_and_silence(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D9: who says nothing has some seconds, there are so many of them at once, and hosts get through all the same."""
+    monkeypatch.setattr(agent_server, "HELLO_SECONDS", 1.0)
+    dial_and_be_silent(wire, agent_server.STRANGERS * 2)
     assert len(wire.server.connections) == 0
     wire.join()
     assert wire.get("/hello") == b"hello"
@@ -634,20 +640,28 @@ def test_without_descriptors_nothing_leaks(wire: Wire) -> None:
     assert wire.get("/hello") == b"hello"
 
 
-def test_a_lane_that_was_left_is_seen_out(wire: Wire) -> None:
+def test_a_lane_that_was_left_is_seen_out(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """D4, D9: its slot is given back once the agent has done with it, and nothing of it stays watched."""
     wire.join()
     jobs = [wire.open("/endless") for _ in range(2)]
+    made = wire.host.links["node"]
+    said: list[object] = []
+    cancel = made.cancel
+
+    def count(lane: object) -> None:
+        said.append(lane)
+        cancel(lane)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(made, "cancel", count)
     held = threading.Event()
-    wire.server.call(lambda: held.wait(2.5))  # the agent hears nothing for more than two beats
+    wire.server.call(lambda: held.wait(30))  # the agent hears nothing
     for job in jobs:
         job.close()
-    time.sleep(1.5)
+    wait_until(lambda: len(said) == 4)  # each was said, and said again
     assert wire.placement.numbers()[0] == 2
     held.set()
     wait_until(lambda: wire.placement.numbers() == (0, 0))
     wait_until(lambda: not wire.host.pulse._leaving)
-    made = wire.host.links["node"]
     assert made._beside is not None
     assert set(wire.host.pulse._watched) == {made._beside.sock.fileno()}
 
@@ -675,14 +689,7 @@ def test_strangers_before_tls(wires: Callable[..., Wire], tls: ClusterTLS, monke
     """D9: who does not even speak TLS is counted, and has some seconds, as any other."""
     monkeypatch.setattr(agent_server, "HELLO_SECONDS", 1.0)
     wire = wires(tls=tls)
-    silent = [wire.dial() for _ in range(agent_server.STRANGERS + 20)]
-    try:
-        wait_until(lambda: wire.server.strangers == agent_server.STRANGERS)
-        assert all(is_closed(sock) for sock in silent)
-    finally:
-        for sock in silent:
-            sock.close()
-    wait_until(lambda: wire.server.strangers == 0)
+    dial_and_be_silent(wire, agent_server.STRANGERS + 20)
     wire.join()
     assert wire.get("/hello") == b"hello"
 
@@ -712,3 +719,28 @@ def test_a_relay_that_ends_while_it_dials(tls: ClusterTLS) -> None:
         with pytest.raises(OSError, match="closed"):
             dial(address, 1)
     assert found
+
+
+def test_a_relay_that_ends_closes_what_it_held(wires: Callable[..., Wire], tls: ClusterTLS) -> None:
+    """W11, D9: whether a connection has just begun, has just ended, or waits for a reader, none of it is left."""
+    wire = wires(tls=tls)
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    dice = random.Random(seed)
+    for _ in range(40):
+        host = ClusterHost(HOST, Placement(), Events(), tls)
+        host.begin()
+        assert host.dial is not None
+        ours = [host.dial(wire.address, 5) for _ in range(3)]
+        relay = host._relay
+        for sock in ours[: dice.randrange(4)]:
+            sock.close()
+        host.end()
+        assert relay is not None
+        assert not relay._tasks
+        assert not relay._closing
+        assert not relay._fds
+        for sock in ours:
+            assert sock.fileno() < 0 or is_closed(sock)
+            sock.close()
+    wait_until(lambda: not wire.server.connections)

@@ -19,6 +19,7 @@ from typing import Any, Final
 from ..errors import ConfigurationError
 
 _PIECE: Final = 256 * 1024
+_End = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class Relay:
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._fds: set[int] = set()
+        self._closing: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._thread = threading.Thread(target=self._loop.run_forever, name="blastdoor-tls", daemon=True)
         self._thread.start()
 
@@ -99,39 +101,70 @@ class Relay:
         try:
             async with asyncio.timeout(timeout):
                 outer = await asyncio.open_connection(*address, ssl=self._context, limit=_PIECE)
+            try:
+                ours, inner = await _open_pair()
+            except BaseException:
+                self._drop(outer[1])
+                raise
         finally:
             self._tasks.discard(dialing)
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        inner = await asyncio.open_connection(sock=theirs, limit=_PIECE)
-        task = self._loop.create_task(self._pass_on(inner, outer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return ours
-
-    async def _pass_on(
-        self,
-        inner: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-        outer: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-    ) -> None:
-        """Both ways, until one of the two ends: TLS has no half-closed connections here."""
         fds = {end[1].get_extra_info("socket").fileno() for end in (inner, outer)}
         self._fds |= fds
-        pumps = [self._loop.create_task(_pump(inner[0], outer[1])), self._loop.create_task(_pump(outer[0], inner[1]))]
-        try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+
+        def over(task: asyncio.Task[None]) -> None:  # also of a task that was cancelled before it began
+            self._tasks.discard(task)
             self._fds -= fds
             outer[1].transport.abort()
-            inner[1].close()
+            self._drop(outer[1])
+            self._drop(inner[1])
+
+        task = self._loop.create_task(_pass_on(inner, outer))
+        self._tasks.add(task)
+        task.add_done_callback(over)
+        return ours
+
+    def _drop(self, writer: asyncio.StreamWriter) -> None:
+        """Close it, and know it until it is closed."""
+        writer.close()
+        task = self._loop.create_task(_closed(writer))
+        self._closing[task] = writer
+        task.add_done_callback(self._closing.pop)
 
     async def _end(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._closing.values():
+            writer.transport.abort()  # it may wait for somebody to read
+        await asyncio.gather(*self._closing)
+
+
+async def _open_pair() -> tuple[socket.socket, _End]:
+    """A connection inside of this process: the one end as it is, the other as streams."""
+    ours, theirs = socket.socketpair()
+    try:
+        theirs.setblocking(False)
+        return ours, await asyncio.open_connection(sock=theirs, limit=_PIECE)
+    except BaseException:
+        ours.close()
+        theirs.close()
+        raise
+
+
+async def _pass_on(inner: _End, outer: _End) -> None:
+    """Both ways, until one of the two ends: TLS has no half-closed connections here."""
+    pumps = [asyncio.create_task(_pump(inner[0], outer[1])), asyncio.create_task(_pump(outer[0], inner[1]))]
+    try:
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
