@@ -16,7 +16,7 @@ import ssl
 import struct
 import threading
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
@@ -24,9 +24,6 @@ from ..jobs.poller import Poller
 from .handshake import CONTROL, HELLO_SIZE, NONCE, Stranger, greeting, read_hello, welcome
 from .lane_server import AgentProtocol, LaneServer
 from .messages import Beside, Cancel
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("blastdoor")
 

@@ -107,8 +107,7 @@ class Pulse:
         for link in list(self._host.links.values()):
             link.close()
         self._closed = True
-        while self._calls:
-            self._calls.popleft()()
+        self._do_late()
         for lane, _ in list(self._leaving.values()):
             self._host.leases.discard(lane)
         self._leaving.clear()
