@@ -633,16 +633,36 @@ def test_shared_agents(cluster: Cluster) -> None:
         assert {worker.pid for worker in first.workers()} == ours
 
 
+def test_shared_agents_of_other_processes() -> None:
+    """D1: pools of one name and the same settings share their agents, whatever order sets have in their processes."""
+    code = f"""
+from runner import Retry
+from runner.cluster import ClusterPool
+pool = ClusterPool({HANDLER!r}, name="shop", workers=1, retry=Retry(methods=["GET", "HEAD", "PUT"]))
+print(pool._agents.name)
+"""
+    names = set()
+    for seed in "0123":
+        environ = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        made = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+        names.add(made.stdout)
+    assert len(names) == 1
+
+
 def test_serving(cluster: Cluster) -> None:
     """D1, G4: blastdoor serve on a cluster is what it is on one machine."""
     arguments = (HANDLER, f"--cluster={cluster.address}", "--workers=1", "--port=0", "--admin=127.0.0.1:0")
     with Process(*arguments) as served:
         assert requests.get(f"{served.url}/hello").text == "hello"
         assert requests.get(f"{served.url}/die").status_code == 500
-        status = requests.get(f"{served.admin}/-/status.json").json()
-        workers = status["pools"]["/"]["workers"]
-        assert len(workers) == 2
-        assert all(worker["node"] for worker in workers)
+
+        def workers() -> list[dict[str, Any]]:
+            found = requests.get(f"{served.admin}/-/status.json").json()["pools"]["/"]["workers"]
+            assert isinstance(found, list)
+            return found
+
+        wait_until(lambda: len(workers()) == 2)  # the one that died has a successor, of which its agent tells
+        assert all(worker["node"] for worker in workers())
         assert 'blastdoor_workers{pool="/",state="idle"}' in requests.get(f"{served.admin}/-/metrics").text
         served.process.send_signal(signal.SIGHUP)
         served.wait_for("reloaded in")

@@ -297,8 +297,8 @@ def _digest(template: Pool, options: PoolConfig, workers: int | None) -> str:
     """What tells pools of one name apart that run something else, or otherwise. None: one worker per core of a node."""
     if workers is None:
         options = msgspec.structs.replace(options, size=Size(least=1, most=1))
-    config = msgspec.msgpack.encode(template._config)
-    return hashlib.sha256(config + repr(options).encode()).hexdigest()[:12]
+    settings = msgspec.msgpack.encode((template._config, options), order="deterministic")  # sets have no order
+    return hashlib.sha256(settings).hexdigest()[:12]
 
 
 def _pool_of(template: Pool, options: PoolConfig) -> Pool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Collection, Iterator
 from types import UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -139,8 +140,16 @@ def _keys(kind: Any) -> Iterator[tuple[str, str, str]]:
         defaults = {field.name: field.default for field in msgspec.structs.fields(kind)}
     for name, default in defaults.items():
         said = default not in (UNSET, msgspec.NODEFAULT, dataclasses.MISSING, None, "", ())
-        shown = str(default).lower() if isinstance(default, bool) else str(default)
-        yield name, " or ".join(dict.fromkeys(_kinds(hints[name]))), f"`{shown}`" if said else ""
+        yield name, " or ".join(dict.fromkeys(_kinds(hints[name]))), f"`{_shown(default)}`" if said else ""
+
+
+def _shown(default: Any) -> str:
+    """A default, as TOML would have it."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, frozenset):
+        return json.dumps(sorted(default))  # a set has no order of its own
+    return str(default)
 
 
 _PLAIN: Final[dict[Any, str]] = {int: "number", float: "number", str: "text", bool: "true or false"}
@@ -154,7 +163,7 @@ def _kinds(hint: Any) -> Iterator[str]:
             yield from _kinds(part)
     elif origin is Literal:
         yield from (f"`{value}`" for value in get_args(hint))
-    elif origin in (list, tuple):
+    elif origin in (list, tuple, Collection):
         yield "list"
     elif origin is dict or hint in (Sandbox, Recycle, Retry, TrustedHeadersSettings):
         yield "table"
