@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from runner import ConfigurationError, Headers, InvalidRequest, Pool, Request
-from runner.model.request import INLINE, PIECE, Upload
+from runner.model.request import INLINE, Upload
+from runner.wire.frames import MAX_BODY
 
 
 @pytest.mark.parametrize(
@@ -86,12 +87,12 @@ def test_small_bodies_are_there_at_once() -> None:
 
 def test_large_bodies_are_cut_into_pieces() -> None:
     """H6: no piece is larger than what is sent at once, wherever it comes from."""
-    data = bytes(range(256)) * 1024
+    data = bytes(range(256)) * 10_000
     for body in (data, bytearray(data), memoryview(data), io.BytesIO(data), iter([data]), [data[:5], b"", data[5:]]):
         upload = Upload(body)
         found = pieces(upload)
         assert b"".join(found) == data
-        assert max(map(len, found)) <= PIECE
+        assert max(map(len, found)) <= MAX_BODY
 
 
 def test_an_iterator_is_closed_at_its_end_and_when_it_is_left() -> None:

@@ -171,6 +171,21 @@ def head(method: str = "GET", target: str = "/hello", *, body: bool = False) -> 
     return encode(RequestHead(method, target, [], "http", ("x", 80), body, JobContext("j"), ("127.0.0.1", 1)))
 
 
+def test_lanes_that_nobody_uses(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D9: a host keeps connections for as many jobs as it has had at once lately, and no more."""
+    wire.join()
+    with wire.open("/big?size=20000000") as one, wire.open("/big?size=20000000") as two:
+        assert b"".join(one) == b"".join(two)
+    kept = set(wire.host.links["node"].lanes)
+    assert len(kept) == len(wire.server.lanes) == 2
+    assert wire.get("/hello") == b"hello"
+    assert wire.host.links["node"].lanes == kept
+    monkeypatch.setattr(link, "KEEP", 0.0)
+    wait_until(lambda: not (wire.server.lanes or wire.host.links["node"].lanes))
+    wait_until(lambda: all(lane.channel.response_fd < 0 for lane in kept))
+    assert wire.get("/hello") == b"hello"
+
+
 # -- who is let in -------------------------------------------------------------------------------------
 
 

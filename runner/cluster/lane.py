@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 TAKEN: Final = 32
 OUTCOME: Final = 33
-
-_READ_SIZE: Final = 256 * 1024
 
 FROM_AGENT: Final[Mapping[int, int]] = {
     TAKEN: 16,
@@ -63,16 +62,11 @@ class LaneChannel(Channel):
         self._decoder = FrameDecoder(FROM_AGENT)
 
     def receive(self) -> list[Frame] | None:
-        """As of a pipe, but more at once: a socket holds more."""
+        """As of a pipe."""
         try:
-            data = os.read(self.response_fd, _READ_SIZE)
-        except BlockingIOError:
-            self.starved = True
-            return []
+            return super().receive()
         except OSError:  # it was reset, or its time is up
             return None
-        self.starved = False
-        return self._decoder.feed(data) if data else None
 
     def wait_and_receive(self) -> list[Frame]:
         """As of a pipe; a connection that was reset is for `receive` to find."""
@@ -186,13 +180,14 @@ class LeasesProtocol(Protocol):
 class RemoteLane(Lane):
     """A lane to an agent. `slot` is its place in `Placement` while it is leased; `remote` its number at the agent."""
 
-    __slots__ = ("link", "remote", "slot")
+    __slots__ = ("idle_since", "link", "remote", "slot")
 
     def __init__(self, link: LinkProtocol, remote: int, channel: LaneChannel) -> None:
         super().__init__(LaneWorker(), 0, channel)  # type: ignore[arg-type] # a job takes it for a worker
         self.link = link
         self.remote = remote
         self.slot: Slot | None = None
+        self.idle_since = time.monotonic()
 
 
 class RemoteExchange(ResponseExchange):

@@ -41,6 +41,8 @@ logger = logging.getLogger("blastdoor")
 AHEAD: Final = 256 * 1024
 """Bytes of a request's body that may wait for its worker; then nothing more is read from its host."""
 
+_SMALL: Final = 16 * 1024
+
 _decode_head = msgspec.msgpack.Decoder(RequestHead).decode
 
 
@@ -216,7 +218,7 @@ class LaneServer:
         if ended:
             self._end_job()
             frames.append(encode(END, self._job))
-        self._transport.write(b"".join(frames))
+        self._write(frames, len(data))
 
     def on_body(self, data: bytes, *, ended: bool) -> None:
         """More of its body, or its end."""
@@ -224,7 +226,14 @@ class LaneServer:
         if ended:
             self._end_job()
             frames.append(encode(END, self._job))
-        self._transport.write(frames[0] if len(frames) == 1 else b"".join(frames))
+        self._write(frames, len(data))
+
+    def _write(self, frames: list[bytes], size: int) -> None:
+        """Send it: small pieces as one, without a copy of large ones."""
+        if size <= _SMALL:
+            self._transport.write(frames[0] if len(frames) == 1 else b"".join(frames))
+        else:
+            self._transport.writelines(frames)
 
     def on_failure(self, error: BaseException) -> None:
         """There is no more, and it is not whole."""

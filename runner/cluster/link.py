@@ -39,6 +39,9 @@ CONNECT_SECONDS: Final = 2.0
 _PAUSES: Final = (0.05, 1.0)
 """Seconds until a connection that broke is tried again: at first, and at most."""
 
+KEEP: Final = 60.0
+"""Seconds that a lane is kept that nobody uses."""
+
 _OWN_TROUBLE: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 _NO_HEARTBEAT: Final = Heartbeat(True, 0, 0, 0, 0, 0, 0, [], [], [], 0)
 decode_heartbeat = msgspec.msgpack.Decoder(Heartbeat).decode
@@ -66,8 +69,8 @@ class Unreachable(Exception):
 class AgentLink:
     """One agent, as its host sees it.
 
-    Lanes are connections, opened as they are needed and used again. `lanes` are all of them, guarded by `lock`: those
-    that are leased, idle, or left by their jobs.
+    Lanes are connections, opened as they are needed, used again, and closed after a while without use. `lanes` are all
+    of them, guarded by `lock`: those that are leased, idle, or left by their jobs.
     """
 
     def __init__(self, actor: Any, node: Node, joined: JoinReply, host: HostProtocol) -> None:
@@ -116,9 +119,16 @@ class AgentLink:
         """A lane is free again."""
         with self.lock:
             if not self.lost and lane in self.lanes:
+                lane.idle_since = time.monotonic()
                 self._idle.append(lane)
                 return
         self.close_lane(lane)
+
+    def _close_unused(self, before: float) -> None:
+        """Close the lanes that nobody has used since: the one that was used last is taken first."""
+        with self.lock:
+            while self._idle and self._idle[0].idle_since < before:
+                self.close_lane(self._idle[0])
 
     def open_idle(self, timeout: float | None) -> None:
         """Have one more idle lane. WorkersUnavailable where this process has no descriptor left for it.
@@ -168,6 +178,7 @@ class AgentLink:
             return
         if (silence > SILENT) is not self.node.silent:
             self._host.placement.update(self.node, silent=silence > SILENT)
+        self._close_unused(now - KEEP)
         if self._beside is None:
             self.reconnect()
         self._say(Ping(self._seen, logger.getEffectiveLevel()))

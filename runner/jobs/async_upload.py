@@ -18,6 +18,7 @@ from anyio.lowlevel import current_token
 
 from ..errors import JobClosed
 from ..model.request import PIECE, Body, Upload, as_bytes
+from ..wire.frames import MAX_BODY
 
 logger = logging.getLogger("blastdoor")
 
@@ -64,11 +65,11 @@ class AsyncUpload(Upload):
                 self._next = None
                 return b""
             self._taken.set()
-            if len(piece) <= PIECE:
+            if len(piece) <= MAX_BODY:
                 return piece
             rest = memoryview(piece)
-        self._rest = rest[PIECE:] if len(rest) > PIECE else None
-        return rest[:PIECE]
+        self._rest = rest[MAX_BODY:] if len(rest) > MAX_BODY else None
+        return rest[:MAX_BODY]
 
     def close(self) -> None:
         """End the source; from any thread. It is over soon after."""

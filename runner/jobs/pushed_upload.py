@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from ..model.request import PIECE, Upload
+from ..model.request import Upload
+from ..wire.frames import MAX_BODY
 
 
 class PushedUpload(Upload):
@@ -58,11 +59,11 @@ class PushedUpload(Upload):
                 self._next = None
                 return b""
             piece = self._pieces.popleft()
-            if len(piece) <= PIECE:
+            if len(piece) <= MAX_BODY:
                 return self._count(piece)
             rest = memoryview(piece)
-        self._rest = rest[PIECE:] if len(rest) > PIECE else None
-        return self._count(rest[:PIECE])
+        self._rest = rest[MAX_BODY:] if len(rest) > MAX_BODY else None
+        return self._count(rest[:MAX_BODY])
 
     def _count(self, piece: bytes | memoryview) -> bytes | memoryview:
         self.waiting -= len(piece)

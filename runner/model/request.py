@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import InvalidBody, InvalidRequest
+from ..wire.frames import MAX_BODY
 from ..wire.headers import is_token, plain_headers
 from ..wire.messages import Header
 
@@ -27,7 +28,7 @@ Body = bytes | bytearray | memoryview | str | SupportsRead | Iterable[bytes] | A
 """A request's body: nothing, bytes, text (sent as UTF-8), a file-like object, or an iterable of bytes, async or not."""
 
 PIECE = 64 * 1024
-"""The most that is pulled from a body at once, in bytes; also the largest body frame that the host sends."""
+"""How much of a file is read at once, in bytes."""
 
 INLINE = 32 * 1024
 """A body of bytes or text up to this size goes out with its request's head in one write."""
@@ -172,7 +173,7 @@ class Upload:
         return True
 
     def pull(self) -> bytes | memoryview:
-        """The next piece of a lazy body, at most PIECE bytes; empty at its end. Raises what the source raises."""
+        """The next piece of a lazy body, at most MAX_BODY bytes; empty at its end. Raises what the source raises."""
         rest = self._rest
         if rest is None:
             if self._next is None:
@@ -181,12 +182,12 @@ class Upload:
             piece = self._next()
             if not piece:
                 self.close()
-            if len(piece) <= PIECE:
+            if len(piece) <= MAX_BODY:
                 return piece
             rest = memoryview(piece)
         self.pulled = True
-        self._rest = rest[PIECE:] if len(rest) > PIECE else None
-        return rest[:PIECE]
+        self._rest = rest[MAX_BODY:] if len(rest) > MAX_BODY else None
+        return rest[:MAX_BODY]
 
     def on_ready(self, wake: Callable[[], object]) -> None:
         """Have `wake` called, from any thread, when `ready` has become true: here it always is."""
