@@ -5,22 +5,16 @@ Longer than other modules by its docstrings: they are the contract that users re
 
 from __future__ import annotations
 
-import atexit
 import functools
-import itertools
-import logging
-import os
 import threading
-import uuid
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import msgspec
 
-from .call_checks import check_request, check_timeouts, endless, sized_body, tell_of_dropped
+from .call_checks import check_request, endless, sized_body, tell_of_dropped
 from .control.zygote_messages import ZygoteConfig
-from .errors import PoolClosed, PoolForked, StartError
+from .errors import PoolClosed, StartError
 from .events import Events, PoolStats, WorkerInfo
 from .jobs.dispatch import Dispatch, load_async
 from .jobs.job import Job
@@ -30,7 +24,7 @@ from .model.request import Request, Upload
 from .model.retry import Retry
 from .model.sandbox import Profile, Sandbox
 from .platform import descriptors
-from .pool_base import Startable
+from .pool_base import NO_CONTEXT, PoolBase, pool_is_closed, pools
 from .pool_options import (
     Environment,
     PoolConfig,
@@ -51,12 +45,8 @@ if TYPE_CHECKING:
     from .jobs.callback_job import Listener
     from .jobs.poller import Poller
 
-logger = logging.getLogger("blastdoor")
 
-_NO_CONTEXT: Final = JobContext()
-
-
-class Pool(Startable):
+class Pool(PoolBase):
     """Worker processes that run one handler, each one job at a time, or up to `concurrency`.
 
     `handler` is an import string (`"package.module:attribute"`, imported only in the workers) or a callable,
@@ -156,20 +146,12 @@ class Pool(Startable):
         self._set_up()
 
     def _set_up(self) -> None:
-        self._token = uuid.uuid4().hex
-        self._queue_timeout = self._options.queueing.queue_timeout
-        self._retry = self._options.retry
+        self._set_up_base(self._options)
         self.debug = self._config.debug
-        self.overload: str = self._options.queueing.overload
         self._leases = self._make_leases()
         self._events = Events()
         self._supervisor: Supervisor | None = None
-        self._start_lock = threading.Lock()
-        self._closed = False
-        self._forked = False
-        self.job_prefix = self._token[:8]
-        self._job_numbers = itertools.count(1)
-        _pools[self._token] = self
+        pools[self._token] = self
 
     def _make_leases(self) -> Leases:
         options = self._options
@@ -192,13 +174,10 @@ class Pool(Startable):
 
     def _begin(self) -> Supervisor:
         """Begin to start the workers, if that has not been done."""
-        if self._forked:
-            raise PoolForked(
-                "this pool was started before the fork and belongs to the parent process: make one after the fork"
-            )
+        self._check_process()
         with self._start_lock:
             if self._closed:
-                raise PoolClosed("the pool is closed: open a new one")
+                raise pool_is_closed()
             if self._supervisor is None:
                 options, sandbox = self._options, self._config.sandbox
                 options.size.make_room(self._token)
@@ -233,11 +212,6 @@ class Pool(Startable):
                 descriptors.release(self._token)
         failed.stop(0)
 
-    @property
-    def closed(self) -> bool:
-        """Whether it takes no more requests."""
-        return self._closed
-
     def close(self, drain: float | None = None) -> None:
         """Take no more requests, wait up to `drain` seconds for the jobs under way, then end all workers.
 
@@ -248,7 +222,7 @@ class Pool(Startable):
             return
         with self._start_lock:
             self._closed = True
-            self._leases.close(lambda: PoolClosed("the pool is closed: open a new one"))
+            self._leases.close(pool_is_closed)
             supervisor, self._supervisor = self._supervisor, None
         drain = self._options.times.drain if drain is None else drain
         if supervisor is None:
@@ -309,7 +283,7 @@ class Pool(Startable):
         self,
         request: Request,
         *,
-        context: JobContext = _NO_CONTEXT,
+        context: JobContext = NO_CONTEXT,
         lease_timeout: float | None = None,
         read_timeout: float | None = None,
         write_timeout: float | None = None,
@@ -344,7 +318,7 @@ class Pool(Startable):
         if supervisor is None or self._forked:
             supervisor = self._begin()
         try:
-            call = self._call(request, upload, context, job_id, lease_timeout, read_timeout, write_timeout)
+            call = self._call(Dispatch, request, upload, context, job_id, lease_timeout, read_timeout, write_timeout)
             if supervisor.kind == "wsgi":
                 tell_of_dropped(request, job_id)
             return call.run(supervisor)
@@ -360,7 +334,7 @@ class Pool(Startable):
         self,
         request: Request,
         *,
-        context: JobContext = _NO_CONTEXT,
+        context: JobContext = NO_CONTEXT,
         lease_timeout: float | None = None,
         read_timeout: float | None = None,
         write_timeout: float | None = None,
@@ -377,9 +351,10 @@ class Pool(Startable):
         from .supervision.waiters import in_thread
 
         try:
-            call = self._call(request, upload, context, self._next_job_id(), lease_timeout, read_timeout, write_timeout)
+            job_id = self._next_job_id()
+            call = self._call(Dispatch, request, upload, context, job_id, lease_timeout, read_timeout, write_timeout)
             if supervisor.kind == "wsgi":
-                tell_of_dropped(request, call.context.job_id)
+                tell_of_dropped(request, job_id)
             return await call.run_async(supervisor)
         except StartError:
             upload.close()
@@ -395,7 +370,7 @@ class Pool(Startable):
         request: Request,
         poller: Poller,
         upload: Upload | None = None,
-        context: JobContext = _NO_CONTEXT,
+        context: JobContext = NO_CONTEXT,
     ) -> CallbackDispatch:
         """The twin of `open` for callbacks of an asyncio loop, without a task: `listener` is told what comes.
 
@@ -404,15 +379,31 @@ class Pool(Startable):
         StartError; all else is told.
         """
         check_request(request)
+        if upload is None:
+            upload = Upload(sized_body(request))
+        job_id, timeout = self._next_job_id(), endless(self._queue_timeout)
+        return self._open_for(listener, request, poller, upload, context, job_id, timeout)
+
+    def _open_for(
+        self,
+        listener: Listener,
+        request: Request,
+        poller: Poller,
+        upload: Upload,
+        context: JobContext,
+        job_id: str,
+        lease_timeout: float | None,
+    ) -> CallbackDispatch:
+        """As `open_for`, with a job id of the caller's own."""
         supervisor = self._supervisor
         if supervisor is None or self._forked:
             supervisor = self._begin()
         call = _callback_dispatch()(
             request,
-            Upload(sized_body(request)) if upload is None else upload,
+            upload,
             context,
-            self._next_job_id(),
-            endless(self._queue_timeout),
+            job_id,
+            lease_timeout,
             poller,
             listener,
             supervisor,
@@ -423,31 +414,6 @@ class Pool(Startable):
             tell_of_dropped(request, call.job_id)
         return call
 
-    def _next_job_id(self) -> str:
-        return f"{self.job_prefix}-{next(self._job_numbers)}"
-
-    def _call(
-        self,
-        request: Request,
-        upload: Upload,
-        context: JobContext,
-        job_id: str,
-        lease_timeout: float | None,
-        read_timeout: float | None,
-        write_timeout: float | None,
-    ) -> Dispatch:
-        check_timeouts(lease_timeout, read_timeout, write_timeout)
-        if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
-            lease_timeout = self._queue_timeout
-        if write_timeout is None:
-            write_timeout = read_timeout
-        timeouts = _ENDLESS if write_timeout is None else (endless(read_timeout), endless(write_timeout))
-        retries = 0 if self._retry is None else self._retry.of(request.method)
-        return Dispatch(request, upload, context, job_id, endless(lease_timeout), timeouts, retries)
-
-
-_ENDLESS = (None, None)
-
 
 @functools.cache
 def _callback_dispatch() -> type[CallbackDispatch]:
@@ -457,29 +423,12 @@ def _callback_dispatch() -> type[CallbackDispatch]:
     return CallbackDispatch
 
 
-_pools: weakref.WeakValueDictionary[str, Pool] = weakref.WeakValueDictionary()
-
-
 def restore_pool(token: str, config: bytes, options: PoolConfig) -> Pool:
     """The pool that a pickle stands for: the one with this token in this process, or another with its options."""
-    pool = _pools.get(token)
-    if pool is None:
+    pool = pools.get(token)
+    if not isinstance(pool, Pool):
         pool = Pool.__new__(Pool)
         pool._config = msgspec.msgpack.decode(config, type=ZygoteConfig)
         pool._options = options
         pool._set_up()
     return pool
-
-
-def _close_all() -> None:
-    for pool in list(_pools.values()):
-        pool.close(drain=0)
-
-
-def _all_after_fork_in_child() -> None:
-    for pool in list(_pools.values()):
-        pool._after_fork_in_child()
-
-
-atexit.register(_close_all)
-os.register_at_fork(after_in_child=_all_after_fork_in_child)

@@ -43,6 +43,7 @@ from runner import (
     QueueFull,
     ReadTimeout,
     Request,
+    Retry,
     Sandbox,
     StartError,
     WorkerDied,
@@ -343,7 +344,7 @@ def test_the_queue(start: Callable[..., ClusterPool], tmp_path: Path) -> None:
     with pytest.raises(LeaseTimeout):
         pool.open(Request("GET", "/hello"), context=slow, lease_timeout=0.1)  # the other node is free
     second = pool.open(Request("GET", until))
-    assert {job._lane.link.node.name for job in (first, second)} == set(pool._host.links)
+    assert {job._lane.link.node.name for job in (first, second)} == set(pool._host.links)  # type: ignore[attr-defined] # to an agent
     outcomes: list[object] = []
     waiting = threading.Thread(target=lambda: outcomes.append(get(pool, "/hello")))
     waiting.start()
@@ -515,7 +516,7 @@ def test_a_node_that_joins_and_stops(start: Callable[..., ClusterPool], third_no
     pool = start(workers=1)
     wait_until(lambda: len(pool._host.links) == 3)
     jobs = [pool.open(Request("GET", "/stream?count=100000&pause=0.01")) for _ in range(3)]
-    (job,) = [job for job in jobs if job._lane.link.node.name == third_node.node_id]
+    (job,) = [job for job in jobs if job._lane.link.node.name == third_node.node_id]  # type: ignore[attr-defined] # to an agent
     job.read()
     for process in node_processes(third_node):
         process.suspend()
@@ -633,6 +634,20 @@ def test_shared_agents(cluster: Cluster) -> None:
         assert {worker.pid for worker in first.workers()} == ours
 
 
+def test_requests_that_are_done_again(start: Callable[..., ClusterPool], tmp_path: Path) -> None:
+    """F3, D1: `retry` is the pool's own, over all nodes; its counts tell of it."""
+    environ = {"BLASTDOOR_TEST_TRIES": str(tmp_path / "tries"), "BLASTDOOR_TEST_DEATHS": "1"}
+    pool = start("tests.retry_handlers:app", workers=1, retry=Retry(methods={"POST"}), set_env=environ)
+    assert get(pool, "/") == b"POST "
+    assert pool.stats().outcomes == {"retried": 1, "ok": 1}
+
+
+def test_what_is_no_request(start: Callable[..., ClusterPool]) -> None:
+    """X5, D1: it is refused as by a pool of one machine."""
+    with pytest.raises(TypeError, match="a pool opens a Request"):
+        start().open("/hello")  # type: ignore[arg-type]
+
+
 def test_shared_agents_of_other_processes() -> None:
     """D1: pools of one name and the same settings share their agents, whatever order sets have in their processes."""
     code = f"""
@@ -703,7 +718,7 @@ def test_a_node_that_drains(start: Callable[..., ClusterPool], third_node: Any, 
     )
     wait_until(lambda: drained.draining)
     for job in jobs:
-        if job._lane.link.node is not drained:
+        if job._lane.link.node is not drained:  # type: ignore[attr-defined] # to an agent
             job.close()
     for _ in range(10):
         assert get(pool, "/hello") == b"hello"

@@ -422,9 +422,9 @@ def test_a_pickled_pool(start: Callable[..., Pool]) -> None:
         import gc
 
         gc.collect()
-    from runner import pool as module
+    from runner import pool_base
 
-    module._pools.clear()
+    pool_base.pools.clear()
     with pickle.loads(data) as copy:
         assert get(copy, "/hello") == b"hello"
 

@@ -76,8 +76,8 @@ class Agent:
 class Wire:
     """An agent's server in this process, and a host with a link to it."""
 
-    def __init__(self, tls: ClusterTLS | None = None, **settings: Any) -> None:
-        self.pool = Pool(HANDLER, **{"workers": 2, **settings}).start()
+    def __init__(self, tls: ClusterTLS | None = None, handler: str = HANDLER, **settings: Any) -> None:
+        self.pool = Pool(handler, **{"workers": 2, **settings}).start()
         self.agent = Agent(self.pool)
         self.server = AgentServer(self.agent, make_secret())
         self.address = "127.0.0.1", self.server.start("127.0.0.1", None if tls is None else tls.for_agents())
@@ -97,11 +97,13 @@ class Wire:
         self.placement.add(self.node)
         return made
 
-    def open(self, target: str, body: Any = None, method: str = "POST", timeout: float | None = 10) -> Any:
+    def open(
+        self, target: str, body: Any = None, method: str = "POST", timeout: float | None = 10, retries: int = 0
+    ) -> Any:
         """As `ClusterPool.open`."""
-        call = RemoteDispatch(
-            Request(method, target), Upload(body), JobContext(), f"j-{next(self.numbers)}", timeout, (None, None)
-        )
+        job_id = f"j-{next(self.numbers)}"
+        request, times = Request(method, target), (None, None)
+        call = RemoteDispatch(request, Upload(body), JobContext(), job_id, timeout, times, retries)
         return call.run(self.host)
 
     def get(self, target: str, body: Any = None) -> bytes:
@@ -184,6 +186,37 @@ def test_lanes_that_nobody_uses(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> 
     wait_until(lambda: not (wire.server.lanes or wire.host.links["node"].lanes))
     wait_until(lambda: all(lane.channel.response_fd < 0 for lane in kept))
     assert wire.get("/hello") == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("target", "body", "retries"),
+    [("/", b"x", 0), ("/?head", b"x", 1), ("/", [b"in", b"pieces"], 1), ("/", b"x", 1)],
+    ids=["not wanted", "after the head", "a body that is gone", "once"],
+)
+def test_requests_that_are_done_again(
+    wires: Callable[..., Wire],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    target: str,
+    body: Any,
+    retries: int,
+) -> None:
+    """F3, D1: where its worker died, the host has another take it: if that is wanted, and what there is to send again;
+    it counts both tries."""
+    tries = tmp_path / "tries"
+    monkeypatch.setenv("BLASTDOOR_TEST_TRIES", str(tries))
+    monkeypatch.setenv("BLASTDOOR_TEST_DEATHS", "1")
+    wire = wires(handler="tests.retry_handlers:app")
+    wire.join()
+    again = target == "/" and body == b"x" and bool(retries)
+    sent = iter(body) if isinstance(body, list) else body
+    outcome = contextlib.nullcontext() if again else pytest.raises(WorkerDied)
+    with outcome, wire.open(target, sent, retries=retries) as job:
+        assert b"".join(job) == b"POST x"
+    assert tries.stat().st_size == 1 + again
+    assert wire.host.events.outcomes() == ({"retried": 1, "ok": 1} if again else {"died": 1})
+    assert ("it is done again, by another" in caplog.text) is again
 
 
 # -- who is let in -------------------------------------------------------------------------------------

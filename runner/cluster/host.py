@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import PoolClosed
 from ..events import Events
 from ..model.limits import Limits
 from ..platform import descriptors
+from ..pool_base import pool_is_closed
 from ..supervision.waiters import in_thread
 from .lane import LaneChannel, LaneWorker, RemoteLane
 from .link import Unreachable
@@ -52,18 +53,15 @@ class RemoteLeases:
         while True:
             slot = self._placement.lease(_left(until), scope, provider)
             try:
-                link = self._link_of(slot)
-                lane = None if link is None else link.take_idle()
-                if lane is None and link is not None:
-                    link.open_idle(_left(until))
-                    lane = link.take_idle()
-                if lane is not None:
-                    return self._give(lane, slot, caller)
-            except Unreachable as error:
-                logger.warning("%s: its jobs go elsewhere", error)
+                lane = self._take(slot, caller)
+                if lane is None:
+                    self._connect(slot, _left(until))
+                    lane = self._take(slot, caller)
             except BaseException:
                 self._take_back(slot)
                 raise
+            if lane is not None:
+                return lane
             self._placement.give_back(slot)
 
     async def lease_async(
@@ -74,25 +72,36 @@ class RemoteLeases:
         while True:
             slot = await self._placement.lease_async(_left(until), scope, provider)
             try:
-                link = self._link_of(slot)
-                lane = None if link is None else link.take_idle()
-                if lane is None and link is not None:
-                    opened = link
-                    await in_thread(lambda: opened.open_idle(_left(until)))  # noqa: B023 - it is waited for here
-                    lane = link.take_idle()
-                if lane is not None:
-                    return self._give(lane, slot, caller)
-            except Unreachable as error:
-                logger.warning("%s: its jobs go elsewhere", error)
+                lane = self._take(slot, caller)
+                if lane is None:
+                    await in_thread(functools.partial(self._connect, slot, _left(until)))
+                    lane = self._take(slot, caller)
             except BaseException:
                 self._take_back(slot)
                 raise
+            if lane is not None:
+                return lane
             self._placement.give_back(slot)
+
+    def _take(self, slot: Slot, caller: object) -> RemoteLane | None:
+        """A lane that is there, to this node."""
+        link = self._link_of(slot)
+        lane = None if link is None else link.take_idle()
+        return None if lane is None else self._give(lane, slot, caller)
+
+    def _connect(self, slot: Slot, timeout: float | None) -> None:
+        """Have a new lane to this node, where it can be reached."""
+        link = self._link_of(slot)
+        if link is not None:
+            try:
+                link.open_idle(timeout)
+            except Unreachable as error:
+                logger.warning("%s: its jobs go elsewhere", error)
 
     def _link_of(self, slot: Slot) -> AgentLink | None:
         host = self._host
         if host.closing:
-            raise PoolClosed("the pool is closed: open a new one")
+            raise pool_is_closed()
         link = host.links.get(slot.node.name)
         if link is None or not link.look():
             self._placement.remove(slot.node)

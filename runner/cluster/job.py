@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import LeaseTimeout, WorkersUnavailable, WriteTimeout
+from ..errors import LeaseTimeout, WriteTimeout
 from ..jobs.async_job import AsyncJob
 from ..jobs.dispatch import Dispatch
 from ..jobs.job import Job
@@ -17,7 +16,7 @@ from .lane import RemoteExchange, RemoteLane
 from .messages import error_of, lost
 
 if TYPE_CHECKING:
-    from .host import ClusterHost
+    pass
 
 logger = logging.getLogger("blastdoor")
 
@@ -75,6 +74,10 @@ class RemoteTrip(RoundTrip):
                 (lambda _: leases.give_back_busy(self._lane)) if self._is_fit else self._supervisor.leases.discard
             )
             raise RequestNotTaken
+        elif self._is_to_be_done_again and end.fault is not None and end.fault.kind == "died":
+            self._outcome = "retried"
+            self._end(self._supervisor.leases.give_back if self._is_fit else self._supervisor.leases.discard)
+            self._do_again(end.fault.detail)
         else:
             self._outcome = end.fault.kind if end.fault is not None else "lost" if end.kind == "closed" else "left"
         try:
@@ -158,61 +161,22 @@ class RemoteDispatch(Dispatch):
 
     __slots__ = ()
 
-    _supervisor: ClusterHost
+    _job_type = ClusterJob
 
-    def run(self, supervisor: ClusterHost) -> ClusterJob:  # type: ignore[override] # of a cluster
-        """As `Dispatch.run`."""
-        self._supervisor = supervisor
-        left = self._clock()
-        while True:
-            try:
-                supervisor.look_for_lost()
-                lane = supervisor.leases.lease(left(), self.scope, self.context.provider, self)
-                return ClusterJob(lane, supervisor, self)
-            except RequestNotTaken:
-                continue
-            except (LeaseTimeout, WorkersUnavailable) as error:
-                self._refused(error)
-                raise
-            except BaseException:
-                self._let_go()
-                raise
+    def _async_job_type(self) -> type[AsyncJob]:
+        return ClusterAsyncJob
 
-    async def run_async(self, supervisor: ClusterHost) -> ClusterAsyncJob:  # type: ignore[override]
-        """As `run`, for a task of an event loop."""
-        self._supervisor = supervisor
-        left = self._clock()
-        while True:
-            try:
-                supervisor.look_for_lost()
-                lane = await supervisor.leases.lease_async(left(), self.scope, self.context.provider, self)
-                job = await ClusterAsyncJob.open(lane, supervisor, self)
-                assert isinstance(job, ClusterAsyncJob)
-                return job
-            except RequestNotTaken:
-                continue
-            except (LeaseTimeout, WorkersUnavailable) as error:
-                self._refused(error)
-                raise
-            except BaseException:
-                self._let_go()
-                raise
-
-    def _clock(self) -> Callable[[], float | None]:
-        """Gives the seconds that are left to wait for a worker; LeaseTimeout where a later try has none."""
+    def _try_again(self, never: RequestNotTaken) -> float | None:
+        """As `Dispatch._try_again`, but any number of times, within the time that there was to find a worker."""
         timeout = self.lease_timeout
-        until = None if timeout is None else time.monotonic() + timeout
-        first = True
-
-        def left() -> float | None:
-            nonlocal first
-            seconds = None if until is None else max(until - time.monotonic(), 0.0)
-            if not first and seconds == 0.0:
-                raise LeaseTimeout(
-                    f"no worker became free within {timeout} s, on any node: start the pool with more workers, or wait "
-                    f"longer (lease_timeout; the client's connect or pool timeout)"
-                )
-            first = False
-            return seconds
-
-        return left
+        if timeout is None:
+            return None
+        left = self.asked_at + timeout - time.monotonic()
+        if left > 0:
+            return left
+        error = LeaseTimeout(
+            f"no worker became free within {timeout} s, on any node: start the pool with more workers, or wait longer "
+            f"(lease_timeout; the client's connect or pool timeout)"
+        )
+        self._refused(error)
+        raise error from None

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final, Protocol
 import msgspec
 
 from ..errors import JobClosed
-from ..jobs.callback_dispatch import CallbackDispatch
 from ..jobs.pushed_upload import PushedUpload
 from ..model.request import INLINE, Request, Upload
 from ..wire.frames import (
@@ -33,6 +32,7 @@ from .messages import encode as encode_message
 from .placement import PATIENCE
 
 if TYPE_CHECKING:
+    from ..jobs.callback_dispatch import CallbackDispatch
     from ..jobs.poller import Poller
     from ..pool import Pool
 
@@ -178,19 +178,8 @@ class LaneServer:
 
     def _dispatch(self, pool: Pool, head: RequestHead, upload: Upload) -> CallbackDispatch:
         request = Request(head.method, head.target, head.headers, None, head.scheme, head.server, head.client)
-        supervisor = pool._begin()
-        context, poller = head.context, self._server.poller
-        return CallbackDispatch(
-            request,
-            upload,
-            context,
-            context.job_id,
-            PATIENCE,
-            poller,
-            self,
-            supervisor,
-            lambda: None,
-        )
+        context = head.context
+        return pool._open_for(self, request, self._server.poller, upload, context, context.job_id, PATIENCE)
 
     def _on_starved(self) -> None:
         """The worker wants more of the body."""

@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import itertools
 import os
 import pickle
 import sys
 import threading
-import uuid
-import weakref
 from collections.abc import Callable
-from typing import Any, Final, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import msgspec
 
-from ..call_checks import check_timeouts, endless, sized_body
-from ..errors import ConfigurationError, PoolClosed, PoolForked, StartError
+from ..call_checks import check_request, sized_body
+from ..errors import ConfigurationError, PoolClosed, StartError
 from ..events import Events, PoolStats, WorkerInfo
+from ..jobs.dispatch import load_async
+from ..jobs.job import Job
 from ..model.request import Request, Upload
 from ..pool import Pool, restore_pool
-from ..pool_base import Startable
+from ..pool_base import NO_CONTEXT, PoolBase, pool_is_closed, pools
 from ..pool_options import PoolConfig, PoolOptions, Queueing
 from ..supervision.scaling import Size
 from ..wire.messages import JobContext
 from . import ray_connection
 from .host import ClusterHost
-from .job import ClusterAsyncJob, ClusterJob, RemoteDispatch
+from .job import RemoteDispatch
 from .nodes import AgentSpec, NodeManager
 from .placement import Placement
 from .tls import ClusterTLS
 
-_NO_CONTEXT: Final = JobContext()
+if TYPE_CHECKING:
+    from ..jobs.async_job import AsyncJob
 
 
-class ClusterPool(Startable):
+class ClusterPool(PoolBase):
     """Worker processes on every node of a Ray cluster that run one handler, each one job at a time.
 
     It takes what `runner.Pool` takes, and stands wherever that does. `workers`, `spares` and `recycle` are each node's
-    own, with `workers` None one worker per core of the node; `queue`, `queue_timeout` and `per_provider` are this
-    pool's, over all nodes. The handler, and blastdoor, have to be installed on the nodes.
+    own, with `workers` None one worker per core of the node; `queue`, `queue_timeout`, `per_provider` and `retry` are
+    this pool's, over all nodes. The handler, and blastdoor, have to be installed on the nodes.
 
     `address` is that of the cluster: None for the one that `ray.init` has connected to, or that runs on this machine;
     "local" starts one here. Pools of several processes that have the same `name`, handler and settings share their
@@ -80,17 +79,17 @@ class ClusterPool(Startable):
     ) -> None:
         options = template._options
         self._made_from = template.__reduce__()[1][1:], by_cores, address, name, tls
+        self._set_up_base(options)
         self.debug = template.debug
-        self.overload = template.overload
         self._times = options.times
-        self._queue_timeout = options.queueing.queue_timeout
         self._address = address
-        per_node = msgspec.structs.replace(options, queueing=Queueing(overload=options.queueing.overload))
-        token = uuid.uuid4().hex
+        # What is kept here, over all nodes, is not kept there once more.
+        queueing = Queueing(overload=options.queueing.overload)
+        per_node = msgspec.structs.replace(options, queueing=queueing, retry=None)
         workers = None if by_cores else per_node.size.most
         self._concurrency = per_node.size.concurrency
         self._agents = AgentSpec(
-            f"pool-{token}" if name is None else f"{name}-{_digest(template, per_node, workers)}",
+            f"pool-{self._token}" if name is None else f"{name}-{_digest(template, per_node, workers)}",
             pickle.dumps((_pool_of(template, per_node), _path())),
             workers,
             tls,
@@ -98,14 +97,9 @@ class ClusterPool(Startable):
         )
         self._placement = Placement(options.queueing.queue, options.queueing.per_provider)
         self._events = Events()
-        self._host = ClusterHost(token, self._placement, self._events, tls)
+        self._host = ClusterHost(self._token, self._placement, self._events, tls)
         self._node_manager: NodeManager | None = None
-        self._start_lock = threading.Lock()
-        self._closed = False
-        self._numbers = itertools.count(1)
-        self.job_prefix = token[:8]
-        self._forked = False
-        _pools[token] = self
+        pools[self._token] = self
 
     # -- life ----------------------------------------------------------------------------------------
 
@@ -123,13 +117,10 @@ class ClusterPool(Startable):
         return self
 
     def _begin(self) -> NodeManager:
-        if self._forked:
-            raise PoolForked(
-                "this pool was started before the fork and belongs to the parent process: make one after the fork"
-            )
+        self._check_process()
         with self._start_lock:
             if self._closed:
-                raise PoolClosed("the pool is closed: open a new one")
+                raise pool_is_closed()
             if self._node_manager is None:
                 ray_connection.attach(self._address)
                 manager = NodeManager(self._host, self._agents, self._times.start_timeout)
@@ -165,7 +156,7 @@ class ClusterPool(Startable):
         with self._start_lock:
             self._closed = True
             self._host.closing = True
-            self._placement.close(lambda: PoolClosed("the pool is closed: open a new one"))
+            self._placement.close(pool_is_closed)
             manager, self._node_manager = self._node_manager, None
         drain = self._times.drain if drain is None else drain
         if manager is None:
@@ -187,7 +178,7 @@ class ClusterPool(Startable):
 
     def __reduce__(self) -> tuple[Callable[..., ClusterPool], tuple[Any, ...]]:
         # In this process a pickle is a reference; elsewhere it is a pool of its own, set up alike.
-        return _restore, (self._host.name, *self._made_from)
+        return _restore, (self._token, *self._made_from)
 
     def _after_fork_in_child(self) -> None:
         """This is a forked child now: the connection to the cluster is the parent's."""
@@ -226,19 +217,22 @@ class ClusterPool(Startable):
         self,
         request: Request,
         *,
-        context: JobContext = _NO_CONTEXT,
+        context: JobContext = NO_CONTEXT,
         lease_timeout: float | None = None,
         read_timeout: float | None = None,
         write_timeout: float | None = None,
-    ) -> ClusterJob:
+    ) -> Job:
         """Run a request in a worker of the least loaded node; gives its job once the response's head is there.
 
         As `runner.Pool.open`; raises NodeLost too.
         """
+        check_request(request)
         upload = Upload(sized_body(request))
         try:
-            self._start_if_needed()
-            call = self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
+            if self._node_manager is None or self._forked:
+                self.start()
+            times = lease_timeout, read_timeout, write_timeout
+            call = self._call(RemoteDispatch, request, upload, context, self._next_job_id(), *times)
             return call.run(self._host)
         except BaseException:
             upload.close()
@@ -248,44 +242,25 @@ class ClusterPool(Startable):
         self,
         request: Request,
         *,
-        context: JobContext = _NO_CONTEXT,
+        context: JobContext = NO_CONTEXT,
         lease_timeout: float | None = None,
         read_timeout: float | None = None,
         write_timeout: float | None = None,
-    ) -> ClusterAsyncJob:
+    ) -> AsyncJob:
         """The async twin of `open`, for tasks of asyncio and trio: the event loop is never blocked."""
-        from ..jobs.async_upload import upload_of  # anyio is loaded where it is used
+        check_request(request)
+        upload = load_async()[1](sized_body(request))
         from ..supervision.waiters import in_thread
 
-        upload = upload_of(sized_body(request))
         try:
             if self._node_manager is None or self._forked:
-                await in_thread(self._start_if_needed)
-            call = self._call(request, upload, context, lease_timeout, read_timeout, write_timeout)
+                await in_thread(self.start)
+            times = lease_timeout, read_timeout, write_timeout
+            call = self._call(RemoteDispatch, request, upload, context, self._next_job_id(), *times)
             return await call.run_async(self._host)
         except BaseException:
             upload.close()
             raise
-
-    def _start_if_needed(self) -> None:
-        if self._node_manager is None or self._forked:
-            self.start()
-
-    def _call(
-        self,
-        request: Request,
-        upload: Upload,
-        context: JobContext,
-        lease_timeout: float | None,
-        read_timeout: float | None,
-        write_timeout: float | None,
-    ) -> RemoteDispatch:
-        check_timeouts(lease_timeout, read_timeout, write_timeout)
-        if self._queue_timeout is not None and (lease_timeout is None or lease_timeout > self._queue_timeout):
-            lease_timeout = self._queue_timeout
-        timeouts = endless(read_timeout), endless(read_timeout if write_timeout is None else write_timeout)
-        job_id = f"{self.job_prefix}-{next(self._numbers)}"
-        return RemoteDispatch(request, upload, context, job_id, endless(lease_timeout), timeouts)
 
 
 def _path() -> list[str]:
@@ -306,9 +281,6 @@ def _pool_of(template: Pool, options: PoolConfig) -> Pool:
     return restore_pool("", msgspec.msgpack.encode(template._config), options)
 
 
-_pools: weakref.WeakValueDictionary[str, ClusterPool] = weakref.WeakValueDictionary()
-
-
 def _restore(
     token: str,
     template: tuple[bytes, PoolConfig],
@@ -317,22 +289,8 @@ def _restore(
     name: str | None,
     tls: ClusterTLS | None = None,
 ) -> ClusterPool:
-    pool = _pools.get(token)
-    if pool is None:
+    pool = pools.get(token)
+    if not isinstance(pool, ClusterPool):
         pool = ClusterPool.__new__(ClusterPool)
         pool._set_up(restore_pool("", *template), by_cores, address, name, tls)
     return pool
-
-
-def _close_all() -> None:
-    for pool in list(_pools.values()):
-        pool.close(drain=0)
-
-
-def _all_after_fork_in_child() -> None:
-    for pool in list(_pools.values()):
-        pool._after_fork_in_child()
-
-
-atexit.register(_close_all)
-os.register_at_fork(after_in_child=_all_after_fork_in_child)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import JobClosed, LeaseTimeout, StartError, WorkersUnavailable
 from ..supervision.waiters import CallbackWaiter
 from .callback_job import CallbackJob
-from .dispatch import MAX_TRIES, Dispatch, next_try
+from .dispatch import MAX_TRIES, Dispatch
 from .round_trip import RequestNotTaken
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class CallbackDispatch(Dispatch):
         "_paused",
         "_poller",
         "_start_over",
-        "_tries",
         "_waiter",
         "begun",
     )
@@ -175,7 +174,7 @@ class CallbackDispatch(Dispatch):
         if self._over:
             return
         try:
-            self._tries = next_try(never, self._tries)
+            self._try_again(never)
         except Exception as error:  # noqa: BLE001 - it is the listener's
             self.failed(error)
         else:

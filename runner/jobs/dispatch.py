@@ -27,20 +27,23 @@ class Dispatch(PreparedRequest):
     It holds the lane that was leased for it until a job does, so that one is let go whatever is raised where.
     """
 
-    __slots__ = ("_supervisor",)
+    __slots__ = ("_supervisor", "_tries")
+
+    _job_type = Job
 
     def run(self, supervisor: SupervisorProtocol) -> Job:
         """Lease a worker and have it do the job; gives the job once the response's head is there."""
         self._supervisor = supervisor
-        tries = MAX_TRIES
+        self._tries = MAX_TRIES
+        timeout = self.lease_timeout
         while True:
             try:
                 supervisor.look_for_lost()
-                lane = supervisor.leases.lease(self.lease_timeout, self.scope, self.context.provider, self)
+                lane = supervisor.leases.lease(timeout, self.scope, self.context.provider, self)
                 supervisor.look_after_jobs()
-                return Job(lane, supervisor, self)
+                return self._job_type(lane, supervisor, self)
             except RequestNotTaken as never:
-                tries = next_try(never, tries)
+                timeout = self._try_again(never)
             except (LeaseTimeout, WorkersUnavailable) as error:
                 self._refused(error)
                 raise
@@ -50,23 +53,38 @@ class Dispatch(PreparedRequest):
 
     async def run_async(self, supervisor: SupervisorProtocol) -> AsyncJob:
         """As `run`, for a task of an event loop."""
-        job_type = load_async()[0]
+        job_type = self._async_job_type()
         self._supervisor = supervisor
-        tries = MAX_TRIES
+        self._tries = MAX_TRIES
+        timeout = self.lease_timeout
         while True:
             try:
                 supervisor.look_for_lost()
-                lane = await supervisor.leases.lease_async(self.lease_timeout, self.scope, self.context.provider, self)
+                lane = await supervisor.leases.lease_async(timeout, self.scope, self.context.provider, self)
                 supervisor.look_after_jobs()
                 return await job_type.open(lane, supervisor, self)
             except RequestNotTaken as never:
-                tries = next_try(never, tries)
+                timeout = self._try_again(never)
             except (LeaseTimeout, WorkersUnavailable) as error:
                 self._refused(error)
                 raise
             except BaseException:
                 self._let_go()
                 raise
+
+    def _async_job_type(self) -> type[AsyncJob]:
+        return load_async()[0]
+
+    def _try_again(self, never: RequestNotTaken) -> float | None:
+        """A worker was gone before it took the request: gives how long to wait for the next, or raises what ends it.
+
+        Nothing written is proof; that nothing was read, a hostile worker can feign, but not for ever.
+        """
+        if never.error is not None:
+            self._tries -= 1
+            if not self._tries:
+                raise never.error from None
+        return self.lease_timeout
 
     def _refused(self, error: BlastdoorError) -> None:
         events = self._supervisor.events
@@ -114,12 +132,3 @@ def load_async() -> tuple[type[AsyncJob], Callable[[Body], Upload]]:
     except OSError as error:
         raise WorkersUnavailable(f"no descriptor is left to import a module with: {error}", 1.0) from error
     return AsyncJob, upload_of
-
-
-def next_try(never: RequestNotTaken, tries: int) -> int:
-    """How many tries are left. Nothing written is proof; that nothing was read, a hostile worker can feign."""
-    if never.error is None:
-        return tries
-    if tries == 1:
-        raise never.error from None
-    return tries - 1

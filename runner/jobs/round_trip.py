@@ -21,7 +21,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from ..errors import JobFailed, JobTimedOut, ReadTimeout, WorkerDied, WriteTimeout
 from ..events import HEALTHY, JobAnswered, JobEnded, JobStarted, Outcome
@@ -311,12 +311,10 @@ class RoundTrip(Sending):
             and self._channel.unread() >= self._channel.written
         )
         tail = "" if worker.last_words_told else worker.log.tail(self.job_id)
-        retry = self._retriable
-        if self._exchange.head is not None or worker.limit_exceeded or (retry is not None and not retry.retries):
-            retry = None
+        again = self._is_to_be_done_again and not worker.limit_exceeded
         if never_taken:
             self._outcome = "not taken"
-        elif retry is not None:
+        elif again:
             self._outcome = "retried"
         else:
             self._outcome = "memory" if worker.limit_exceeded else "died"
@@ -324,11 +322,8 @@ class RoundTrip(Sending):
         death = worker_death(worker.status, self.job_id, worker.casualties)
         if never_taken:
             raise RequestNotTaken(death)
-        if retry is not None:
-            retry.retries -= 1
-            words = "job %s: worker %s: %s: it is done again, by another"
-            logger.warning(words, self.job_id, worker.pid, death.fault.detail, extra=self._extra())
-            raise RequestNotTaken
+        if again:
+            self._do_again(death.fault.detail)
         self._close_upload()
         if worker.limit_exceeded:
             raise over_limit("memory", worker.limit_exceeded, self.job_id)
@@ -342,6 +337,19 @@ class RoundTrip(Sending):
             extra=self._extra(),
         )
         raise death
+
+    @property
+    def _is_to_be_done_again(self) -> bool:
+        """Whether another worker is to have the request where this one dies now."""
+        request = self._retriable
+        return request is not None and request.retries > 0 and self._exchange.head is None
+
+    def _do_again(self, why: str) -> NoReturn:
+        assert self._retriable is not None
+        self._retriable.retries -= 1
+        words = "job %s: worker %s: %s: it is done again, by another"
+        logger.warning(words, self.job_id, self._worker.pid, why, extra=self._extra())
+        raise RequestNotTaken
 
     def _check_end(self) -> None:
         """Raise what a response that did not end well ended with."""
