@@ -50,8 +50,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[SHARED_MEMORY] = _shared_memory()
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported for the tests stays: a collection after each test, which looks for what it left, skips that."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """W11: of shared memory, tests that run side by side are asked at their common end."""
+    gc.unfreeze()
     before = session.config.stash[SHARED_MEMORY]
     left = _shared_memory() - before
     if left and "PYTEST_XDIST_WORKER" not in os.environ:
