@@ -21,12 +21,7 @@ from ..platform.write_buffer import WriteBuffer
 from ..wire.frames import TO_HOST, Frame, FrameDecoder
 
 PIPE_SIZE: Final = 256 * 1024
-READ_SIZE: Final = 64 * 1024
-"""How much of a response is read at once, in bytes."""
-
-MOST_READ: Final = PIPE_SIZE
-"""The same, while it comes as fast as it is read."""
-
+_READ_SIZE: Final = 64 * 1024
 _WRITABLE = select.POLLOUT | select.POLLERR | select.POLLHUP | select.POLLNVAL
 
 
@@ -48,7 +43,6 @@ class Channel:
         "_epoll",
         "_epoll_wants_write",
         "_poll",
-        "_read_size",
         "_unsent",
         "_wants_write",
         "request_fd",
@@ -67,7 +61,6 @@ class Channel:
         self.response_fd = response_fd
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._decoder = FrameDecoder(TO_HOST)
-        self._read_size = READ_SIZE
         self._unsent = WriteBuffer()
         self._poll = select.poll()
         self._poll.register(response_fd, select.POLLIN)
@@ -177,10 +170,9 @@ class Channel:
         if len(events) != 1 or events[0] != (fd, select.POLLIN) or self._wants_write:
             return []
         try:
-            data = os.read(fd, self._read_size)
+            data = os.read(fd, _READ_SIZE)
         except BlockingIOError:
             return []
-        self._read_size = MOST_READ if len(data) >= READ_SIZE else READ_SIZE
         return self._decoder.feed(data)  # nothing is no end here: POLLIN without POLLHUP says that there is something
 
     def _poll_long(self, timeout: float) -> list[tuple[int, int]]:
@@ -224,11 +216,10 @@ class Channel:
         `starved` tells that nothing was there, not even a part of one.
         """
         try:
-            data = os.read(self.response_fd, self._read_size)
+            data = os.read(self.response_fd, _READ_SIZE)
         except BlockingIOError:
             self.starved = True
             return []
-        self._read_size = MOST_READ if len(data) >= READ_SIZE else READ_SIZE
         self.starved = False
         if not data:
             return None

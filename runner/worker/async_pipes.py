@@ -39,7 +39,7 @@ from ..wire.response_frames import (
     small_body,
 )
 from .forks import leave
-from .pipes import MOST_READ, READ_SIZE, HostGone, UploadStopped, decode_request
+from .pipes import READ_SIZE, HostGone, UploadStopped, decode_request
 from .stdio import OutputFlag
 
 PATIENCE: Final = 8
@@ -64,7 +64,6 @@ class AsyncPipes:
         self._response_fd = response_fd
         self._decoder = FrameDecoder(TO_WORKER)
         self._frames: deque[Frame] = deque()
-        self._read_size = READ_SIZE
         self._reader: asyncio.Future[None] | None = None
         self._watching = False
         self._unsent = WriteBuffer()
@@ -113,12 +112,11 @@ class AsyncPipes:
     def _fill(self) -> bool:
         """Take what is in the pipe; whether that was anything."""
         try:
-            data = os.read(self._request_fd, self._read_size)
+            data = os.read(self._request_fd, READ_SIZE)
         except BlockingIOError:
             return False
         if not data:
             raise HostGone
-        self._read_size = MOST_READ if len(data) >= READ_SIZE else READ_SIZE
         frames = self._decoder.feed(data)
         if frames and frames[-1][0] == INVALID:
             raise HostGone

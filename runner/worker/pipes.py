@@ -45,9 +45,6 @@ from .stdio import OutputFlag
 READ_SIZE: Final = 64 * 1024
 """How much of the request pipe is read at once, in bytes."""
 
-MOST_READ: Final = 256 * 1024
-"""The same, while a body comes as fast as it is read: what a pipe holds."""
-
 _ATOMIC: Final = select.PIPE_BUF - HEADER_SIZE
 
 decode_request = msgspec.msgpack.Decoder(RequestHead).decode
@@ -216,7 +213,6 @@ class Pipes:
         self._response_fd = response_fd
         self._decoder = FrameDecoder(TO_WORKER)
         self._frames: deque[tuple[int, int, bytes]] = deque()
-        self._read_size = READ_SIZE
         poll = select.poll()
         poll.register(request_fd, select.POLLIN)
         # An idle worker sleeps in poll(2), not in read(2): killed in its sleep it takes no request with it.
@@ -226,10 +222,9 @@ class Pipes:
         """The next frame from the host. HostGone at the end of the pipe."""
         frames = self._frames
         while not frames:
-            data = os.read(self._request_fd, self._read_size)
+            data = os.read(self._request_fd, READ_SIZE)
             if not data:
                 raise HostGone
-            self._read_size = MOST_READ if len(data) >= READ_SIZE else READ_SIZE
             frames.extend(self._decoder.feed(data))
         frame = frames.popleft()
         if frame[0] == INVALID:
