@@ -302,6 +302,32 @@ def test_floods_and_silence(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None
     assert wire.get("/hello") == b"hello"
 
 
+def test_many_jobs_at_once(
+    wires: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """D9: a burst of a host's jobs is no flood of strangers: so many of its connections are on their way at once."""
+    monkeypatch.setattr(agent_server, "STRANGERS", 4)
+    monkeypatch.setattr(link, "CONNECTING", 4)
+    wire = wires(workers=1, concurrency=40)
+    wire.node.capacity = 40
+    for _ in range(5):
+        joined = wire.join()
+        together, answers = threading.Barrier(40), []
+
+        def call(together: threading.Barrier = together, answers: list[bytes] = answers) -> None:
+            together.wait()
+            answers.append(wire.get("/hello"))
+
+        threads = [threading.Thread(target=call) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == [b"hello"] * 40
+        joined.close()
+    assert "can't be reached" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -27,7 +27,7 @@ from .messages import Beside, Cancel
 
 logger = logging.getLogger("blastdoor")
 
-STRANGERS: Final = 64
+STRANGERS: Final = 256
 """Connections at once that have not shown the secret yet; more are dropped."""
 
 HELLO_SECONDS: Final = 5.0

@@ -36,6 +36,9 @@ GIVE_UP: Final = 4.0
 CONNECT_SECONDS: Final = 2.0
 """Seconds that a connection to an agent may take."""
 
+CONNECTING: Final = 32
+"""How many connections to an agent are on their way at once: it takes so many of several hosts."""
+
 _PAUSES: Final = (0.05, 1.0)
 """Seconds until a connection that broke is tried again: at first, and at most."""
 
@@ -82,6 +85,7 @@ class AgentLink:
         self.lanes: set[RemoteLane] = set()
         self.lock = threading.RLock()  # reentrant: a finalizer may close a job in the middle of anything
         self._idle: list[RemoteLane] = []
+        self._may_connect = threading.BoundedSemaphore(CONNECTING)
         self.leases: LeasesProtocol = host.leases
         self._host = host
         self._address = joined.address, joined.port
@@ -131,11 +135,21 @@ class AgentLink:
                 self.close_lane(self._idle[0])
 
     def open_idle(self, timeout: float | None) -> None:
-        """Have one more idle lane. WorkersUnavailable where this process has no descriptor left for it.
+        """Have an idle lane: one more, or one that came free meanwhile, or none, where many others wait for theirs.
 
-        Unreachable where the agent can't be connected to: its node gets no jobs before its next heartbeat.
+        WorkersUnavailable where this process has no descriptor left for it. Unreachable where the agent can't be
+        connected to: its node gets no jobs before its next heartbeat.
         """
         seconds = CONNECT_SECONDS if timeout is None else min(max(timeout, 0.1), CONNECT_SECONDS)
+        if not self._may_connect.acquire(timeout=seconds):
+            return
+        try:
+            if not self._idle:
+                self._open_idle(seconds)
+        finally:
+            self._may_connect.release()
+
+    def _open_idle(self, seconds: float) -> None:
         try:
             sock, number = connect(self._address, self._secret, LANE, self._host.name, seconds, self._host.dial)
             channel = LaneChannel(sock)
