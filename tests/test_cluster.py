@@ -48,7 +48,7 @@ from runner import (
     StartError,
     WorkerDied,
 )
-from runner.cluster import ClusterPool, ClusterTLS
+from runner.cluster import ClusterPool, ClusterTLS, nodes
 from runner.cluster.link import GIVE_UP
 from runner.events import JobEnded, JobStarted, WorkerEnded
 from tests.cluster_handlers import record
@@ -642,6 +642,22 @@ def test_requests_that_are_done_again(start: Callable[..., ClusterPool], tmp_pat
     outcomes = dict(pool.stats().outcomes)
     outcomes.pop("not taken", None)  # its node was asked again while it had no worker yet
     assert outcomes == {"retried": 1, "ok": 1}
+
+
+def test_agents_that_are_made_in_turns(start: Callable[..., ClusterPool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """D1, D5: a large cluster's agents are made so many at once, and a start waits for all of them."""
+    at_once: list[int] = []
+    join = nodes.NodeManager._join
+
+    def count(manager: nodes.NodeManager, name: str, address: str, cores: int) -> None:
+        at_once.append(manager._joiners)
+        join(manager, name, address, cores)
+
+    monkeypatch.setattr(nodes, "JOINING", 1)
+    monkeypatch.setattr(nodes.NodeManager, "_join", count)
+    pool = start(workers=1)
+    assert len(pool._host.links) == 2
+    assert at_once == [1, 1]
 
 
 def test_what_is_no_request(start: Callable[..., ClusterPool]) -> None:

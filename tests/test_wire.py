@@ -312,7 +312,8 @@ def test_many_jobs_at_once(
     wire.node.capacity = 40
     for _ in range(5):
         joined = wire.join()
-        together, answers = threading.Barrier(40), []
+        together = threading.Barrier(40)
+        answers: list[bytes] = []
 
         def call(together: threading.Barrier = together, answers: list[bytes] = answers) -> None:
             together.wait()

@@ -1,17 +1,16 @@
 """The agents of one ClusterPool: one on each node of the cluster, made as nodes come, given up as they go.
 
-Two threads: one follows the nodes, the other keeps the links' pulses, and neither waits for the other. A third kind,
-one for each agent that is being made, ends when that is ready.
+One thread follows the nodes. Others, each for one agent at a time, make them and wait until they are ready; they end
+when there is none to be made.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -34,8 +33,11 @@ logger = logging.getLogger("blastdoor")
 
 NAMESPACE: Final = "blastdoor"
 
-LOOK: Final = 0.5
-"""Seconds between two looks at the cluster's nodes."""
+_LOOK: Final = 0.5
+_LOOK_PER_NODE: Final = 0.005
+
+JOINING: Final = 32
+"""How many agents are made at once: each is a process of Ray's, with a pool that starts."""
 
 _AGAIN: Final = 2.0
 """Seconds after which an agent that could not be made is tried again."""
@@ -54,6 +56,11 @@ _END_PATIENCE: Final = 2.0
 
 _CTL_THREADS: Final = 8
 _LIFE_THREADS: Final = 4
+
+
+def look_pause(nodes: int) -> float:
+    """Seconds between two looks at a cluster of so many nodes: its head answers each with what it knows of all."""
+    return max(_LOOK, _LOOK_PER_NODE * nodes)
 
 
 class AgentSpec:
@@ -118,6 +125,8 @@ class NodeManager:
         self._deaths = 0
         self._lost_actors: dict[str, Any] = {}
         self._threads: set[threading.Thread] = set()
+        self._to_join: deque[tuple[str, str, int]] = deque()
+        self._joiners = 0
 
     def begin(self) -> None:
         """Begin to follow the cluster. StartError where the system gives no thread."""
@@ -163,7 +172,7 @@ class NodeManager:
                 thread.join(max(until - time.monotonic(), 0))  # one that Ray does not let go is left behind
         with self._lock:
             links = list(self._host.links.values())
-            unsure = [*self._lost_actors.values(), *self._joining.values()]
+            unsure = [*self._lost_actors.values(), *(actor for actor in self._joining.values() if actor is not None)]
         self._host.end()
         self._host.links.clear()
         for node in self._host.placement.nodes():
@@ -212,7 +221,7 @@ class NodeManager:
                 if not blind:
                     logger.error("the nodes of the Ray cluster can't be listed: %s: %s", type(error).__name__, error)
                 blind = True
-            self._notify.wait(LOOK)
+            self._notify.wait(look_pause(len(self._alive)))
             self._notify.clear()
 
     def _look(self) -> None:
@@ -231,13 +240,8 @@ class NodeManager:
                 if self._ended or taken or self._not_before.get(name, 0) > now:
                     continue
                 self._joining[name] = None
-            address, cores = node["NodeManagerAddress"], max(int(node["Resources"].get("CPU", 1)), 1)
-            try:
-                self._spawn(functools.partial(self._join, name, address, cores), "blastdoor-join")
-            except RuntimeError:
-                with self._lock:
-                    del self._joining[name]
-                raise
+                self._to_join.append((name, node["NodeManagerAddress"], max(int(node["Resources"].get("CPU", 1)), 1)))
+        self._spawn_joiners()
         with self._changed:
             self._looked = True
             self._alive = set(alive)
@@ -245,6 +249,23 @@ class NodeManager:
                 for name in set(kept) - self._alive:
                     del kept[name]
             self._changed.notify_all()
+
+    def _spawn_joiners(self) -> None:
+        with self._lock:
+            for _ in range(min(len(self._to_join), JOINING - self._joiners)):
+                self._spawn(self._join_all, "blastdoor-join")
+                self._joiners += 1
+
+    def _join_all(self) -> None:
+        """Have agents on the nodes that wait for one, one after the other."""
+        while True:
+            with self._lock:
+                if not self._to_join or self._ended:
+                    self._joiners -= 1
+                    self._threads.discard(threading.current_thread())
+                    return
+                waiting = self._to_join.popleft()
+            self._join(*waiting)
 
     def _join(self, name: str, address: str, cores: int) -> None:
         error = failure = ""
@@ -267,11 +288,10 @@ class NodeManager:
                 self._leave([actor], 0 if self._ended else _END_PATIENCE)
         with self._changed:
             self._joining.pop(name, None)
-            self._threads.discard(threading.current_thread())
             if failure:
                 self._last_failure = failure
                 self._failures[name] += 1
-                self._not_before[name] = time.monotonic() + (_AGAIN if error else LOOK)
+                self._not_before[name] = time.monotonic() + (_AGAIN if error else _LOOK)
                 if error and not self._ended:
                     self._errors[name] = error
                     if not self._host.links:
@@ -285,7 +305,7 @@ class NodeManager:
         """Wait for an agent to be ready, for its workers' start too, and no longer than this pool lives."""
         until = time.monotonic() + self._start_timeout + 30
         while not self._ended:
-            ready, _ = ray.wait([answer], timeout=LOOK)
+            ready, _ = ray.wait([answer], timeout=_LOOK)
             if ready:
                 return ray.get(answer)
             if time.monotonic() > until:

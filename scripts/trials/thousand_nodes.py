@@ -25,7 +25,7 @@ from rich.table import Table
 
 from runner.cluster.link import GIVE_UP, SILENT, decode_heartbeat
 from runner.cluster.messages import Heartbeat, Ping, encode
-from runner.cluster.nodes import LOOK
+from runner.cluster.nodes import look_pause
 from runner.cluster.placement import PATIENCE, Node, Placement, Slot
 from runner.cluster.pulse import BEAT
 from runner.events import WorkerInfo
@@ -338,7 +338,7 @@ def main() -> None:
             f"{found.pings / given.nodes / case.seconds:.1f}",
             f"{connections / hosts:,.0f}",
             f"{connections / given.nodes:,.0f}",
-            f"{hosts / LOOK:.0f}",
+            f"{hosts / look_pause(given.nodes):.1f}",
         )
     console = Console(width=180)
     console.print(table)
