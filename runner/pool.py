@@ -115,6 +115,7 @@ class Pool(PoolBase):
         debug: bool = False,
         label: str = "",
     ) -> None:
+        self._module = handler.partition(":")[0] if isinstance(handler, str) else getattr(handler, "__module__", "")
         self._config = zygote_config(
             handler,
             kind=kind,

@@ -20,6 +20,8 @@ def app(request: Any, response: Any) -> bytes:
         block = mmap.mmap(-1, 200 << 20)
         block.write(b"x" * len(block))
         time.sleep(60)
+    if request.query == "late":
+        time.sleep(0.7)
     if begun <= int(os.environ["BLASTDOOR_TEST_DEATHS"]):
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)

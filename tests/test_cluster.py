@@ -650,7 +650,7 @@ def test_agents_that_are_made_in_turns(start: Callable[..., ClusterPool], monkey
     join = nodes.NodeManager._join
 
     def count(manager: nodes.NodeManager, name: str, address: str, cores: int) -> None:
-        at_once.append(manager._joiners)
+        at_once.append(len(manager._began))
         join(manager, name, address, cores)
 
     monkeypatch.setattr(nodes, "JOINING", 1)
@@ -658,6 +658,42 @@ def test_agents_that_are_made_in_turns(start: Callable[..., ClusterPool], monkey
     pool = start(workers=1)
     assert len(pool._host.links) == 2
     assert at_once == [1, 1]
+
+
+def test_an_agent_that_is_slow_to_start(start: Callable[..., ClusterPool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """D1, D5: it holds up the others for a moment only."""
+    join = nodes.NodeManager._join
+    others = threading.Event()
+    begun: list[str] = []
+    waited: list[bool] = []
+
+    def wait_for_others(manager: nodes.NodeManager, name: str, address: str, cores: int) -> None:
+        begun.append(name)
+        if len(begun) == 1:
+            waited.append(others.wait(30))
+        join(manager, name, address, cores)
+        others.set()
+
+    monkeypatch.setattr(nodes, "JOINING", 1)
+    monkeypatch.setattr(nodes, "SLOW", 0.5)
+    monkeypatch.setattr(nodes.NodeManager, "_join", wait_for_others)
+    assert len(start(workers=1)._host.links) == 2
+    assert waited == [True]
+
+
+def test_a_program_that_closes_no_pool(cluster: Cluster) -> None:
+    """D1, W11: its end does, before Ray leaves the cluster: whatever was imported first."""
+    code = f"""
+from runner import Pool, Request
+from runner.cluster import ClusterPool
+pool = ClusterPool({HANDLER!r}, address={cluster.address!r}, workers=1).start()
+print(*[worker.pid for worker in pool.workers()])
+"""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    wait_gone(pids, 2)
 
 
 def test_what_is_no_request(start: Callable[..., ClusterPool]) -> None:

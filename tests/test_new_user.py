@@ -130,6 +130,30 @@ def test_the_command_hears_variables_and_adds_some(tmp_path: Path) -> None:
     assert "KEPT" not in seen
 
 
+ITSELF = """
+from runner import Pool, Request
+def handler(request, response):
+    return b"hello"
+with Pool({given}, workers=1) as pool:
+    with pool.open(Request("GET", "/")) as job:
+        print(b"".join(job))
+"""
+
+
+@pytest.mark.parametrize("how", ["by name", "in the command", "by value"])
+def test_a_module_that_starts_a_pool_of_itself(tmp_path: Path, how: str) -> None:
+    """G10: each worker would start another one, and so on: the first one says so."""
+    (tmp_path / "itself.py").write_text(ITSELF.format(given="handler" if how == "by value" else "'itself:handler'"))
+    if how == "in the command":
+        done = blastdoor("check", "itself:handler", cwd=tmp_path)
+    else:
+        command = ["itself.py"] if how == "by name" else ["-c", "import itself"]
+        environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environ, capture_output=True, timeout=30)
+    assert done.returncode
+    assert b"module 'itself' starts a pool of its own handler where it is imported" in done.stdout + done.stderr
+
+
 def test_the_reference_is_current() -> None:
     """G10: docs/settings.md is what the code says, in every process, and has words for each key."""
     assert all(WORDS.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from runner import (
 from runner.events import Event, WorkerEnded
 from runner.sandbox import probe
 from tests.processes import kill, wait_gone
+from tests.serving import ROOT
 from tests.waiting import wait_until
 
 CONFINED = "tests.confined:app"
@@ -417,3 +419,42 @@ def test_what_the_doctor_says() -> None:
         assert f"  {layer}: " in done.stdout
     for profile in ("default", "strict"):
         assert f"Sandbox.{profile}()" in done.stdout
+
+
+DIES_BEFORE_ITS_WORD = """
+import os, signal, socket
+import multiprocess
+from runner.platform import linux
+from runner.sandbox import namespaces
+
+class Ours(socket.socket):
+    def send(self, data):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def pair(*kind):
+    ours, theirs = real(*kind)
+    return Ours(fileno=ours.detach()), theirs
+
+def start(control, ours):
+    return multiprocess.get_context("fork").Process(
+        target=lambda: namespaces.enter_namespaces(control, ours, network=False, egress=False)
+    )
+
+real, socket.socketpair = socket.socketpair, pair
+linux.unshare(linux.NEW_USERS) if os.geteuid() else None
+namespaces.Nested(start)
+"""
+
+
+def test_a_zygote_that_dies_while_it_makes_a_worker() -> None:
+    """S1, W11: the first process of a worker's namespaces ends too, though nobody told it that it may begin."""
+    zygote = subprocess.Popen([sys.executable, "-c", DIES_BEFORE_ITS_WORD], start_new_session=True, cwd=ROOT)
+    assert zygote.wait(30) == -signal.SIGKILL
+    wait_until(lambda: not [p.pid for p in psutil.process_iter() if _session(p.pid) == zygote.pid], 5)
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
 
 from ..errors import LeaseTimeout, WriteTimeout
 from ..jobs.async_job import AsyncJob
@@ -14,9 +13,6 @@ from ..jobs.round_trip import RequestNotTaken, RoundTrip
 from ..wire.frames import Frame
 from .lane import RemoteExchange, RemoteLane
 from .messages import error_of, lost
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("blastdoor")
 

@@ -218,11 +218,12 @@ class LaneServer:
         self._write(frames, len(data))
 
     def _write(self, frames: list[bytes], size: int) -> None:
-        """Send it: small pieces as one, without a copy of large ones."""
-        if size <= _SMALL:
-            self._transport.write(frames[0] if len(frames) == 1 else b"".join(frames))
-        else:
-            self._transport.writelines(frames)
+        """Send it: small pieces as one, without a copy of large ones.
+
+        By `write`: asyncio's `writelines` holds nobody back in some versions of Python (CVE-2024-12254).
+        """
+        for data in frames if size > _SMALL else (b"".join(frames),):
+            self._transport.write(data)
 
     def on_failure(self, error: BaseException) -> None:
         """There is no more, and it is not whole."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import random
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import msgspec
 
 from ..errors import WorkersUnavailable
-from .handshake import CONTROL, LANE, connect
+from .handshake import CONTROL, LANE, Stranger, connect
 from .lane import LaneChannel, LeasesProtocol, RemoteLane
 from .messages import Beside, Cancel, Heartbeat, JoinReply, Ping, decode_event, encode
 from .placement import Node
@@ -36,14 +37,14 @@ GIVE_UP: Final = 4.0
 CONNECT_SECONDS: Final = 2.0
 """Seconds that a connection to an agent may take."""
 
-CONNECTING: Final = 32
-"""How many connections to an agent are on their way at once: it takes so many of several hosts."""
-
 _PAUSES: Final = (0.05, 1.0)
 """Seconds until a connection that broke is tried again: at first, and at most."""
 
 KEEP: Final = 60.0
 """Seconds that a lane is kept that nobody uses."""
+
+_CROWDED: Final = 0.005
+"""Seconds until a connection that was dropped is tried again, at first: too many were on their way at once."""
 
 _OWN_TROUBLE: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 _NO_HEARTBEAT: Final = Heartbeat(True, 0, 0, 0, 0, 0, 0, [], [], [], 0)
@@ -69,6 +70,11 @@ class Unreachable(Exception):
     """No connection to an agent can be had."""
 
 
+def _was_dropped(error: OSError) -> bool:
+    """Whether the agent is there, and did not take this connection in."""
+    return isinstance(error, ConnectionError) and not isinstance(error, (ConnectionRefusedError, Stranger))
+
+
 class AgentLink:
     """One agent, as its host sees it.
 
@@ -85,7 +91,6 @@ class AgentLink:
         self.lanes: set[RemoteLane] = set()
         self.lock = threading.RLock()  # reentrant: a finalizer may close a job in the middle of anything
         self._idle: list[RemoteLane] = []
-        self._may_connect = threading.BoundedSemaphore(CONNECTING)
         self.leases: LeasesProtocol = host.leases
         self._host = host
         self._address = joined.address, joined.port
@@ -132,32 +137,32 @@ class AgentLink:
         """Close the lanes that nobody has used since: the one that was used last is taken first."""
         with self.lock:
             while self._idle and self._idle[0].idle_since < before:
-                self.close_lane(self._idle[0])
+                self.close_lane(self._idle.pop(0))
 
     def open_idle(self, timeout: float | None) -> None:
-        """Have an idle lane: one more, or one that came free meanwhile, or none, where many others wait for theirs.
+        """Have an idle lane: one more, or one that came free while this one was waited for.
 
         WorkersUnavailable where this process has no descriptor left for it. Unreachable where the agent can't be
         connected to: its node gets no jobs before its next heartbeat.
         """
-        seconds = CONNECT_SECONDS if timeout is None else min(max(timeout, 0.1), CONNECT_SECONDS)
-        if not self._may_connect.acquire(timeout=seconds):
-            return
-        try:
-            if not self._idle:
-                self._open_idle(seconds)
-        finally:
-            self._may_connect.release()
-
-    def _open_idle(self, seconds: float) -> None:
-        try:
-            sock, number = connect(self._address, self._secret, LANE, self._host.name, seconds, self._host.dial)
-            channel = LaneChannel(sock)
-        except OSError as error:
-            if error.errno in _OWN_TROUBLE:
-                raise WorkersUnavailable(f"no connection to an agent can be made: {error}", 1.0) from error
-            self._host.placement.update(self.node, silent=True)
-            raise Unreachable(f"the agent on node {self.node.address} can't be reached: {error}") from error
+        until = time.monotonic() + (CONNECT_SECONDS if timeout is None else min(max(timeout, 0.1), CONNECT_SECONDS))
+        pause = _CROWDED
+        while True:
+            left = max(until - time.monotonic(), 0.001)
+            try:
+                sock, number = connect(self._address, self._secret, LANE, self._host.name, left, self._host.dial)
+                channel = LaneChannel(sock)
+                break
+            except OSError as error:
+                if error.errno in _OWN_TROUBLE:
+                    raise WorkersUnavailable(f"no connection to an agent can be made: {error}", 1.0) from error
+                if not _was_dropped(error) or until - time.monotonic() < pause:
+                    self._host.placement.update(self.node, silent=True)
+                    raise Unreachable(f"the agent on node {self.node.address} can't be reached: {error}") from error
+            time.sleep(random.uniform(pause / 2, pause))
+            pause *= 2
+            if self._idle or self.lost:
+                return
         lane = RemoteLane(self, number, channel)
         with self.lock:
             if not self.lost:

@@ -1,12 +1,12 @@
 """The agents of one ClusterPool: one on each node of the cluster, made as nodes come, given up as they go.
 
-One thread follows the nodes. Others, each for one agent at a time, make them and wait until they are ready; they end
-when there is none to be made.
+One thread follows the nodes. Others, one for each agent that is being made, end when that is ready.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -38,6 +38,9 @@ _LOOK_PER_NODE: Final = 0.005
 
 JOINING: Final = 32
 """How many agents are made at once: each is a process of Ray's, with a pool that starts."""
+
+SLOW: Final = 5.0
+"""Seconds after which one that is not ready yet holds up no other."""
 
 _AGAIN: Final = 2.0
 """Seconds after which an agent that could not be made is tried again."""
@@ -126,7 +129,7 @@ class NodeManager:
         self._lost_actors: dict[str, Any] = {}
         self._threads: set[threading.Thread] = set()
         self._to_join: deque[tuple[str, str, int]] = deque()
-        self._joiners = 0
+        self._began: dict[str, float] = {}
 
     def begin(self) -> None:
         """Begin to follow the cluster. StartError where the system gives no thread."""
@@ -140,7 +143,13 @@ class NodeManager:
     def wait_started(self, timeout: float) -> None:
         """Wait until each node of this moment has an agent that is ready. StartError where one can't be had."""
         with self._changed:
-            self._changed.wait_for(self._has_started, timeout)
+            began = time.monotonic()
+            while not self._has_started():
+                rounds = max(len(self._alive) - 1, 0) // JOINING  # before the last, which has all the time
+                left = began + rounds * SLOW + timeout - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
             if self._ended:
                 raise PoolClosed("the pool was closed while it started")
             if self._errors:
@@ -241,7 +250,7 @@ class NodeManager:
                     continue
                 self._joining[name] = None
                 self._to_join.append((name, node["NodeManagerAddress"], max(int(node["Resources"].get("CPU", 1)), 1)))
-        self._spawn_joiners()
+        self._begin_joins()
         with self._changed:
             self._looked = True
             self._alive = set(alive)
@@ -250,22 +259,32 @@ class NodeManager:
                     del kept[name]
             self._changed.notify_all()
 
-    def _spawn_joiners(self) -> None:
+    def _begin_joins(self) -> None:
+        """Begin to have agents on the nodes that wait for one, as many as may be at once."""
         with self._lock:
-            for _ in range(min(len(self._to_join), JOINING - self._joiners)):
-                self._spawn(self._join_all, "blastdoor-join")
-                self._joiners += 1
-
-    def _join_all(self) -> None:
-        """Have agents on the nodes that wait for one, one after the other."""
-        while True:
-            with self._lock:
-                if not self._to_join or self._ended:
-                    self._joiners -= 1
-                    self._threads.discard(threading.current_thread())
-                    return
+            now = time.monotonic()
+            quick = sum(now - began < SLOW for began in self._began.values())
+            while self._to_join and quick < JOINING and not self._ended:
                 waiting = self._to_join.popleft()
-            self._join(*waiting)
+                self._began[waiting[0]] = now
+                try:
+                    self._spawn(functools.partial(self._see_to, *waiting), "blastdoor-join")
+                except BaseException:
+                    self._to_join.appendleft(waiting)
+                    del self._began[waiting[0]]
+                    raise
+                quick += 1
+
+    def _see_to(self, name: str, address: str, cores: int) -> None:
+        """Have an agent on a node, then the next ones."""
+        try:
+            self._join(name, address, cores)
+        finally:
+            with self._lock:
+                self._began.pop(name, None)
+                self._threads.discard(threading.current_thread())
+            with contextlib.suppress(RuntimeError):  # there is no thread to be had: the next look tries again
+                self._begin_joins()
 
     def _join(self, name: str, address: str, cores: int) -> None:
         error = failure = ""

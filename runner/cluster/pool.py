@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import pickle
@@ -19,7 +20,7 @@ from ..jobs.dispatch import load_async
 from ..jobs.job import Job
 from ..model.request import Request, Upload
 from ..pool import Pool, restore_pool
-from ..pool_base import NO_CONTEXT, PoolBase, pool_is_closed, pools
+from ..pool_base import NO_CONTEXT, PoolBase, close_all, pool_is_closed, pools
 from ..pool_options import PoolConfig, PoolOptions, Queueing
 from ..supervision.scaling import Size
 from ..wire.messages import JobContext
@@ -80,6 +81,7 @@ class ClusterPool(PoolBase):
         options = template._options
         self._made_from = template.__reduce__()[1][1:], by_cores, address, name, tls
         self._set_up_base(options)
+        self._module = template._module
         self.debug = template.debug
         self._times = options.times
         self._address = address
@@ -294,3 +296,6 @@ def _restore(
         pool = ClusterPool.__new__(ClusterPool)
         pool._set_up(restore_pool("", *template), by_cores, address, name, tls)
     return pool
+
+
+atexit.register(close_all)  # once more: before Ray, which was imported here, leaves its cluster

@@ -347,8 +347,8 @@ class RoundTrip(Sending):
     def _do_again(self, why: str) -> NoReturn:
         assert self._retriable is not None
         self._retriable.retries -= 1
-        words = "job %s: worker %s: %s: it is done again, by another"
-        logger.warning(words, self.job_id, self._worker.pid, why, extra=self._extra())
+        self._retriable.asked_at = time.monotonic()  # it may wait for the other as long as for this one
+        logger.warning("job %s: %s: it is done again, by another", self.job_id, why, extra=self._extra())
         raise RequestNotTaken
 
     def _check_end(self) -> None:

@@ -20,12 +20,13 @@ _STATUS: Final = struct.Struct("=i")
 _DESCRIPTOR_CEILING: Final = 1 << 20
 
 
-def enter_namespaces(control: socket.socket, *, network: bool, egress: bool) -> None:
+def enter_namespaces(control: socket.socket, zygotes: socket.socket, *, network: bool, egress: bool) -> None:
     """Go on as the worker, in new namespaces; in the host's own network with `network`.
 
-    With `egress` there is a socket for the proxy in the new network. Others of the processes that this makes never
-    return.
+    `zygotes` is the other end of `control`, which the zygote alone is to have: its end is told by that. With `egress`
+    there is a socket for the proxy in the new network. Others of the processes that this makes never return.
     """
+    zygotes.close()
     kinds = linux.NEW_PIDS | linux.NEW_IPC | linux.NEW_HOSTNAME
     linux.unshare(kinds if network else kinds | linux.NEW_NETWORK)
     first = os.fork()
@@ -78,11 +79,11 @@ class Nested:
     """
 
     def __init__(self, starter: Any) -> None:
-        """`starter` makes the process that calls `enter_namespaces` with its socket. OSError where that fails."""
+        """`starter` makes the process that calls `enter_namespaces` with both sockets. OSError where that fails."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                process = starter(theirs)
+                process = starter(theirs, self._control)
                 process.start()
             answer = self._control.recv(_STATUS.size)
             process.join()

@@ -247,7 +247,7 @@ class Zygote:
             if sandbox.nested:
                 from ..sandbox.namespaces import Nested, enter_namespaces  # loaded where it is used
 
-                def begin(control: socket.socket) -> Any:
+                def begin(control: socket.socket, ours: socket.socket) -> Any:
                     enter = functools.partial(sandbox.enter, resources, 1)
                     setup = worker.ChildSetup(
                         1,
@@ -255,7 +255,9 @@ class Zygote:
                         self._inherited,
                         self._code_fd,
                         enter,
-                        functools.partial(enter_namespaces, control, network=sandbox.network, egress=sandbox.egress),
+                        functools.partial(
+                            enter_namespaces, control, ours, network=sandbox.network, egress=sandbox.egress
+                        ),
                     )
                     return self._process(name, setup)
 

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ...control import handler_import
 from ...control.zygote_messages import ZygoteConfig
 from ...errors import ErrorWithoutTraceback
 from ...model.handler_spec import APPS, FACTORIES, FactoryArguments, parse_handler_spec
@@ -31,14 +32,8 @@ class HandlerError(ErrorWithoutTraceback):
 
 def load(config: ZygoteConfig) -> Adapter | AsyncAdapter:
     """Import or unpickle the handler and give the adapter that calls it."""
-    if config.pickle is None:
-        target = import_handler(config.handler, factory=config.factory)
-    else:
-        import dill
-
-        target = dill.loads(config.pickle)
-        if config.factory:
-            target = _made_by(target, repr(config.handler), FactoryArguments([], {}))
+    with handler_import.under_way():
+        target = _target(config)
     name = repr(config.handler)
     kind = config.kind
     if not callable(target):
@@ -68,6 +63,15 @@ def load(config: ZygoteConfig) -> Adapter | AsyncAdapter:
     from .native import NativeAdapter
 
     return NativeAdapter(target)
+
+
+def _target(config: ZygoteConfig) -> object:
+    if config.pickle is None:
+        return import_handler(config.handler, factory=config.factory)
+    import dill
+
+    target = dill.loads(config.pickle)
+    return _made_by(target, repr(config.handler), FactoryArguments([], {})) if config.factory else target
 
 
 def is_coroutine_function(target: Callable[..., Any]) -> bool:
