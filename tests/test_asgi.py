@@ -340,7 +340,7 @@ def test_background_work_that_raises(pool: Pool, tmp_path: Path, log: pytest.Log
     first = send(pool, f"/background?go={tmp_path / 'go'}&then=raise")
     (tmp_path / "go").touch()
     assert json.loads(send(pool, "/scope"))["pid"] == int(first)
-    assert "its background work raised" in log.text
+    assert "the handler raised after its response" in log.text
     assert "ValueError: boom in the background" in log.text
 
 

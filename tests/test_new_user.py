@@ -112,6 +112,13 @@ def test_settings_from_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert load_settings(None, {}, {**environ, "BLASTDOOR_PORT": "6"}).port == 6
     with pytest.raises(ConfigurationError, match=r"^the environment: port takes int"):
         load_settings(None, {}, {"BLASTDOOR_PORT": "tcp://10.0.0.1:80"})
+    with pytest.raises(ConfigurationError, match=r"there is no BLASTDOOR_PROT: did you mean BLASTDOOR_PORT\?"):
+        load_settings(None, {}, {"BLASTDOOR_PROT": "2"})
+    with pytest.raises(ConfigurationError, match="BLASTDOOR_RECYCLE: 'recycle' is for a file"):
+        load_settings(None, {}, {"BLASTDOOR_RECYCLE": "nonsense"})
+    service = {"BLASTDOOR_SERVICE_HOST": "10.0.0.1", "BLASTDOOR_SERVICE_PORT": "80", "BLASTDOOR_PYTHON": "python3.12"}
+    ports = {"BLASTDOOR_PORT_80_TCP": "tcp://10.0.0.1:80", "BLASTDOOR_PORT_80_TCP_ADDR": "10.0.0.1"}
+    load_settings(None, {}, {**service, **ports, "BLASTDOOR_TEST_TRIES": "x", "BLASTDOOR_TEST_DEATHS": "1"})
 
 
 def test_the_command_hears_variables_and_adds_some(tmp_path: Path) -> None:

@@ -276,4 +276,4 @@ def log_background_failure(worker: Worker, job_id: str, report: FaultReport) -> 
     text = quoted(report.traceback)
     if worker.log.charge(len(text.encode())):
         extra = {"job_id": job_id, "worker": worker.pid}
-        logger.error("job %s: its background work raised\n%s", job_id, text, extra=extra)
+        logger.error("job %s: the handler raised after its response\n%s", job_id, text, extra=extra)

@@ -295,7 +295,26 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     settings = {name: getattr(made, name) for name in found}
     if apps := environ.get("BLASTDOOR_APPS", "").split():
         settings["mounts"] = parse_mounts(apps)
+    _check_variables(environ)
     return settings
+
+
+def _check_variables(environ: Mapping[str, str]) -> None:
+    """ConfigurationError for a variable that is nearly a setting's, or that of one that only a file can say.
+
+    Others may be somebody else's, as those that Kubernetes sets for a service.
+    """
+    known = [name for name in Settings.__struct_fields__ if name not in _NOT_FROM_VARIABLES]
+    for variable in environ:
+        name = variable.removeprefix("BLASTDOOR_").lower()
+        if name == variable.lower() or name in known or name == "apps":
+            continue
+        if name in _NOT_FROM_VARIABLES:
+            raise ConfigurationError(f"the environment: {variable}: {name!r} is for a file, or the command line")
+        if near := difflib.get_close_matches(name, known, 1, 0.7):
+            raise ConfigurationError(
+                f"the environment: there is no {variable}: did you mean BLASTDOOR_{near[0].upper()}?"
+            )
 
 
 _LISTS: Final = frozenset({"preload", "trusted_proxies", "bind", "access_log_fields"})

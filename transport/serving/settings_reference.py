@@ -104,8 +104,9 @@ _HEAD: Final = """# Settings
 
 Every key of `blastdoor.toml`, or of `[tool.blastdoor]` in `pyproject.toml`. This page is made from the code
 (`scripts/reference`). Keys of pools stand at the top of the file, for all mounts, or in a mount's own table, which
-counts more. Variables count more than the file: `BLASTDOOR_` and the key in capitals, `PORT` and `WEB_CONCURRENCY`;
-options of the command line, the same names with hyphens, count most.
+counts more. Variables count more than the file: `BLASTDOOR_` and the key in capitals, for all that is no table; `PORT`
+and `WEB_CONCURRENCY`. Options of the command line count most: most keys have one, the same name with hyphens, which
+`blastdoor serve --help` shows.
 """
 
 _TABLES: Final[tuple[tuple[str, Any, frozenset[str]], ...]] = (
