@@ -348,7 +348,10 @@ def _code_paths(handler: str, path: list[str]) -> CodePaths:
         return CodePaths(archives)  # a file (zipimport): all of it is the app's
     for directory in (*packages, *folders):
         if directory == SCRATCH_PARENT:
-            raise SandboxError(f"the handler's module {name!r} lies in {directory!r} itself, which workers have anew")
+            raise SandboxError(
+                f"the handler's module {name!r} lies in {directory!r} itself, which workers have anew: "
+                f"put it in a directory of its own"
+            )
         if directory in ("/", home) or home.startswith(directory + "/"):
             raise SandboxError(
                 f"the handler's module {name!r} lies in {directory!r}, all of which it could read then: "

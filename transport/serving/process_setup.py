@@ -143,7 +143,8 @@ class Account(msgspec.Struct, frozen=True):
             os.setresuid(self.uid, self.uid, self.uid)
         for place in (sys.executable, os.path.dirname(os.__file__), os.path.dirname(msgspec.__file__), __file__):
             if not os.access(place, os.R_OK):
-                raise ConfigurationError(f"user: {self.name or self.uid} can't read {place}: install it elsewhere")
+                real = os.path.realpath(place)
+                raise ConfigurationError(f"user: {self.name or self.uid} can't read {real}: install it elsewhere")
 
 
 def _user(user: str) -> Account:

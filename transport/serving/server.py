@@ -149,8 +149,8 @@ class Service:
             self.listeners.close()
             if self.admin_socket is not None:
                 self.admin_socket.close()
-            if not self._one_of_several:
-                logger.info("stopped")
+        if not self._one_of_several:
+            logger.info("stopped")
 
     def stop(self) -> None:
         """Drain, and end; the second time at once. In the event loop's thread."""

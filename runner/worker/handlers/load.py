@@ -153,8 +153,8 @@ def find_kind(target: Callable[..., Any]) -> HandlerKind | None:
     except TypeError:
         if not positional:
             raise HandlerError(
-                f"the handler takes the arguments {signature}: if it makes the app, say so by parentheses "
-                f"('shop:create_app()'), by factory=True, or by --factory"
+                f"the handler takes the arguments {signature}: name the app, not a view of it; if it makes the app, "
+                f"say so by parentheses ('shop:create_app()'), by factory=True, or by --factory"
             ) from None
         raise HandlerError(
             f"the handler takes the arguments {signature}, but a native handler is called with "
