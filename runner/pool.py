@@ -6,6 +6,7 @@ Longer than other modules by its docstrings: they are the contract that users re
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import msgspec
 
 from .call_checks import check_request, endless, sized_body, tell_of_dropped
+from .control import handler_import
 from .control.zygote_messages import ZygoteConfig
 from .errors import PoolClosed, StartError
 from .events import Events, PoolStats, WorkerInfo
@@ -115,7 +117,6 @@ class Pool(PoolBase):
         debug: bool = False,
         label: str = "",
     ) -> None:
-        self._module = handler.partition(":")[0] if isinstance(handler, str) else getattr(handler, "__module__", "")
         self._config = zygote_config(
             handler,
             kind=kind,
@@ -181,8 +182,9 @@ class Pool(PoolBase):
                 raise pool_is_closed()
             if self._supervisor is None:
                 options, sandbox = self._options, self._config.sandbox
-                options.size.make_room(self._token)
                 env = options.environment.of_workers(self._config, options.size.most)
+                config = self._within_others(env)
+                options.size.make_room(self._token)
                 if sandbox is not None and sandbox.protect_host:
                     from .platform import linux  # ctypes is loaded where it is used
 
@@ -191,7 +193,7 @@ class Pool(PoolBase):
                     supervisor = Supervisor(
                         self._leases,
                         self._events,
-                        self._config,
+                        config,
                         options.size,
                         env,
                         options.times.start_timeout,
@@ -203,6 +205,14 @@ class Pool(PoolBase):
                     raise StartError(f"the pool can't start its supervisor thread: {error}") from error
                 self._supervisor = supervisor
             return self._supervisor
+
+    def _within_others(self, env: Mapping[str, str]) -> ZygoteConfig:
+        """What its zygote is told, with the pools that it lies within. ConfigurationError where that has no end."""
+        config = self._config
+        said = sorted(item for item in env.items() if not item[0].endswith("_NUM_THREADS"))  # which we may have added
+        here = config.handler, config.pickle, config.factory, config.path, said, os.getcwd()
+        within = handler_import.check(handler_import.fingerprint(*here), config.handler)
+        return msgspec.structs.replace(config, within=within)
 
     def _start_over(self, failed: Supervisor) -> None:
         """Clear away a start that has failed: the next one begins anew."""

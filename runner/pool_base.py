@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from .call_checks import check_timeouts, endless
-from .control.handler_import import refuse_pool_of
 from .errors import PoolClosed, PoolForked
 from .events import Batch, Events, JobTime, Subscriber
 from .jobs.dispatch import Dispatch
@@ -38,8 +37,6 @@ class PoolBase:
     """A pool's life: a context manager, also an async one, that ends also where it is dropped."""
 
     _events: Events
-    _module = ""
-    """The module of its handler, where that is known."""
 
     def _set_up_base(self, options: PoolConfig) -> None:
         """What is the same for all. Once the rest is set up too, it is to be put into `pools`."""
@@ -59,8 +56,7 @@ class PoolBase:
         return self._closed
 
     def _check_process(self) -> None:
-        """PoolForked where it is the parent's; ConfigurationError where it is its own worker's."""
-        refuse_pool_of(self._module)
+        """PoolForked where it is the parent's."""
         if self._forked:
             raise PoolForked(
                 "this pool was started before the fork and belongs to the parent process: make one after the fork"
@@ -169,10 +165,11 @@ def pool_is_closed() -> PoolClosed:
     return PoolClosed("the pool is closed: open a new one")
 
 
-def close_all() -> None:
-    """Close the pools of this process, at its end."""
+def close_all(kind: type[PoolBase] = PoolBase) -> None:
+    """Close the pools of this process, or those of a kind, at its end."""
     for pool in list(pools.values()):
-        pool.close(drain=0)
+        if isinstance(pool, kind):
+            pool.close(drain=0)
 
 
 def _all_after_fork_in_child() -> None:

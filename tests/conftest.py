@@ -20,7 +20,7 @@ SHARED_MEMORY: pytest.StashKey[set[str]] = pytest.StashKey()
 HANDLER = "tests.handlers:app"
 
 _LAST_STEPS: Final = 2.0
-"""Seconds that a thread of somebody else's has to end, which has nothing more to do."""
+"""Seconds that a thread has to end which has nothing more to do."""
 
 
 def _descriptors() -> dict[int, str]:
@@ -75,14 +75,14 @@ def nothing_left() -> Iterator[None]:
     children = set(psutil.Process().children(recursive=True))
     yield
     gc.collect()
-    after = _descriptors()
-    assert {fd: name for fd, name in after.items() if fd not in before[0]} == {}, "descriptors left open"
     # Trio keeps its idle threads for some seconds, for the next run. AnyIO's have been told to end.
     threads = {thread for thread in threading.enumerate() if not thread.name.startswith("Trio thread")} - before[1]
     for thread in threads:
-        if not thread.name.startswith("blastdoor"):
+        if thread.name.startswith("AnyIO"):
             thread.join(_LAST_STEPS)
     assert not [thread for thread in threads if thread.is_alive()], "threads left"
+    after = _descriptors()
+    assert {fd: name for fd, name in after.items() if fd not in before[0]} == {}, "descriptors left open"
     assert set(psutil.Process().children(recursive=True)) <= children, "processes left"
     if "PYTEST_XDIST_WORKER" not in os.environ:  # there it is another test's as well: see `pytest_sessionfinish`
         assert _shared_memory() <= before[2], "shared memory left"

@@ -40,7 +40,7 @@ from transport import httpx as httpx_transport
 from transport import httpx2 as httpx2_transport
 from transport.gateway import Gateway
 from transport.requests import Transport
-from transport.serving.settings import load_settings
+from transport.serving.settings import load_settings, passed_over
 from transport.serving.settings_reference import WORDS, reference
 
 APP = "tests.handlers:app"
@@ -112,13 +112,29 @@ def test_settings_from_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert load_settings(None, {}, {**environ, "BLASTDOOR_PORT": "6"}).port == 6
     with pytest.raises(ConfigurationError, match=r"^the environment: port takes int"):
         load_settings(None, {}, {"BLASTDOOR_PORT": "tcp://10.0.0.1:80"})
-    with pytest.raises(ConfigurationError, match=r"there is no BLASTDOOR_PROT: did you mean BLASTDOOR_PORT\?"):
-        load_settings(None, {}, {"BLASTDOOR_PROT": "2"})
-    with pytest.raises(ConfigurationError, match="BLASTDOOR_RECYCLE: 'recycle' is for a file"):
-        load_settings(None, {}, {"BLASTDOOR_RECYCLE": "nonsense"})
-    service = {"BLASTDOOR_SERVICE_HOST": "10.0.0.1", "BLASTDOOR_SERVICE_PORT": "80", "BLASTDOOR_PYTHON": "python3.12"}
-    ports = {"BLASTDOOR_PORT_80_TCP": "tcp://10.0.0.1:80", "BLASTDOOR_PORT_80_TCP_ADDR": "10.0.0.1"}
-    load_settings(None, {}, {**service, **ports, "BLASTDOOR_TEST_TRIES": "x", "BLASTDOOR_TEST_DEATHS": "1"})
+
+
+def test_variables_that_are_passed_over() -> None:
+    """G10: what is nearly a setting's, or one's that is for a file, is told; what platforms set is not."""
+    assert passed_over({"BLASTDOOR_PROT": "2"}) == ["BLASTDOOR_PROT is passed over: did you mean BLASTDOOR_PORT?"]
+    (told,) = passed_over({"BLASTDOOR_RECYCLE": "nonsense", "BLASTDOOR_ENV": ""})
+    assert told == "BLASTDOOR_RECYCLE is passed over: 'recycle' is for a file, or the command line"
+    for service in ("", "_DB", "_ML", "_LOG", "_WORKERS", "_ADMIN"):
+        name = f"BLASTDOOR{service}"
+        assert not passed_over(
+            {
+                f"{name}_SERVICE_HOST": "10.0.0.1",
+                f"{name}_SERVICE_PORT": "80",
+                f"{name}_SERVICE_PORT_HTTP": "80",
+                f"{name}_PORT": "tcp://10.0.0.1:80",
+                f"{name}_PORT_80_TCP": "tcp://10.0.0.1:80",
+                f"{name}_PORT_80_TCP_ADDR": "10.0.0.1",
+                f"{name}_PORT_80_TCP_PORT": "80",
+                f"{name}_PORT_80_TCP_PROTO": "tcp",
+                f"{name}_NAME": "/web/blastdoor",
+            }
+        )
+    assert not passed_over({"BLASTDOOR_PORT": "80", "BLASTDOOR_APPS": "a:b", "BLASTDOOR_PYTHON": "python3.12"})
 
 
 def test_the_command_hears_variables_and_adds_some(tmp_path: Path) -> None:
@@ -138,27 +154,96 @@ def test_the_command_hears_variables_and_adds_some(tmp_path: Path) -> None:
 
 
 ITSELF = """
+import functools, threading
 from runner import Pool, Request
+class App:
+    def __call__(self, request, response):
+        return b"hello"
+def answer(text, request, response):
+    return text
 def handler(request, response):
     return b"hello"
-with Pool({given}, workers=1) as pool:
-    with pool.open(Request("GET", "/")) as job:
-        print(b"".join(job))
+def run(given, **settings):
+    with Pool(given, workers=1, **settings) as pool, pool.open(Request("GET", "/")) as job:
+        print(b"".join(job).decode())
+def make():
+    {in_factory}
+    return handler
+{code}
 """
+NO_END = b"is started where its own workers import it, and would have no end"
 
 
-@pytest.mark.parametrize("how", ["by name", "in the command", "by value"])
-def test_a_module_that_starts_a_pool_of_itself(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize(
+    "code",
+    [
+        "run('itself:handler')",
+        "run(handler)",
+        "run(functools.partial(answer, b'hello'))",
+        "run(App())",
+        "run('itself:handler', preload=['itself'])",
+        "run('itself:handler', preload=True)",
+        "run('itself:handler', path=['.'])",
+        "in a factory",
+    ],
+)
+def test_a_module_that_starts_a_pool_of_itself(tmp_path: Path, code: str) -> None:
     """G10: each worker would start another one, and so on: the first one says so."""
-    (tmp_path / "itself.py").write_text(ITSELF.format(given="handler" if how == "by value" else "'itself:handler'"))
-    if how == "in the command":
-        done = blastdoor("check", "itself:handler", cwd=tmp_path)
-    else:
-        command = ["itself.py"] if how == "by name" else ["-c", "import itself"]
-        environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environ, capture_output=True, timeout=30)
+    made = "run('itself:make()')" if code == "in a factory" else "pass"
+    (tmp_path / "itself.py").write_text(ITSELF.format(code="" if code == "in a factory" else code, in_factory=made))
+    assert NO_END in blastdoor("check", "itself:make()", cwd=tmp_path).stderr
+    command = "import itself; itself.make()"
+    done = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=_ours(), capture_output=True, timeout=30)
     assert done.returncode
-    assert b"module 'itself' starts a pool of its own handler where it is imported" in done.stdout + done.stderr
+    assert NO_END in done.stderr
+
+
+def test_a_thread_that_starts_a_pool_of_itself(tmp_path: Path) -> None:
+    """G10: where a module's import is not to blame for sure, pools lie within each other so deep, and no deeper."""
+    code = "threading.Timer(0.1, run, ['itself:handler']).start(); import time; time.sleep(0.3)"
+    (tmp_path / "itself.py").write_text(ITSELF.format(code=code, in_factory="pass"))
+    done = subprocess.run([sys.executable, "itself.py"], cwd=tmp_path, env=_ours(), capture_output=True, timeout=60)
+    assert b"is started within 4 others" in done.stderr or NO_END in done.stderr
+
+
+NESTED: dict[str, tuple[str, str]] = {
+    "another app of this name": ("run('itself:handler', path=['tenant'])", "tenant"),
+    "a function by value": ("run(lambda request, response: b'value')", "value"),
+    "another role": (
+        "import os\nif os.environ.get('ROLE') != 'inner': run('itself:role', set_env={'ROLE': 'inner'})",
+        "inner",
+    ),
+    "when it is asked": ("", "asked"),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_pools_within_pools(tmp_path: Path, name: str) -> None:
+    """G10: an app that has pools of its own is none of that, even where one is of a module of its name."""
+    code, inner = NESTED[name]
+    app = (
+        ITSELF.format(code=code, in_factory="pass")
+        + """
+import os
+def role(request, response):
+    return os.environ["ROLE"].encode()
+def asks(request, response):
+    if request.path == "/asked":
+        return b"asked"
+    with Pool("itself:asks", workers=1) as pool, pool.open(Request("GET", "/asked")) as job:
+        return b"".join(job)
+"""
+    )
+    (tmp_path / "itself.py").write_text(app)
+    (tmp_path / "tenant").mkdir()
+    (tmp_path / "tenant" / "itself.py").write_text("def handler(request, response):\n    return b'tenant'\n")
+    called = blastdoor("call", "itself:asks" if name == "when it is asked" else "itself:handler", "/", cwd=tmp_path)
+    assert called.returncode == 0, called.stderr
+    assert inner.encode() in called.stdout + called.stderr
+
+
+def _ours() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def test_the_reference_is_current() -> None:

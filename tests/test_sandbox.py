@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import signal
@@ -29,7 +30,7 @@ from runner import (
 )
 from runner.events import Event, WorkerEnded
 from runner.sandbox import probe
-from tests.processes import kill, wait_gone
+from tests.processes import is_gone, kill, wait_gone
 from tests.serving import ROOT
 from tests.waiting import wait_until
 
@@ -450,11 +451,17 @@ def test_a_zygote_that_dies_while_it_makes_a_worker() -> None:
     """S1, W11: the first process of a worker's namespaces ends too, though nobody told it that it may begin."""
     zygote = subprocess.Popen([sys.executable, "-c", DIES_BEFORE_ITS_WORD], start_new_session=True, cwd=ROOT)
     assert zygote.wait(30) == -signal.SIGKILL
-    wait_until(lambda: not [p.pid for p in psutil.process_iter() if _session(p.pid) == zygote.pid], 5)
-
-
-def _session(pid: int) -> int:
     try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return 0
+        wait_until(lambda: not _of_session(zygote.pid), 5)
+    finally:
+        for pid in _of_session(zygote.pid):
+            kill(pid)
+
+
+def _of_session(session: int) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(process.pid) == session and not is_gone(process.pid):
+                found.append(process.pid)
+    return found

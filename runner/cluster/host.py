@@ -16,7 +16,7 @@ from ..pool_base import pool_is_closed
 from ..supervision.waiters import in_thread
 from .lane import LaneChannel, LaneWorker, RemoteLane
 from .link import Unreachable
-from .placement import Placement, Slot
+from .placement import Placement, Slot, too_late
 from .pulse import LeftJob, Pulse
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class RemoteLeases:
             if lane is not None:
                 return lane
             self._placement.give_back(slot)
+            if until is not None and time.monotonic() >= until:
+                raise too_late(timeout)
 
     async def lease_async(
         self, timeout: float | None, scope: CancelScope | None, provider: str, caller: object
@@ -82,6 +84,8 @@ class RemoteLeases:
             if lane is not None:
                 return lane
             self._placement.give_back(slot)
+            if until is not None and time.monotonic() >= until:
+                raise too_late(timeout)
 
     def _take(self, slot: Slot, caller: object) -> RemoteLane | None:
         """A lane that is there, to this node."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from ..errors import LeaseTimeout, WriteTimeout
+from ..errors import WriteTimeout
 from ..jobs.async_job import AsyncJob
 from ..jobs.dispatch import Dispatch
 from ..jobs.job import Job
@@ -13,6 +13,7 @@ from ..jobs.round_trip import RequestNotTaken, RoundTrip
 from ..wire.frames import Frame
 from .lane import RemoteExchange, RemoteLane
 from .messages import error_of, lost
+from .placement import too_late
 
 logger = logging.getLogger("blastdoor")
 
@@ -170,9 +171,6 @@ class RemoteDispatch(Dispatch):
         left = self.asked_at + timeout - time.monotonic()
         if left > 0:
             return left
-        error = LeaseTimeout(
-            f"no worker became free within {timeout} s, on any node: start the pool with more workers, or wait longer "
-            f"(lease_timeout; the client's connect or pool timeout)"
-        )
+        error = too_late(timeout)
         self._refused(error)
         raise error from None

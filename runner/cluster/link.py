@@ -43,8 +43,8 @@ _PAUSES: Final = (0.05, 1.0)
 KEEP: Final = 60.0
 """Seconds that a lane is kept that nobody uses."""
 
-_CROWDED: Final = 0.005
-"""Seconds until a connection that was dropped is tried again, at first: too many were on their way at once."""
+_CROWDED: Final = (0.005, 0.2)
+"""Seconds for which others are tried first, where an agent has dropped a connection: at first, and at most."""
 
 _OWN_TROUBLE: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 _NO_HEARTBEAT: Final = Heartbeat(True, 0, 0, 0, 0, 0, 0, [], [], [], 0)
@@ -101,13 +101,22 @@ class AgentLink:
         self._beside: SideConnection | None = None
         self._connecting = False
         self._pause = _PAUSES[0]
+        self._crowded = _CROWDED[0]
         self._not_before = 0.0
 
     def begin(self) -> None:
         """Connect, and wait for the first heartbeat. OSError where there is none."""
-        self._attach(
-            connect(self._address, self._secret, CONTROL, self._host.name, CONNECT_SECONDS, self._host.dial)[0]
-        )
+        until = time.monotonic() + CONNECT_SECONDS
+        while True:
+            left = until - time.monotonic()
+            try:
+                sock, _ = connect(self._address, self._secret, CONTROL, self._host.name, left, self._host.dial)
+                break
+            except ConnectionError as error:
+                if not _was_dropped(error) or until - time.monotonic() < _CROWDED[1]:
+                    raise
+            time.sleep(random.uniform(*_CROWDED))
+        self._attach(sock)
         if not self._first.wait(CONNECT_SECONDS):
             raise TimeoutError("it does not answer")
 
@@ -140,29 +149,24 @@ class AgentLink:
                 self.close_lane(self._idle.pop(0))
 
     def open_idle(self, timeout: float | None) -> None:
-        """Have an idle lane: one more, or one that came free while this one was waited for.
+        """Have one more idle lane; or none, after a moment, where the agent has too many others on their way.
 
         WorkersUnavailable where this process has no descriptor left for it. Unreachable where the agent can't be
         connected to: its node gets no jobs before its next heartbeat.
         """
-        until = time.monotonic() + (CONNECT_SECONDS if timeout is None else min(max(timeout, 0.1), CONNECT_SECONDS))
-        pause = _CROWDED
-        while True:
-            left = max(until - time.monotonic(), 0.001)
-            try:
-                sock, number = connect(self._address, self._secret, LANE, self._host.name, left, self._host.dial)
-                channel = LaneChannel(sock)
-                break
-            except OSError as error:
-                if error.errno in _OWN_TROUBLE:
-                    raise WorkersUnavailable(f"no connection to an agent can be made: {error}", 1.0) from error
-                if not _was_dropped(error) or until - time.monotonic() < pause:
-                    self._host.placement.update(self.node, silent=True)
-                    raise Unreachable(f"the agent on node {self.node.address} can't be reached: {error}") from error
-            time.sleep(random.uniform(pause / 2, pause))
-            pause *= 2
-            if self._idle or self.lost:
+        seconds = CONNECT_SECONDS if timeout is None else min(max(timeout, 0.1), CONNECT_SECONDS)
+        try:
+            sock, number = connect(self._address, self._secret, LANE, self._host.name, seconds, self._host.dial)
+            channel = LaneChannel(sock)
+        except OSError as error:
+            if error.errno in _OWN_TROUBLE:
+                raise WorkersUnavailable(f"no connection to an agent can be made: {error}", 1.0) from error
+            if _was_dropped(error):
+                self._pause_after_drop()
                 return
+            self._host.placement.update(self.node, silent=True)
+            raise Unreachable(f"the agent on node {self.node.address} can't be reached: {error}") from error
+        self._crowded = _CROWDED[0]
         lane = RemoteLane(self, number, channel)
         with self.lock:
             if not self.lost:
@@ -170,6 +174,13 @@ class AgentLink:
                 self._idle.append(lane)
                 return
         channel.close()
+
+    def _pause_after_drop(self) -> None:
+        """The agent is there, and too many connections are on their way to it: other nodes are tried first."""
+        pause = self._crowded
+        self._crowded = min(2 * pause, _CROWDED[1])
+        self._host.placement.update(self.node, paused_until=time.monotonic() + pause)
+        time.sleep(random.uniform(0, _CROWDED[0]))  # where there are no others
 
     def close_lane(self, lane: RemoteLane) -> None:
         """Close a lane that nobody uses any more."""

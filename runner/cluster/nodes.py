@@ -146,7 +146,7 @@ class NodeManager:
             began = time.monotonic()
             while not self._has_started():
                 rounds = max(len(self._alive) - 1, 0) // JOINING  # before the last, which has all the time
-                left = began + rounds * SLOW + timeout - time.monotonic()
+                left = began + rounds * (SLOW + look_pause(len(self._alive))) + timeout - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(left)

@@ -60,6 +60,14 @@ class Node:
         return self.name < other.name
 
 
+def too_late(timeout: float | None) -> LeaseTimeout:
+    """What those get whom no node has taken within so many seconds."""
+    return LeaseTimeout(
+        f"no worker became free within {timeout} s, on any node: start the pool with more workers, or wait longer "
+        f"(lease_timeout; the client's connect or pool timeout)"
+    )
+
+
 class Slot:
     """A place for one job on a node, until `Placement.give_back`."""
 

@@ -81,7 +81,6 @@ class ClusterPool(PoolBase):
         options = template._options
         self._made_from = template.__reduce__()[1][1:], by_cores, address, name, tls
         self._set_up_base(options)
-        self._module = template._module
         self.debug = template.debug
         self._times = options.times
         self._address = address
@@ -298,4 +297,5 @@ def _restore(
     return pool
 
 
-atexit.register(close_all)  # once more: before Ray, which was imported here, leaves its cluster
+# Before Ray, which was imported here, leaves its cluster; other pools have their own time.
+atexit.register(close_all, ClusterPool)

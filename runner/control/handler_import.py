@@ -1,42 +1,53 @@
-"""A worker that imports its handler: a pool of this very handler, started by its module, would have no end.
+"""Pools within pools: a handler that starts a pool of itself where it is imported would have no end.
 
-Each worker of that pool would import the module again, and start one more.
+Each worker of that pool would import it again, and start one more. So a zygote is told of the pools that it is within,
+and a pool that is one of these is refused while a handler is imported; and so is any that lies too deep.
 """
 
 from __future__ import annotations
 
-import sys
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Final
 
 from ..errors import ConfigurationError
+
+DEEPEST: Final = 4
+"""How many pools may be within each other."""
+
+within: list[str] = []
+"""The fingerprints of the pools that this process is a worker, or a zygote, of: outermost first."""
 
 _under_way = False
 
 
 @contextmanager
 def under_way() -> Iterator[None]:
-    """The handler is imported meanwhile."""
+    """The handler is imported, or made, meanwhile."""
     global _under_way
-    _under_way = True
+    before, _under_way = _under_way, True
     try:
         yield
     finally:
-        _under_way = False
+        _under_way = before
 
 
-def refuse_pool_of(module: str) -> None:
-    """ConfigurationError where a worker is just importing this module, of a pool's handler, or its package."""
-    while module and _under_way:
-        if _is_initializing(sys.modules.get(module)):
-            raise ConfigurationError(
-                f"module {module!r} starts a pool of its own handler where it is imported, and so would each worker of "
-                f"that pool: start it below `if __name__ == '__main__':`, in a function, or in another file"
-            )
-        module = module.rpartition(".")[0]
+def fingerprint(*parts: object) -> str:
+    """Of what decides which code a pool's workers import, and how that goes on."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _is_initializing(module: ModuleType | None) -> bool:
-    """Whether a module's import has begun and not ended: as importlib notes it in the module's spec."""
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+def check(pool: str, handler: str) -> list[str]:
+    """The fingerprints for a pool's own processes, of which this one's is `pool`. ConfigurationError for no end."""
+    if _under_way and pool in within:
+        raise ConfigurationError(
+            f"a pool of handler {handler!r} is started where its own workers import it, and would have no end: "
+            f"start it below `if __name__ == '__main__':`, in a function, or in another file"
+        )
+    if len(within) >= DEEPEST:
+        raise ConfigurationError(
+            f"a pool of handler {handler!r} is started within {len(within)} others, each in a worker of the one "
+            f"before, and that may have no end: start it where workers do not"
+        )
+    return [*within, pool]

@@ -27,7 +27,8 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     takes only what is trusted. `taken` are names of this project's that the app has modules of its own for.
     `spool_uploads` is the most bytes of a body without a length that a WSGI app's worker takes before it calls it.
     `concurrency` is how many lanes a worker may have. `cpu_seconds_asked` says that the pool's owner has set that
-    limit; else it may be a sandbox's, and holds where there are threads.
+    limit; else it may be a sandbox's, and holds where there are threads. `within` is told once a zygote is: the pools
+    that it lies within, its own the last, as `handler_import` has it.
     """
 
     handler: str
@@ -47,6 +48,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     spool_uploads: int | None = None
     concurrency: int = 1
     cpu_seconds_asked: bool = False
+    within: list[str] = []
 
     @property
     def by_name(self) -> bool:

@@ -31,7 +31,7 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     from transport.serving.loops import loop_factory
     from transport.serving.notifier import Notifier
     from transport.serving.process_setup import Account, EnvFile, PidFile, change_directory
-    from transport.serving.settings import Settings, load_settings
+    from transport.serving.settings import Settings, load_settings, passed_over
     from transport.serving.settings_parsing import parse_mounts
 
     if apps:
@@ -66,6 +66,8 @@ def serve_until_stopped(apps: list[str], config: str | None, given: dict[str, An
     pid_file = PidFile(settings.pid)
     change_directory(settings.chdir)
     set_up_logging(settings.log_level, settings.log_format, settings.log_config)
+    for words in passed_over(before):
+        logging.getLogger("blastdoor").warning("the environment: %s", words)
     settings.connections = _make_room(settings.connections)
     account = Account.of(settings.user, settings.group)
     notifier = Notifier(os.environ)

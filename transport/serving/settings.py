@@ -295,26 +295,29 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     settings = {name: getattr(made, name) for name in found}
     if apps := environ.get("BLASTDOOR_APPS", "").split():
         settings["mounts"] = parse_mounts(apps)
-    _check_variables(environ)
     return settings
 
 
-def _check_variables(environ: Mapping[str, str]) -> None:
-    """ConfigurationError for a variable that is nearly a setting's, or that of one that only a file can say.
+def passed_over(environ: Mapping[str, str]) -> list[str]:
+    """What to tell of variables that look like settings, and are none. They may be somebody else's.
 
-    Others may be somebody else's, as those that Kubernetes sets for a service.
+    Those that Kubernetes sets for services, and Docker for links, are: of these nothing is told.
     """
+    told = []
     known = [name for name in Settings.__struct_fields__ if name not in _NOT_FROM_VARIABLES]
-    for variable in environ:
+    for variable, value in environ.items():
         name = variable.removeprefix("BLASTDOOR_").lower()
-        if name == variable.lower() or name in known or name == "apps":
+        if name == variable.lower() or name in known or name == "apps" or not value or _OF_A_SERVICE.search(value):
             continue
+        near = difflib.get_close_matches(name, known, 1, 0.75)
         if name in _NOT_FROM_VARIABLES:
-            raise ConfigurationError(f"the environment: {variable}: {name!r} is for a file, or the command line")
-        if near := difflib.get_close_matches(name, known, 1, 0.7):
-            raise ConfigurationError(
-                f"the environment: there is no {variable}: did you mean BLASTDOOR_{near[0].upper()}?"
-            )
+            told.append(f"{variable} is passed over: {name!r} is for a file, or the command line")
+        elif near and near[0].count("_") == name.count("_") and len(name) > 3:
+            told.append(f"{variable} is passed over: did you mean BLASTDOOR_{near[0].upper()}?")
+    return told
+
+
+_OF_A_SERVICE: Final = re.compile(r"^(tcp|udp|sctp)://|^/.*/.*")
 
 
 _LISTS: Final = frozenset({"preload", "trusted_proxies", "bind", "access_log_fields"})
