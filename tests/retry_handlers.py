@@ -21,7 +21,7 @@ def app(request: Any, response: Any) -> bytes:
         block.write(b"x" * len(block))
         time.sleep(60)
     if request.query == "late":
-        time.sleep(0.7)
+        time.sleep(1.5)
     if begun <= int(os.environ["BLASTDOOR_TEST_DEATHS"]):
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)

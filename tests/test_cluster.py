@@ -654,10 +654,11 @@ def test_agents_that_are_made_in_turns(start: Callable[..., ClusterPool], monkey
         join(manager, name, address, cores)
 
     monkeypatch.setattr(nodes, "JOINING", 1)
+    monkeypatch.setattr(nodes, "SLOW", 60.0)
     monkeypatch.setattr(nodes.NodeManager, "_join", count)
     pool = start(workers=1)
     assert len(pool._host.links) == 2
-    assert at_once == [1, 1]
+    assert set(at_once) == {1}
 
 
 def test_an_agent_that_is_slow_to_start(start: Callable[..., ClusterPool], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,7 @@ def test_a_retry_has_its_own_time(wires: Callable[..., Wire], monkeypatch: pytes
     monkeypatch.setenv("BLASTDOOR_TEST_DEATHS", "1")
     wire = wires(handler="tests.retry_handlers:app")
     wire.join()
-    with wire.open("/?late", b"x", timeout=0.5, retries=1) as job:
+    with wire.open("/?late", b"x", timeout=1.0, retries=1) as job:
         assert b"".join(job) == b"POST x"
 
 
