@@ -41,8 +41,6 @@ logger = logging.getLogger("blastdoor")
 AHEAD: Final = 256 * 1024
 """Bytes of a request's body that may wait for its worker; then nothing more is read from its host."""
 
-_SMALL: Final = 16 * 1024
-
 _decode_head = msgspec.msgpack.Decoder(RequestHead).decode
 
 
@@ -207,7 +205,7 @@ class LaneServer:
         if ended:
             self._end_job()
             frames.append(encode(END, self._job))
-        self._write(frames, len(data))
+        self._transport.write(b"".join(frames))
 
     def on_body(self, data: bytes, *, ended: bool) -> None:
         """More of its body, or its end."""
@@ -215,15 +213,7 @@ class LaneServer:
         if ended:
             self._end_job()
             frames.append(encode(END, self._job))
-        self._write(frames, len(data))
-
-    def _write(self, frames: list[bytes], size: int) -> None:
-        """Send it: small pieces as one, without a copy of large ones.
-
-        By `write`: asyncio's `writelines` holds nobody back in some versions of Python (CVE-2024-12254).
-        """
-        for data in frames if size > _SMALL else (b"".join(frames),):
-            self._transport.write(data)
+        self._transport.write(b"".join(frames))
 
     def on_failure(self, error: BaseException) -> None:
         """There is no more, and it is not whole."""
