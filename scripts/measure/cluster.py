@@ -169,7 +169,13 @@ def measure(pool: ClusterPool, rounds: int, seconds: float) -> None:
     console.print(table)
     console.print(f"20,000 frames of 64 B: {statistics.median(stream(20_000) for _ in range(3)):,.0f} a second")
     console.print(f"as yields of a streaming generator of Ray's: {generator(2_000):,.0f} a second")
-    console.print(f"128 MiB down {download():.0f} MiB/s, up {upload():.0f} MiB/s")
+    bodies: dict[str, list[float]] = {"down": [], "up": []}
+    for _ in range(5):
+        bodies["down"].append(download())
+        bodies["up"].append(upload())
+    for way, measured in bodies.items():
+        middle, least, most = statistics.median(measured), min(measured), max(measured)
+        console.print(f"128 MiB {way}: {middle:,.0f} MiB/s; {least:,.0f} to {most:,.0f} of five")
 
 
 if __name__ == "__main__":
