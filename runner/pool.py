@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import msgspec
 
 from .call_checks import check_request, endless, sized_body, tell_of_dropped
-from .control import handler_import
+from .control import nested_pools
 from .control.zygote_messages import ZygoteConfig
 from .errors import PoolClosed, StartError
 from .events import Events, PoolStats, WorkerInfo
@@ -211,7 +211,7 @@ class Pool(PoolBase):
         config = self._config
         said = sorted(item for item in env.items() if not item[0].endswith("_NUM_THREADS"))  # which we may have added
         here = config.handler, config.pickle, config.factory, config.path, said, os.getcwd()
-        within = handler_import.check(handler_import.fingerprint(*here), config.handler)
+        within = nested_pools.refuse_endless(nested_pools.fingerprint(*here), config.handler)
         return msgspec.structs.replace(config, within=within)
 
     def _start_over(self, failed: Supervisor) -> None:

@@ -119,6 +119,9 @@ def test_variables_that_are_passed_over() -> None:
     assert passed_over({"BLASTDOOR_PROT": "2"}) == ["BLASTDOOR_PROT is passed over: did you mean BLASTDOOR_PORT?"]
     (told,) = passed_over({"BLASTDOOR_RECYCLE": "nonsense", "BLASTDOOR_ENV": ""})
     assert told == "BLASTDOOR_RECYCLE is passed over: 'recycle' is for a file, or the command line"
+    assert passed_over({"BLASTDOOR_CHDIRS": "/srv/app/"}) == [
+        "BLASTDOOR_CHDIRS is passed over: did you mean BLASTDOOR_CHDIR?"
+    ]
     for service in ("", "_DB", "_ML", "_LOG", "_WORKERS", "_ADMIN"):
         name = f"BLASTDOOR{service}"
         assert not passed_over(

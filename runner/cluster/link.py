@@ -113,7 +113,7 @@ class AgentLink:
                 sock, _ = connect(self._address, self._secret, CONTROL, self._host.name, left, self._host.dial)
                 break
             except ConnectionError as error:
-                if not _was_dropped(error) or until - time.monotonic() < _CROWDED[1]:
+                if not _was_dropped(error) or until - time.monotonic() < 2 * _CROWDED[1]:
                     raise
             time.sleep(random.uniform(*_CROWDED))
         self._attach(sock)

@@ -250,7 +250,6 @@ class NodeManager:
                     continue
                 self._joining[name] = None
                 self._to_join.append((name, node["NodeManagerAddress"], max(int(node["Resources"].get("CPU", 1)), 1)))
-        self._begin_joins()
         with self._changed:
             self._looked = True
             self._alive = set(alive)
@@ -258,6 +257,7 @@ class NodeManager:
                 for name in set(kept) - self._alive:
                     del kept[name]
             self._changed.notify_all()
+        self._begin_joins()  # last: where no thread is to be had, it raises
 
     def _begin_joins(self) -> None:
         """Begin to have agents on the nodes that wait for one, as many as may be at once."""

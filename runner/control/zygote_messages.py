@@ -28,7 +28,7 @@ class ZygoteConfig(msgspec.Struct, frozen=True, kw_only=True):
     `spool_uploads` is the most bytes of a body without a length that a WSGI app's worker takes before it calls it.
     `concurrency` is how many lanes a worker may have. `cpu_seconds_asked` says that the pool's owner has set that
     limit; else it may be a sandbox's, and holds where there are threads. `within` is told once a zygote is: the pools
-    that it lies within, its own the last, as `handler_import` has it.
+    that it lies within, its own the last, as `nested_pools` has it.
     """
 
     handler: str

@@ -18,7 +18,6 @@ from anyio.lowlevel import current_token
 
 from ..errors import JobClosed
 from ..model.request import PIECE, Body, Upload, as_bytes
-from ..wire.frames import MAX_BODY
 
 logger = logging.getLogger("blastdoor")
 
@@ -65,11 +64,8 @@ class AsyncUpload(Upload):
                 self._next = None
                 return b""
             self._taken.set()
-            if len(piece) <= MAX_BODY:
-                return piece
-            rest = memoryview(piece)
-        self._rest = rest[MAX_BODY:] if len(rest) > MAX_BODY else None
-        return rest[:MAX_BODY]
+            return self._cut(piece)
+        return self._cut(rest)
 
     def close(self) -> None:
         """End the source; from any thread. It is over soon after."""

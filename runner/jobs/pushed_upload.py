@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 
 from ..model.request import Upload
-from ..wire.frames import MAX_BODY
 
 
 class PushedUpload(Upload):
@@ -58,14 +57,9 @@ class PushedUpload(Upload):
                 self._closed = True
                 self._next = None
                 return b""
-            piece = self._pieces.popleft()
-            if len(piece) <= MAX_BODY:
-                return self._count(piece)
-            rest = memoryview(piece)
-        self._rest = rest[MAX_BODY:] if len(rest) > MAX_BODY else None
-        return self._count(rest[:MAX_BODY])
-
-    def _count(self, piece: bytes | memoryview) -> bytes | memoryview:
+            piece = self._cut(self._pieces.popleft())
+        else:
+            piece = self._cut(rest)
         self.waiting -= len(piece)
         return piece
 

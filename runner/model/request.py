@@ -182,12 +182,18 @@ class Upload:
             piece = self._next()
             if not piece:
                 self.close()
-            if len(piece) <= MAX_BODY:
-                return piece
-            rest = memoryview(piece)
+            return self._cut(piece)
         self.pulled = True
-        self._rest = rest[MAX_BODY:] if len(rest) > MAX_BODY else None
-        return rest[:MAX_BODY]
+        return self._cut(rest)
+
+    def _cut(self, piece: bytes | memoryview) -> bytes | memoryview:
+        """What goes into one frame of it; the rest is what is pulled next."""
+        if len(piece) <= MAX_BODY:
+            self._rest = None
+            return piece
+        whole = memoryview(piece)
+        self._rest = whole[MAX_BODY:]
+        return whole[:MAX_BODY]
 
     def on_ready(self, wake: Callable[[], object]) -> None:
         """Have `wake` called, from any thread, when `ready` has become true: here it always is."""

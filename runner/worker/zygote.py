@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import multiprocess
 
-from ..control import handler_import, source_snapshot
+from ..control import nested_pools, source_snapshot
 from ..control.import_isolation import AppModuleFinder
 from ..control.zygote_messages import (
     MAX_MESSAGE,
@@ -75,7 +75,7 @@ def main() -> None:
         os.dup2(null, 0)
         os.close(null)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open
-    handler_import.within[:] = config.within
+    nested_pools.within[:] = config.within
     if config.taken:
         sys.meta_path.insert(0, AppModuleFinder(config.taken))
     linux.become_subreaper()
@@ -169,7 +169,7 @@ class Zygote:
         """Import the handler here, or what it will import."""
         fresh = not source_snapshot.use(self._code_fd)
         before = linux.open_descriptors()
-        with handler_import.under_way():
+        with nested_pools.importing_handler():
             for name in self._config.modules:
                 importlib.import_module(name)
         if self._config.preload:

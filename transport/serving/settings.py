@@ -307,7 +307,9 @@ def passed_over(environ: Mapping[str, str]) -> list[str]:
     known = [name for name in Settings.__struct_fields__ if name not in _NOT_FROM_VARIABLES]
     for variable, value in environ.items():
         name = variable.removeprefix("BLASTDOOR_").lower()
-        if name == variable.lower() or name in known or name == "apps" or not value or _OF_A_SERVICE.search(value):
+        if name == variable.lower() or name in known or name == "apps" or not value:
+            continue
+        if name.endswith("_name") or _OF_A_SERVICE.match(value):
             continue
         near = difflib.get_close_matches(name, known, 1, 0.75)
         if name in _NOT_FROM_VARIABLES:
@@ -317,9 +319,7 @@ def passed_over(environ: Mapping[str, str]) -> list[str]:
     return told
 
 
-_OF_A_SERVICE: Final = re.compile(r"^(tcp|udp|sctp)://|^/.*/.*")
-
-
+_OF_A_SERVICE: Final = re.compile("(tcp|udp|sctp)://")
 _LISTS: Final = frozenset({"preload", "trusted_proxies", "bind", "access_log_fields"})
 _USUAL: Final = {"port": "PORT", "workers": "WEB_CONCURRENCY"}
 _NOT_FROM_VARIABLES: Final = frozenset({"app", "mounts", "env", "set_env", "recycle", "per_provider", "retry"})

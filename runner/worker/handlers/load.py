@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from ...control import handler_import
+from ...control import nested_pools
 from ...control.zygote_messages import ZygoteConfig
 from ...errors import ErrorWithoutTraceback
 from ...model.handler_spec import APPS, FACTORIES, FactoryArguments, parse_handler_spec
@@ -32,7 +32,7 @@ class HandlerError(ErrorWithoutTraceback):
 
 def load(config: ZygoteConfig) -> Adapter | AsyncAdapter:
     """Import or unpickle the handler and give the adapter that calls it."""
-    with handler_import.under_way():
+    with nested_pools.importing_handler():
         target = _target(config)
     name = repr(config.handler)
     kind = config.kind

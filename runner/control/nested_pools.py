@@ -19,18 +19,18 @@ DEEPEST: Final = 4
 within: list[str] = []
 """The fingerprints of the pools that this process is a worker, or a zygote, of: outermost first."""
 
-_under_way = False
+_importing = False
 
 
 @contextmanager
-def under_way() -> Iterator[None]:
+def importing_handler() -> Iterator[None]:
     """The handler is imported, or made, meanwhile."""
-    global _under_way
-    before, _under_way = _under_way, True
+    global _importing
+    before, _importing = _importing, True
     try:
         yield
     finally:
-        _under_way = before
+        _importing = before
 
 
 def fingerprint(*parts: object) -> str:
@@ -38,9 +38,9 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def check(pool: str, handler: str) -> list[str]:
+def refuse_endless(pool: str, handler: str) -> list[str]:
     """The fingerprints for a pool's own processes, of which this one's is `pool`. ConfigurationError for no end."""
-    if _under_way and pool in within:
+    if _importing and pool in within:
         raise ConfigurationError(
             f"a pool of handler {handler!r} is started where its own workers import it, and would have no end: "
             f"start it below `if __name__ == '__main__':`, in a function, or in another file"
