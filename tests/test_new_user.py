@@ -201,12 +201,21 @@ def test_a_module_that_starts_a_pool_of_itself(tmp_path: Path, code: str) -> Non
     assert NO_END in done.stderr
 
 
-def test_a_thread_that_starts_a_pool_of_itself(tmp_path: Path) -> None:
-    """G10: where a module's import is not to blame for sure, pools lie within each other so deep, and no deeper."""
-    code = "threading.Timer(0.1, run, ['itself:handler']).start(); import time; time.sleep(0.3)"
-    (tmp_path / "itself.py").write_text(ITSELF.format(code=code, in_factory="pass"))
-    done = subprocess.run([sys.executable, "itself.py"], cwd=tmp_path, env=_ours(), capture_output=True, timeout=60)
-    assert b"is started within 4 others" in done.stderr or NO_END in done.stderr
+def test_pools_that_lie_too_deep(tmp_path: Path) -> None:
+    """G10: where no module's import is to blame, pools lie within each other so deep, and no deeper."""
+    deeper = """
+from runner import Pool, Request
+def handler(request, response):
+    with open("begun", "a") as begun:
+        begun.write(".")
+    with Pool("deeper:handler", workers=1) as pool, pool.open(Request("GET", "/")) as job:
+        return b"".join(job)
+"""
+    (tmp_path / "deeper.py").write_text(deeper)
+    called = blastdoor("call", "deeper:handler", "/", cwd=tmp_path)
+    assert called.returncode == 1
+    assert b"is started within 4 others" in called.stderr
+    assert (tmp_path / "begun").stat().st_size == 4
 
 
 NESTED: dict[str, tuple[str, str]] = {

@@ -312,6 +312,35 @@ def test_floods_and_silence(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None
     assert wire.get("/hello") == b"hello"
 
 
+def test_an_agent_that_drops_connections(wires: Callable[..., Wire], caplog: pytest.LogCaptureFixture) -> None:
+    """D4, D9: it lives, and is not given up; others are tried first, and it ever more seldom."""
+    crowded, other = wires(), wires()
+    made = crowded.join()
+    crowded.server.strangers = agent_server.STRANGERS
+    second = Node("other", "127.0.0.1", 2)
+    joined = JoinReply(2, address=other.address[0], port=other.address[1], secret=other.server.secret)
+    there = AgentLink(None, second, joined, crowded.host)
+    there.begin()
+    crowded.host.links["other"] = there
+    crowded.placement.add(second)
+    tried = 0
+    dial = made.open_idle
+
+    def count(timeout: float | None) -> None:
+        nonlocal tried
+        tried += 1
+        dial(timeout)
+
+    made.open_idle = count  # type: ignore[method-assign]
+    began = time.monotonic()
+    for _ in range(100):
+        assert crowded.get("/hello") == b"hello"
+    crowded.server.strangers = 0
+    assert 0 < tried < 10 + (time.monotonic() - began) / 0.1  # at last no more than five a second
+    assert not crowded.node.silent
+    assert "can't be reached" not in caplog.text
+
+
 def test_many_jobs_at_once(
     wires: Callable[..., Wire], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
