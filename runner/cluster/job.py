@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 from ..errors import WriteTimeout
@@ -14,8 +13,6 @@ from ..wire.frames import Frame
 from .lane import RemoteExchange, RemoteLane
 from .messages import error_of, lost
 from .placement import too_late
-
-logger = logging.getLogger("blastdoor")
 
 
 class RemoteTrip(RoundTrip):
@@ -73,7 +70,7 @@ class RemoteTrip(RoundTrip):
             raise RequestNotTaken
         elif self._is_to_be_done_again and end.fault is not None and end.fault.kind == "died":
             self._outcome = "retried"
-            self._end(self._supervisor.leases.give_back if self._is_fit else self._supervisor.leases.discard)
+            self._let_lane_go()
             self._do_again(end.fault.detail)
         else:
             self._outcome = end.fault.kind if end.fault is not None else "lost" if end.kind == "closed" else "left"
@@ -82,7 +79,11 @@ class RemoteTrip(RoundTrip):
         except BaseException:
             self._discard()
             raise
-        self._end(self._supervisor.leases.give_back if self._is_fit else self._supervisor.leases.discard)
+        self._let_lane_go()
+
+    def _let_lane_go(self) -> None:
+        leases = self._supervisor.leases
+        self._end(leases.give_back if self._is_fit else leases.discard)
 
     @property
     def _is_fit(self) -> bool:

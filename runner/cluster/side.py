@@ -16,7 +16,7 @@ _LENGTH: Final = struct.Struct("<I")
 
 
 class PulseProtocol(Protocol):
-    """The thread that looks after links: see `runner.cluster.host.Pulse`."""
+    """The thread that looks after links: see `runner.cluster.pulse.Pulse`."""
 
     def call(self, step: Callable[[], object]) -> None:
         """Have something done in the thread."""
